@@ -1,0 +1,1 @@
+"""Triton kernels, each with a naive reference and a registered op; installed as `vte_compile.kernels`."""

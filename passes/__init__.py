@@ -1,0 +1,21 @@
+"""Graph passes, one file each, and the pass manager; installed as `vte_compile.passes`.
+
+``PASSES`` is the one place that says which passes run, and in which order.
+"""
+
+from vte_compile.passes.annotate_layers import annotate_layers
+from vte_compile.passes.cleanup import cleanup
+from vte_compile.passes.insert_exits import insert_exits
+from vte_compile.passes.last_token_logits import last_token_logits
+from vte_compile.passes.manager import Pass, PassResult, PassSettings, Refusal, run_passes
+from vte_compile.passes.plain_causal import plain_causal
+
+PASSES: tuple[Pass, ...] = (
+    annotate_layers,
+    plain_causal,  # before insert_exits, so that a mask it drops need not be cut at every exit
+    insert_exits,
+    last_token_logits,
+    cleanup,
+)
+
+__all__ = ["PASSES", "Pass", "PassResult", "PassSettings", "Refusal", "run_passes"]

@@ -1,0 +1,89 @@
+"""cleanup: drop assertions and dead nodes, lint, recompile, and check every shape with and without an exit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+
+from vte_compile.errors import CaptureError
+from vte_compile.kernels.token_exit import token_exit, unpack_dims
+from vte_compile.passes.manager import PassResult, PassSettings
+
+if TYPE_CHECKING:
+    from vte_compile.capture import DecoderGraph
+
+# Export records what it assumed; dtypes and devices are fixed per program, and lengths are free.
+_ASSERTIONS = (
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+)
+_VISUAL = 4  # how many tokens leave in the shape check
+
+
+def cleanup(graph: DecoderGraph, settings: PassSettings) -> PassResult:
+    """Remove what does nothing; ``applied`` counts the nodes removed.
+
+    Raises:
+        CaptureError: The graph does not fit together: a pass before left a use of the old sequence length.
+    """
+    before = len(graph.graph.nodes)
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node.target in _ASSERTIONS:
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    alive = set(graph.graph.nodes)
+    graph.layer_of = {node: layer for node, layer in graph.layer_of.items() if node in alive}
+    graph.graph.lint()
+    graph.module.recompile()
+    exits = [n for n in graph.graph.nodes if n.target is token_exit._opoverload]
+    for firing in (None, *dict.fromkeys([*exits[:1], *exits[-1:]])):
+        _check_shapes(graph, firing)
+    return PassResult("cleanup", applied=before - len(alive))
+
+
+def _check_shapes(graph: DecoderGraph, firing: fx.Node | None) -> None:
+    case = "without an exit" if firing is None else f"with {firing.name}"
+    with torch.no_grad(), FakeTensorMode() as mode:
+        inputs = [
+            torch.empty([_hint(s) for s in n.meta["val"].shape], dtype=n.meta["val"].dtype, device=n.meta["val"].device)
+            for n in graph.graph.nodes
+            if n.op == "placeholder"
+        ]
+        try:
+            _ShapeInterpreter(graph, mode, firing).run(*inputs)
+        except Exception as error:
+            raise CaptureError(f"shapes do not fit {case}: {error}") from error
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
+class _ShapeInterpreter(fx.Interpreter):
+    """Runs the graph on fake tensors; one chosen exit fires."""
+
+    def __init__(self, graph: DecoderGraph, mode: FakeTensorMode, firing: fx.Node | None) -> None:
+        super().__init__(graph.module)
+        self.parameters, self.mode, self.firing = graph.parameters, mode, firing
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "get_attr":
+            return self.mode.from_tensor(self.parameters[str(n.target)]())
+        if n.target is token_exit._opoverload:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            return self._exit(args[2], unpack_dims(args[3], args[4]), n is self.firing)
+        return super().run_node(n)
+
+    @staticmethod
+    def _exit(values: Sequence[Tensor], dims: Sequence[Sequence[int]], fires: bool) -> list[Tensor]:
+        shortened = []
+        for value, value_dims in zip(values, dims, strict=True):
+            for dim in value_dims if fires else ():
+                value = value.narrow(dim, 0, value.shape[dim] - _VISUAL)
+            shortened.append(value)
+        return shortened

@@ -1,0 +1,193 @@
+"""lower_piecewise: cut a rewritten graph at its layers and exits, into pieces to compile and host decisions between them.
+
+A piece is one layer (or what comes before or behind the layers). Its weights are inputs, so that equal layers are one
+piece and compile once. Lengths are read from the piece's own inputs, so one piece serves before and behind an exit.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from vte_compile.errors import CaptureError
+from vte_compile.kernels.exit_gate import exit_gate, static_exit
+from vte_compile.kernels.token_exit import token_exit, unpack_dims
+
+if TYPE_CHECKING:
+    from vte_compile.capture import DecoderGraph
+
+Parameter = Callable[[], Tensor]
+_EXIT_OPS = (exit_gate._opoverload, static_exit._opoverload, token_exit._opoverload)
+
+
+@dataclass
+class Piece:
+    """A subgraph without state: values and weights in, values out. Values are named as in the whole graph."""
+
+    module: fx.GraphModule
+    key: str
+    """Equal for pieces that do the same to values of the same (symbolic) shapes."""
+    inputs: list[str]
+    parameters: list[Parameter]
+    outputs: list[str]
+    examples: list[Tensor]
+    """Fake tensors with symbolic shapes, for all inputs and then all parameters."""
+
+
+@dataclass
+class ExitPoint:
+    """A place where the host decides whether the visual tokens leave."""
+
+    layer: int
+    stream: str
+    gate: tuple[Parameter, Parameter, float] | None
+    """How to read w1 and w2, and the threshold; None for a static exit."""
+    inputs: list[str]
+    dims: list[list[int]]
+    outputs: list[str]
+
+
+@dataclass
+class PiecewiseGraph:
+    """The steps of one phase, in order."""
+
+    inputs: list[str]
+    steps: list[Piece | ExitPoint]
+    outputs: list[str]
+    """logits, then key and value of each layer."""
+
+
+def lower_piecewise(graph: DecoderGraph) -> PiecewiseGraph:
+    """Cut a graph that went through the passes. The graph is not modified."""
+    nodes = list(graph.graph.nodes)
+    output = next(n for n in nodes if n.op == "output")
+    markers = [n for n in nodes if n.target is token_exit._opoverload]
+    skipped = {n for n in nodes if n.target in _EXIT_OPS}
+    skipped |= {n for n in nodes if n.target is operator.getitem and n.args[0] in skipped}
+    by_layer: dict[int, list[fx.Node]] = {}
+    for node in nodes:
+        if node in graph.layer_of and node not in skipped:
+            by_layer.setdefault(graph.layer_of[node], []).append(node)
+    exits = {graph.layer_of[marker]: _exit_point(graph, marker) for marker in markers}
+    results = [n for n in output.args[0] if n not in skipped]
+    steps: list[Piece | ExitPoint] = []
+    for layer in sorted(by_layer):
+        piece = _piece(graph, by_layer[layer])
+        if piece is not None:
+            steps.append(piece)
+        if layer in exits:
+            steps.append(exits[layer])
+    placeholders = [n.name for n in nodes if n.op == "placeholder" and n.name != "visual_mask"]
+    return PiecewiseGraph(placeholders, steps, [n.name for n in results])
+
+
+def _exit_point(graph: DecoderGraph, marker: fx.Node) -> ExitPoint:
+    fire, _, values, counts, dims = marker.args
+    outputs = {user.args[1]: user.name for user in marker.users if user.target is operator.getitem}
+    layer = graph.layer_of[marker]
+    gate = None
+    if fire.target is exit_gate._opoverload:
+        _, _, w1, w2, threshold = fire.args
+        gate = (graph.parameters[w1.target], graph.parameters[w2.target], threshold)
+        stream = fire.args[0].name
+    else:
+        stream = values[0].name
+    # The last value is the visual mask, which the host keeps; values without users were dropped as dead.
+    alive = [i for i in range(len(values) - 1) if i in outputs]
+    unpacked = unpack_dims(counts, dims)
+    return ExitPoint(
+        layer, stream, gate, [values[i].name for i in alive], [unpacked[i] for i in alive], [outputs[i] for i in alive]
+    )
+
+
+def _piece(graph: DecoderGraph, nodes: list[fx.Node]) -> Piece | None:
+    own = set(nodes)
+    outputs = [n for n in nodes if not _is_size(n) and any(user not in own for user in n.users)]
+    if not outputs:
+        return None  # sizes only, which other pieces read from their own inputs
+    inputs, weights = _outside(nodes, own)
+    piece = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for i, node in enumerate(inputs):
+        env[node] = piece.placeholder(f"value_{i}")
+    for i, node in enumerate(weights):
+        env[node] = piece.placeholder(f"weight_{i}")
+    sizes = _size_reader(piece, inputs, env)
+    for node in nodes:
+        if not _is_size(node):
+            env[node] = piece.node_copy(node, lambda n: sizes(n) if _is_size(n) else env[n])
+    piece.output(tuple(env[n] for n in outputs))
+    piece.eliminate_dead_code()
+    parameters = [graph.parameters[n.target] for n in weights]
+    examples = [n.meta["val"] for n in inputs]
+    mode = next(v.fake_mode for v in examples)
+    with torch.no_grad():
+        examples += [mode.from_tensor(read().detach(), static_shapes=True) for read in parameters]
+    module = fx.GraphModule({}, piece)
+    return Piece(
+        module, _key(piece, examples), [n.name for n in inputs], parameters, [n.name for n in outputs], examples
+    )
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool))
+
+
+def _outside(nodes: list[fx.Node], own: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Tensors and weights that the nodes read and do not compute, in order of first use."""
+    used = dict.fromkeys(n for node in nodes if not _is_size(node) for n in node.all_input_nodes if n not in own)
+    weights = [n for n in used if n.op == "get_attr"]
+    return [n for n in used if n.op != "get_attr" and not _is_size(n)], weights
+
+
+def _size_reader(
+    piece: fx.Graph, inputs: Iterable[fx.Node], env: dict[fx.Node, fx.Node]
+) -> Callable[[fx.Node], fx.Node]:
+    """How a piece gets a size that the whole graph computed elsewhere: from a dim of one of its inputs."""
+    dims = {
+        size.node.expr: (env[node], dim)
+        for node in inputs
+        for dim, size in enumerate(node.meta["val"].shape)
+        if isinstance(size, torch.SymInt)
+    }
+    known: dict[Any, fx.Node] = {}
+
+    def read(node: fx.Node) -> fx.Node:
+        expression = node.meta["val"].node.expr
+        if expression not in known:
+            if expression in dims:
+                known[expression] = piece.call_function(torch.ops.aten.sym_size.int, dims[expression])
+            elif node.all_input_nodes and all(_is_size(n) for n in node.all_input_nodes):
+                known[expression] = piece.node_copy(node, read)
+            else:
+                raise CaptureError(f"{node.name}: the size {expression} cannot be read from the piece's inputs.")
+        return known[expression]
+
+    return read
+
+
+def _key(piece: fx.Graph, examples: list[Tensor]) -> str:
+    """The piece as text, with nodes and symbols numbered by first appearance."""
+    number = {node: f"%{i}" for i, node in enumerate(piece.nodes)}
+    symbols: dict[Any, str] = {}
+
+    def size(value: int | torch.SymInt) -> str:
+        if not isinstance(value, torch.SymInt):
+            return str(value)
+        for symbol in sorted(value.node.expr.free_symbols, key=str):
+            symbols.setdefault(symbol, f"s{len(symbols)}")
+        return str(value.node.expr.subs(symbols))
+
+    lines = [f"{v.dtype} {v.device} {[size(s) for s in v.shape]} {[size(s) for s in v.stride()]}" for v in examples]
+    for node in piece.nodes:
+        if node.op != "placeholder":
+            args = fx.node.map_arg((node.args, node.kwargs), number.get)
+            if node.target is operator.add:  # of sizes; export writes a + b or b + a
+                args = (tuple(sorted(args[0], key=str)), {})
+            lines.append(f"{node.target} {args}")
+    return "\n".join(lines)

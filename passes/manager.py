@@ -1,0 +1,61 @@
+"""What a pass is, what it reports, and how the list of passes is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vte_compile.errors import CaptureError
+
+if TYPE_CHECKING:
+    from vte_compile.capture import DecoderGraph
+    from vte_compile.plan import Plan
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """What the passes are to do."""
+
+    plan: Plan
+    last_token_logits: bool = True
+    """Compute the logits of the last token only."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One place where a pass could have applied and did not."""
+
+    reason: str
+    node: str
+    """Name of the graph node in the way."""
+    layer: int | None = None
+
+
+@dataclass
+class PassResult:
+    """What a pass did: how often it applied, and where it refused and why."""
+
+    name: str
+    applied: int = 0
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+Pass = Callable[["DecoderGraph", PassSettings], PassResult]
+
+
+def run_passes(passes: Sequence[Pass], graph: DecoderGraph, settings: PassSettings) -> list[PassResult]:
+    """Run passes in order, in place.
+
+    Raises:
+        CaptureError: A pass failed; the message names it and the passes already run.
+    """
+    results: list[PassResult] = []
+    for run in passes:
+        try:
+            results.append(run(graph, settings))
+        except Exception as error:
+            done = ", ".join(r.name for r in results) or "none"
+            name = getattr(run, "__name__", repr(run))
+            raise CaptureError(f"pass {name} failed on the {graph.phase} graph (already run: {done}): {error}") from error
+    return results

@@ -1,0 +1,43 @@
+"""vte_compile: let visual tokens leave an MLLM's decoder at a learned layer.
+
+Public names are imported on first use, so that ``import vte_compile`` stays cheap.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vte_compile.version import __version__
+
+if TYPE_CHECKING:
+    from vte_compile.optimizer import optimize
+    from vte_compile.oracle import Oracle
+    from vte_compile.plan import GateExit, Plan, StaticExit
+
+__all__ = ["GateExit", "Oracle", "Plan", "StaticExit", "__version__", "optimize"]
+
+_HOME = {
+    "GateExit": "vte_compile.plan",
+    "Oracle": "vte_compile.oracle",
+    "Plan": "vte_compile.plan",
+    "StaticExit": "vte_compile.plan",
+    "optimize": "vte_compile.optimizer",
+}
+
+# passes/, kernels/ and export/ are subpackages: an installed copy has them inside this folder, a source checkout
+# has them beside it. In a checkout found through sys.path (pytest from its root), look for subpackages there too.
+_here = Path(__file__).resolve().parent
+if not (_here / "passes").is_dir():
+    __path__.append(str(_here.parent))
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # the next access skips this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

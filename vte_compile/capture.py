@@ -1,0 +1,259 @@
+"""Trace a decoder into FX graphs: prefill, extend (a chunk that continues a cache) and decode.
+
+Each graph has flat tensors in and out, with lengths that stay symbolic:
+
+    prefill  (inputs_embeds [1, S, C], position_ids [1, S])                          -> logits, key_0, value_0, key_1, ...
+    extend   (inputs_embeds [1, T, C], position_ids [1, T], past ...)                -> the same, keys and values grown
+    decode   (inputs_embeds [B, 1, C], position_ids [B, 1], past ..., kv_start ...)  -> the same
+
+A layer's keys and values are [B, key/value heads, length of that layer, head size]; lengths differ from layer to layer.
+Prefill and extend take one row at a time (rows leave at different layers); decode takes the batch, with rows aligned at
+the end and ``kv_start_i`` [B] the first real column of each row in layer i (absent for B = 1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from transformers import AttentionInterface
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from vte_compile.errors import CaptureError
+from vte_compile.families import DecoderSpec
+
+Phase = Literal["prefill", "extend", "decode"]
+Parameter = Callable[[], Tensor]
+
+_ATTENTION = "vte_capture"
+# Example lengths: any numbers do that are neither 0 nor 1 and differ, so that no two dims are taken for one.
+_EXAMPLE_TOKENS, _EXAMPLE_BATCH, _EXAMPLE_PAST = 11, 3, 17
+
+
+@dataclass
+class DecoderGraph:
+    """A traced decoder and what the passes learn and decide about it."""
+
+    module: fx.GraphModule
+    phase: Phase
+    batched: bool
+    """Whether the batch size is symbolic (else 1)."""
+    spec: DecoderSpec
+    parameters: dict[str, Parameter]
+    """get_attr target -> how to read the tensor now (the model may have been moved since)."""
+    layer_of: dict[fx.Node, int] = field(default_factory=dict)
+    """Filled by annotate_layers: -1 before the layers, 0 .. L-1, L after them."""
+    streams: list[fx.Node] = field(default_factory=list)
+    """Filled by annotate_layers: the residual stream behind each layer."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def clone(self) -> DecoderGraph:
+        """A copy for the passes to rewrite; it refers to the same weights."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, val_map={}, return_output_node=False))
+        return replace(self, module=fx.GraphModule(self.module, graph), parameters=dict(self.parameters))
+
+    def placeholder(self, name: str) -> fx.Node:
+        return next(n for n in self.graph.nodes if n.op == "placeholder" and n.name == name)
+
+
+class _TraceLayer(DynamicLayer):
+    """A cache layer that leaves one plain concatenation in the graph (or none, in prefill)."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.is_initialized:
+            key_states = torch.cat([self.keys, key_states], dim=2)
+            value_states = torch.cat([self.values, value_states], dim=2)
+        # Contiguous, since compiled graphs are specialized to the strides of their inputs and this is one later.
+        self.keys, self.values, self.is_initialized = key_states.contiguous(), value_states.contiguous(), True
+        self.dtype, self.device = key_states.dtype, key_states.device
+        return self.keys, self.values
+
+
+def _trace_cache(past: list[Tensor]) -> DynamicCache:
+    cache = DynamicCache()
+    for keys, values in zip(past[::2], past[1::2], strict=True):
+        layer = _TraceLayer()
+        layer.keys, layer.values, layer.is_initialized = keys, values, True
+        cache.layers.append(layer)
+    cache.layer_class_to_replicate = _TraceLayer
+    return cache
+
+
+_kv_start: contextvars.ContextVar[list[Tensor]] = contextvars.ContextVar("vte_kv_start")
+
+
+def _capture_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention with a mask of its own in each layer: the model makes one for all, and lengths differ."""
+    for name in ("sliding_window", "softcap", "position_bias", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise CaptureError(f"layer {module.layer_idx}: attention with {name} is not supported yet.")
+    batch, heads, tokens, size = query.shape
+    kv_heads, kv_length = key.shape[1], key.shape[2]
+    mask: Tensor | None = None
+    if isinstance(tokens, int) and tokens == 1:
+        # One query token: fold its heads into rows of the key/value head, so that keys need no repetition.
+        query = query.reshape(batch, kv_heads, heads // kv_heads, size)
+        if starts := _kv_start.get():
+            columns = torch.arange(kv_length, device=query.device)
+            mask = (columns[None, :] >= starts[module.layer_idx][:, None])[:, None, None, :]  # type: ignore[index]
+    else:
+        key, value = (x.repeat_interleave(heads // kv_heads, dim=1) if heads != kv_heads else x for x in (key, value))
+        rows = torch.arange(tokens, device=query.device)[:, None] + (kv_length - tokens)
+        mask = (torch.arange(kv_length, device=query.device)[None, :] <= rows)[None, None]
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return output.reshape(batch, heads, tokens, value.shape[-1]).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_ATTENTION, _capture_attention)
+
+
+@contextlib.contextmanager
+def _attention(config: Any, implementation: str) -> Iterator[None]:
+    before = config._attn_implementation
+    config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module and all below it into eval mode, and back each as it was."""
+    before = [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in before:
+            m.training = False
+        yield
+    finally:
+        for m, training in before:
+            m.training = training
+
+
+class _DecoderWithHead(nn.Module):
+    """The part of the model that becomes one graph."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.decoder, self.lm_head = spec.decoder, spec.lm_head
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, past: list[Tensor], kv_start: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        token = _kv_start.set(kv_start)
+        try:
+            cache = _trace_cache(past)
+            hidden = self.decoder(
+                inputs_embeds=inputs_embeds, position_ids=position_ids, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+        finally:
+            _kv_start.reset(token)
+        return self.lm_head(hidden), *[t for layer in cache.layers for t in (layer.keys, layer.values)]
+
+
+def capture(spec: DecoderSpec, phase: Phase, *, batched: bool = False) -> DecoderGraph:
+    """Trace one phase of a decoder.
+
+    The model is not modified. Its weights are referred to, not copied.
+
+    Args:
+        spec: The decoder, from :func:`vte_compile.families.describe`.
+        phase: ``prefill``, ``extend`` or ``decode``.
+        batched: Keep the batch size symbolic (decode only).
+
+    Raises:
+        CaptureError: torch.export could not trace the decoder.
+    """
+    if batched and phase != "decode":
+        raise ValueError("prefill and extend run one row at a time")
+    wrapper = _DecoderWithHead(spec)
+    args, dynamic_shapes = _examples(spec, phase, batched)
+    # In prefill the model masks by itself, and plain_causal proves what the mask is.
+    implementation = "sdpa" if phase == "prefill" else _ATTENTION
+    try:
+        with _attention(spec.config, implementation), evaluating(wrapper), torch.no_grad():
+            exported = torch.export.export(wrapper, args, dynamic_shapes=dynamic_shapes, strict=False)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export could not trace the {phase} of {type(spec.decoder).__name__}: {error}"
+        ) from error
+    module = exported.module(check_guards=False)
+    # Unflattening and checking the argument lists is none of our business: the flat placeholders are the interface.
+    module.graph.set_codegen(fx.graph.CodeGen())
+    module = fx.GraphModule(module, module.graph)
+    _name_inputs(module, phase, spec.num_layers)
+    parameters = {
+        node.target: _reader(wrapper, module, node.target) for node in module.graph.nodes if node.op == "get_attr"
+    }
+    module.recompile()
+    return DecoderGraph(module, phase, batched, spec, parameters)
+
+
+def _reader(wrapper: nn.Module, module: fx.GraphModule, target: str) -> Parameter:
+    """Read through the owning module: ``.to()`` and friends may replace the tensor objects."""
+    path, _, name = target.rpartition(".")
+    try:
+        owner = wrapper.get_submodule(path)
+        getattr(owner, name)
+    except AttributeError:  # a constant that tracing lifted, which lives on the graph module alone
+        owner = module.get_submodule(path)
+    return lambda: getattr(owner, name)
+
+
+def _examples(spec: DecoderSpec, phase: Phase, batched: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    reference = next(spec.decoder.layers.parameters())  # type: ignore[union-attr, operator]
+    options = {"device": reference.device, "dtype": _floating_dtype(spec.decoder)}
+    batch = _EXAMPLE_BATCH if batched else 1
+    tokens = 1 if phase == "decode" else _EXAMPLE_TOKENS
+    embeds = torch.zeros(batch, tokens, spec.hidden_size, **options)
+    positions = torch.arange(tokens, device=reference.device).expand(batch, -1).contiguous()
+    dims = ({0: Dim.AUTO} if batched else {}) | ({} if phase == "decode" else {1: Dim.AUTO})
+    past: list[Tensor] = []
+    kv_start: list[Tensor] = []
+    if phase != "prefill":
+        heads = spec.config.num_key_value_heads
+        size = getattr(spec.config, "head_dim", None) or spec.hidden_size // spec.config.num_attention_heads
+        for layer in range(spec.num_layers):
+            past += [torch.zeros(batch, heads, _EXAMPLE_PAST + layer, size, **options) for _ in range(2)]
+            if batched:
+                kv_start.append(torch.zeros(batch, dtype=torch.long, device=reference.device))
+    past_dims = ({0: Dim.AUTO} if batched else {}) | {2: Dim.AUTO}
+    shapes = (dims, dims, [past_dims] * len(past), [{0: Dim.AUTO}] * len(kv_start))
+    return (embeds, positions, past, kv_start), shapes
+
+
+def _floating_dtype(decoder: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in decoder.parameters() if p.dtype.is_floating_point)
+
+
+def _name_inputs(module: fx.GraphModule, phase: Phase, layers: int) -> None:
+    names = ["inputs_embeds", "position_ids"]
+    if phase != "prefill":
+        names += [f"{kind}_{i}" for i in range(layers) for kind in ("past_key", "past_value")]
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    names += [f"kv_start_{i}" for i in range(len(placeholders) - len(names))]
+    for node, name in zip(placeholders, names, strict=True):
+        node._rename(name)
+        node.target = node.name

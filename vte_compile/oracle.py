@@ -1,0 +1,455 @@
+"""The eager oracle of visual-token exits: the reference that every other door of vte_compile is tested against.
+
+It runs a Hugging Face decoder literally: row by row, without padding, one decoder layer after another, and drops the
+visual tokens of a row where the plan says so. No tracing, no batching, no speed. The semantics are those of DyVTE
+(arXiv 2411.19628), made precise where the authors' code is not: any number of images at any place, padding, several
+rows, further turns.
+
+Words used here: a *chunk* is what one forward call brings, T new tokens per row (prefill, a later turn, or one decode
+token). Padding is never a token. *Question tokens* are the text tokens after the last visual token of the chunk.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.fingerprint import find_decoder
+from vte_compile.plan import GateExit, Plan, StaticExit
+
+__all__ = ["Oracle", "OracleCache", "OracleGeneration", "OracleOutput", "RowCache", "embed"]
+
+# Attention implementations that take an additive 4-D mask. The flash variants ignore or refuse one.
+_MASKED_ATTENTION = ("eager", "sdpa")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class RowCache:
+    """What one row of the batch has cached.
+
+    `layers`: per decoder layer (k, v), each [1, kv_heads, length, head_dim] and k after rotary; None before the row's
+    first token. The lengths differ between layers after an exit. `next_position`: position id of the row's next token,
+    if none is given.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor] | None, ...]
+    next_position: int = 0
+
+    def lengths(self) -> list[int]:
+        """Number of cached tokens in each layer, [L]."""
+        return [0 if kv is None else kv[0].shape[-2] for kv in self.layers]
+
+
+@dataclass(frozen=True)
+class OracleCache:
+    """KV cache of a batch: one independent `RowCache` per row. Never changed in place."""
+
+    rows: tuple[RowCache, ...]
+
+    def lengths(self) -> list[list[int]]:
+        """Number of cached tokens per row and layer, [B][L]."""
+        return [row.lengths() for row in self.rows]
+
+    def next_positions(self) -> list[int]:
+        """Position id of the next token of each row, [B]."""
+        return [row.next_position for row in self.rows]
+
+
+@dataclass(frozen=True)
+class OracleOutput:
+    """Result of one chunk; B rows, T tokens in the chunk's layout, L layers.
+
+    `logits` [B, T, vocab], zeros for padding and for tokens that an exit removed. `exit_layer` int64 [B], -1 = no exit
+    in this chunk. `last_hidden_state`: per row [n_kept, C] after the final norm. `hidden_lens`: per row [L + 1], the
+    number of tokens that enter each layer, and then the final norm. `gate_features` / `gate_logits`: layer -> {row:
+    [2C] / [2]} for the gates that were evaluated: [mean of the question tokens except the last; last token] and [keep,
+    exit].
+    """
+
+    logits: Tensor
+    exit_layer: Tensor
+    cache: OracleCache
+    last_hidden_state: list[Tensor]
+    hidden_lens: list[list[int]]
+    gate_features: dict[int, dict[int, Tensor]]
+    gate_logits: dict[int, dict[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class OracleGeneration:
+    """Result of `Oracle.generate`.
+
+    `tokens`: the new tokens of each row, the end token included. `exit_layer` int64 [B] of the prompt, -1 = no exit.
+    `cache`: holds all but the last token of each row, which has not been fed back (as in Hugging Face).
+    """
+
+    tokens: list[list[int]]
+    exit_layer: Tensor
+    cache: OracleCache
+
+
+@dataclass
+class _RowRun:
+    """State of one row while it goes through the layers: n tokens, no padding."""
+
+    hidden: Tensor  # [1, n, C]
+    visual: Tensor  # bool [n]
+    positions: Tensor  # int64 [1, n]
+    columns: Tensor  # int64 [n], where the tokens stand in the chunk
+    exit_layer: int = -1
+    lens: list[int] = field(default_factory=list)
+    features: dict[int, Tensor] = field(default_factory=dict)
+    gate_logits: dict[int, Tensor] = field(default_factory=dict)
+
+    def drop_visual(self) -> None:
+        """Remove the visual tokens. The positions of the others keep their numbers."""
+        keep = ~self.visual
+        self.hidden, self.positions = self.hidden[:, keep], self.positions[:, keep]
+        self.columns, self.visual = self.columns[keep], self.visual[keep]
+
+
+class Oracle:
+    """Runs `model` with the exits of `plan`.
+
+    `model`: a Hugging Face causal LM or MLLM in eval mode, whose decoder is a pre-norm stack with rotary embeddings
+    (Llama, Mistral, Qwen2, Qwen3, ...) and "sdpa" or "eager" attention. A sliding attention window counts tokens in the
+    order in which they stand in that layer's cache of the row; nothing that leaves the window is evicted from the
+    cache.
+
+    Raises UnsupportedModelError if the oracle would compute this model wrongly, PlanMismatchError if the plan does not
+    fit it. As a safety net against model-specific extras (scaled embeddings or logits, dropout), a short text is run
+    through the model's own forward and must give the same logits.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.model = cast(Any, model)
+        self.plan = plan
+        self.decoder = cast(Any, find_decoder(model))
+        _check_structure(self.decoder)
+        if "token_type_ids" in inspect.signature(self.model.forward).parameters:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} takes token_type_ids, by which image tokens attend to later ones; "
+                "the oracle is causal throughout"
+            )
+        self.config = self.decoder.config
+        self.layers: Sequence[nn.Module] = list(self.decoder.layers)[: self.config.num_hidden_layers]
+        self.lm_head: Any = self.model.get_output_embeddings()
+        if self.lm_head is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no output embeddings; pass the model with its lm_head"
+            )
+        plan.check(model)
+        self._check_against_model()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        visual_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: OracleCache | None = None,
+    ) -> OracleOutput:
+        """Run one chunk.
+
+        inputs_embeds [B, T, C]; visual_mask bool [B, T], True at visual tokens (None: there are none); attention_mask
+        [B, T] of THIS chunk, nonzero = real token, padding anywhere (None: all real); position_ids int [B, T] (None:
+        each row counts its real tokens on from its cache); cache: of the earlier chunks, not modified. A row without a
+        real token does nothing. Raises InputError on shapes that do not fit.
+        """
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[0] == 0:
+            raise InputError(f"inputs_embeds must be [B, T, C] with at least one row, got {list(inputs_embeds.shape)}")
+        batch, length = inputs_embeds.shape[:2]
+        real = _chunk_mask(attention_mask, "attention_mask", inputs_embeds, default=True)
+        visual = _chunk_mask(visual_mask, "visual_mask", inputs_embeds, default=False)
+        if position_ids is not None and position_ids.shape != (batch, length):
+            raise InputError(f"position_ids must be {[batch, length]} like the chunk, got {list(position_ids.shape)}")
+        if cache is None:
+            cache = OracleCache((RowCache((None,) * len(self.layers)),) * batch)
+        if len(cache.rows) != batch:
+            raise InputError(f"the cache holds {len(cache.rows)} rows, the chunk has {batch}")
+
+        runs, rows = [], []
+        for b in range(batch):
+            columns = real[b].nonzero().squeeze(-1)
+            past = cache.rows[b]
+            if position_ids is None:
+                positions = torch.arange(len(columns), device=inputs_embeds.device) + past.next_position
+            else:
+                positions = position_ids[b, columns]
+            run = _RowRun(inputs_embeds[b : b + 1, columns], visual[b, columns], positions[None], columns)
+            rows.append(self._run_row(run, past))
+            runs.append(run)
+        return self._collect(runs, tuple(rows), length)
+
+    __call__ = forward
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs_embeds: Tensor | None = None,
+        visual_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: OracleCache | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        max_new_tokens: int,
+        eos_token_id: int | Sequence[int] | None = None,
+    ) -> OracleGeneration:
+        """Greedy decoding of every row, each until its own end token or `max_new_tokens`.
+
+        The prompt is either inputs_embeds [B, T, C] or input_ids [B, T] (text, or pass visual_mask too); everything
+        else as in `forward`. Raises InputError if not exactly one prompt is given, or if a row of it has no real token.
+        """
+        if (inputs_embeds is None) == (input_ids is None):
+            raise InputError("pass either inputs_embeds or input_ids as the prompt")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if inputs_embeds is None:
+            inputs_embeds = self._embed_tokens(input_ids)
+        real = _chunk_mask(attention_mask, "attention_mask", inputs_embeds, default=True)
+        empty = (~real.any(-1)).nonzero().flatten().tolist()
+        if empty:
+            raise InputError(f"rows {empty} of the prompt have no real token to generate from")
+        ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+
+        output = self.forward(inputs_embeds, visual_mask, attention_mask, position_ids, cache)
+        exit_layer = output.exit_layer
+        # The last real token of a row is never removed: without a question token there is no exit.
+        last = [int(row.nonzero().max()) for row in real]
+        tokens: list[list[int]] = [[] for _ in last]
+        for step in range(max_new_tokens):
+            running = [not row or row[-1] not in ends for row in tokens]
+            for b, column in enumerate(last):
+                if running[b]:
+                    tokens[b].append(int(output.logits[b, column].argmax()))
+            running = [row[-1] not in ends for row in tokens]
+            if step == max_new_tokens - 1 or not any(running):
+                break
+            # A finished row takes part as a chunk of padding: it computes and caches nothing.
+            next_ids = torch.tensor([[row[-1]] for row in tokens], device=inputs_embeds.device)
+            chunk_mask = torch.tensor(running, device=inputs_embeds.device)[:, None]
+            output = self.forward(self._embed_tokens(next_ids), None, chunk_mask, None, output.cache)
+            last = [0] * len(tokens)
+        return OracleGeneration(tokens, exit_layer, output.cache)
+
+    def _run_row(self, run: _RowRun, past: RowCache) -> RowCache:
+        """Take one row through all layers and the final norm (in `run`), and return its new cache."""
+        if run.hidden.shape[1] == 0:
+            run.lens = [0] * (len(self.layers) + 1)
+            return past
+        next_position = int(run.positions.max()) + 1
+        layers = []
+        for index in range(len(self.layers)):
+            run.lens.append(run.hidden.shape[1])
+            layers.append(self._run_layer(index, run, past.layers[index]))
+            self._maybe_exit(index, run)
+        run.lens.append(run.hidden.shape[1])
+        run.hidden = self.decoder.norm(run.hidden)
+        return RowCache(tuple(layers), next_position)
+
+    def _run_layer(self, index: int, run: _RowRun, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Apply decoder layer `index` to the row's tokens, and return the layer's (k, v) with them appended."""
+        cache = DynamicCache()
+        past_length = 0
+        if past is not None:
+            cache.update(*past, index)  # copies: `past` stays as it is
+            past_length = past[0].shape[-2]
+        length = run.hidden.shape[1]
+        output = self.layers[index](
+            run.hidden,
+            attention_mask=_causal_mask(length, past_length, _window(self.config, index), run.hidden),
+            position_ids=run.positions,
+            position_embeddings=self.decoder.rotary_emb(run.hidden, position_ids=run.positions),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        run.hidden = output[0] if isinstance(output, tuple) else output
+        cached = cache.layers[index] if index < len(cache.layers) else None
+        keys, values = getattr(cached, "keys", None), getattr(cached, "values", None)
+        if keys is None or values is None or keys.shape[-2] != past_length + length:
+            raise UnsupportedModelError(
+                f"layer {index} ({type(self.layers[index]).__name__}) did not append its {length} tokens to the cache; "
+                "is gradient checkpointing on, or does the layer share another layer's KV?"
+            )
+        return keys, values
+
+    def _maybe_exit(self, index: int, run: _RowRun) -> None:
+        """Drop the row's visual tokens, if any are left, where the exit after layer `index`, if any, fires."""
+        for candidate in self.plan.exits:
+            if candidate.layer == index and bool(run.visual.any()) and _fires(candidate, run):
+                run.exit_layer = index
+                run.drop_visual()
+
+    def _collect(self, runs: list[_RowRun], rows: tuple[RowCache, ...], length: int) -> OracleOutput:
+        """Lay the rows' results out as the chunk was."""
+        hidden = [run.hidden[0] for run in runs]
+        row_logits = [self.lm_head(h) for h in hidden]
+        logits = row_logits[0].new_zeros(len(runs), length, row_logits[0].shape[-1])
+        features: dict[int, dict[int, Tensor]] = {}
+        gate_logits: dict[int, dict[int, Tensor]] = {}
+        for b, run in enumerate(runs):
+            logits[b, run.columns] = row_logits[b]
+            for layer in run.features:
+                features.setdefault(layer, {})[b] = run.features[layer]
+                gate_logits.setdefault(layer, {})[b] = run.gate_logits[layer]
+        return OracleOutput(
+            logits=logits,
+            exit_layer=torch.tensor([run.exit_layer for run in runs], device=logits.device),
+            cache=OracleCache(rows),
+            last_hidden_state=hidden,
+            hidden_lens=[run.lens for run in runs],
+            gate_features=features,
+            gate_logits=gate_logits,
+        )
+
+    def _embed_tokens(self, input_ids: Tensor | None) -> Tensor:
+        embeds: Tensor = self.model.get_input_embeddings()(input_ids)
+        return embeds
+
+    @torch.no_grad()
+    def _check_against_model(self) -> None:
+        """Compare with the model's own forward on a few tokens: the same modules, so only rounding may differ."""
+        weight = self.model.get_input_embeddings().weight
+        embeds = self._embed_tokens(torch.arange(min(8, weight.shape[0]), device=weight.device)[None])
+        expected = self.model(inputs_embeds=embeds, use_cache=False).logits
+        actual = self.forward(embeds).logits
+        scale = expected.abs().max().item()
+        tolerance = 5e-2 if torch.finfo(expected.dtype).bits <= 16 else 1e-4
+        error = (actual - expected).abs().max().item()
+        # `not <=` rather than `>`: NaN must fail too.
+        if not error <= tolerance * scale:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: running the decoder layer by layer gives other logits than the model's "
+                f"own forward (off by {error:.1e}, logits up to {scale:.1e}). The model does something around its "
+                "layers that the oracle does not know, or has dropout switched on (call model.eval())."
+            )
+
+
+@torch.no_grad()
+def embed(
+    model: nn.Module, input_ids: Tensor, pixel_values: Tensor | None = None, **processor_outputs: Any
+) -> tuple[Tensor, Tensor]:
+    """Input embeddings of a LLaVA-type MLLM, and where its visual tokens are.
+
+    `model` has `get_image_features` and `config.image_token_id`; input_ids [B, T] is already expanded to one
+    placeholder per visual token. Of the other outputs of the processor those named image_* or pixel_* go to
+    `get_image_features`; the rest (attention_mask, ...) is ignored. Returns inputs_embeds [B, T, C] and visual_mask
+    bool [B, T]. Raises InputError if the placeholders and the image features do not match in number.
+    """
+    mllm = cast(Any, model)
+    image_token_id = getattr(mllm.config, "image_token_id", None)
+    visual_mask = (
+        torch.zeros_like(input_ids, dtype=torch.bool) if image_token_id is None else input_ids == image_token_id
+    )
+    # The placeholder id may lie outside the embedding table; these rows are overwritten anyway.
+    inputs_embeds: Tensor = mllm.get_input_embeddings()(input_ids.masked_fill(visual_mask, 0))
+    features = inputs_embeds.new_zeros(0, inputs_embeds.shape[-1])
+    if pixel_values is not None:
+        extras = {key: value for key, value in processor_outputs.items() if key.startswith(("image_", "pixel_"))}
+        output = mllm.get_image_features(pixel_values=pixel_values, **extras)
+        images = getattr(output, "pooler_output", output)
+        features = torch.cat([image.reshape(-1, image.shape[-1]) for image in images]).to(inputs_embeds)
+    if int(visual_mask.sum()) != len(features):
+        raise InputError(
+            f"the prompt has {int(visual_mask.sum())} image placeholders, the images have {len(features)} visual tokens"
+        )
+    inputs_embeds[visual_mask] = features
+    return inputs_embeds, visual_mask
+
+
+def _fires(candidate: GateExit | StaticExit, run: _RowRun) -> bool:
+    """Whether the row, which has visual tokens, exits here (DyVTE, arXiv 2411.19628, the "hyper-network").
+
+    Question tokens are what follows the last visual token. With none, nothing exits. With only one, the mean is that of
+    no token at all: NaN, which keeps.
+    """
+    last_visual = int(run.visual.nonzero().max())
+    question = run.hidden[0, last_visual + 1 :]
+    if question.shape[0] == 0:
+        return False
+    if isinstance(candidate, StaticExit):
+        return True
+    question = question.to(torch.promote_types(question.dtype, torch.float32))
+    feature = torch.cat([question[:-1].mean(0), question[-1]])
+    z = candidate.w2.to(feature) @ nn.functional.gelu(candidate.w1.to(feature) @ feature)
+    run.features[candidate.layer] = feature
+    run.gate_logits[candidate.layer] = z
+    return bool(z[1] - z[0] > candidate.threshold)
+
+
+def _causal_mask(length: int, past_length: int, window: int | None, like: Tensor) -> Tensor:
+    """Additive mask [1, 1, length, past_length + length], 0 = may attend, -inf = may not, causal by order in the row.
+
+    Additive because eager attention adds it; sdpa takes it as well. No query is without a key: each sees itself.
+    """
+    query = torch.arange(past_length, past_length + length, device=like.device)[:, None]
+    key = torch.arange(past_length + length, device=like.device)[None]
+    allowed = key <= query
+    if window is not None:
+        allowed &= key > query - window
+    return like.new_zeros(allowed.shape).masked_fill(~allowed, float("-inf"))[None, None]
+
+
+def _window(config: Any, index: int) -> int | None:
+    """Sliding window of layer `index`, None = full attention. Without layer types, all layers have the same one."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and layer_types[index] == "full_attention":
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
+
+
+def _chunk_mask(mask: Tensor | None, name: str, inputs_embeds: Tensor, default: bool) -> Tensor:
+    """`mask` as bool [B, T], checked against the chunk."""
+    shape = inputs_embeds.shape[:2]
+    if mask is None:
+        return torch.full(shape, default, dtype=torch.bool, device=inputs_embeds.device)
+    if mask.shape != shape:
+        raise InputError(f"{name} must be {list(shape)} like the chunk (without the past), got {list(mask.shape)}")
+    return mask.to(device=inputs_embeds.device, dtype=torch.bool)
+
+
+def _check_structure(decoder: Any) -> None:
+    """Refuse decoders whose forward is more than rotary embedding, layers, norm."""
+    name = type(decoder).__name__
+    missing = [part for part in ("layers", "norm", "rotary_emb") if not hasattr(decoder, part)]
+    if missing:
+        raise UnsupportedModelError(
+            f"decoder {name} has no {', '.join(missing)}: the oracle needs a stack of layers with rotary embeddings"
+        )
+    config = decoder.config
+    if config._attn_implementation not in _MASKED_ATTENTION:
+        raise UnsupportedModelError(
+            f"decoder {name} uses attention {config._attn_implementation!r}, which takes no explicit mask; "
+            f"load the model with attn_implementation one of {_MASKED_ATTENTION}"
+        )
+    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES))
+    if unknown:
+        raise UnsupportedModelError(f"decoder {name} has layers of types {unknown}; the oracle knows {_LAYER_TYPES}")
+    if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters:
+        raise UnsupportedModelError(
+            f"decoder {name} has rotary embeddings that differ per layer type, which the oracle does not support"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        raise UnsupportedModelError(
+            f"decoder {name} has multimodal (3-D) rotary positions, which the oracle does not support"
+        )
+    if rope.get("rope_type") == "dynamic":
+        raise UnsupportedModelError(
+            f"decoder {name} has dynamic rope: it remembers the longest row, so rows would not be independent"
+        )
+    # The few short tokens of _check_against_model would not show these.
+    for option in ("final_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(config, option, None):
+            raise UnsupportedModelError(f"decoder {name} has {option}, which the oracle does not support")

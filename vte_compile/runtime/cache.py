@@ -1,0 +1,150 @@
+"""A DynamicCache whose layers, and whose rows, may differ in length: what is left after exits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from vte_compile.errors import InputError
+
+RowKV = list[tuple[Tensor, Tensor]]
+
+
+class ExitCache(DynamicCache):
+    """Keys and values of each layer, [B, heads, columns of that layer, head size], rows aligned at the end.
+
+    Row b of layer i begins at column ``starts[i, b]``; what lies before is padding and never attended to.
+    ``get_seq_length()`` counts the columns of the prompt and the tokens generated so far, removed ones included, as
+    generate() expects; ``lengths`` tells what each layer really holds.
+    """
+
+    starts: Tensor
+    """[L, B] int64."""
+    next_positions: Tensor
+    """[B] int64: the position of each row's next token."""
+    exit_layer: Tensor | None
+    """[B] int64: where the visual tokens left in the latest chunk that was no decode step; -1 = never."""
+    _columns: int
+    _decoded: int
+
+    @classmethod
+    def adopt(cls, cache: DynamicCache) -> ExitCache:
+        """Turn an empty DynamicCache into an ExitCache in place, so that whoever holds it sees it filled."""
+        if not isinstance(cache, ExitCache):
+            cache.__class__ = cls
+            cache.layers = []
+            cache._columns = cache._decoded = 0  # type: ignore[attr-defined]
+            cache.exit_layer = None  # type: ignore[attr-defined]
+        assert isinstance(cache, ExitCache)
+        return cache
+
+    @property
+    def lengths(self) -> Tensor:
+        """[L, B] int64: how many tokens each layer holds of each row."""
+        columns = torch.tensor([layer.keys.shape[2] for layer in self.layers], device=self.starts.device)
+        return columns[:, None] - self.starts
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was cached yet."""
+        return self._columns == 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen so far, in the original numbering; the same for all layers."""
+        return self._columns
+
+    def row(self, index: int) -> RowKV:
+        """Keys and values of one row, [1, heads, its length, head size] per layer, without padding."""
+        starts = self.starts[:, index].tolist()
+        return [
+            (layer.keys[index : index + 1, :, start:], layer.values[index : index + 1, :, start:])
+            for layer, start in zip(self.layers, starts, strict=True)
+        ]
+
+    def replace(self, rows: Sequence[RowKV], new_columns: int, next_positions: Tensor, exit_layer: Tensor) -> None:
+        """Take the rows of a prefill or continuation."""
+        starts = []
+        layers = []
+        for parts in zip(*rows, strict=True):
+            lengths = [keys.shape[2] for keys, _ in parts]
+            longest = max(lengths)
+            layers.append(_layer(*(_align_end([part[i] for part in parts], longest) for i in (0, 1))))
+            starts.append([longest - length for length in lengths])
+        self.layers = layers
+        device = next_positions.device
+        self.starts = torch.tensor(starts, dtype=torch.long, device=device)
+        self.next_positions, self.exit_layer = next_positions, exit_layer
+        self._columns += new_columns
+        self._decoded = 0
+
+    def append(self, kv: RowKV) -> None:
+        """Take the result of a decode step, which already holds the past."""
+        for layer, (keys, values) in zip(self.layers, kv, strict=True):
+            layer.keys, layer.values = keys, values
+        self.next_positions = self.next_positions + 1
+        self._columns += 1
+        self._decoded += 1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the latest tokens (a negative number), or shorten to a length (a positive one).
+
+        Raises:
+            InputError: More tokens than were decoded since the last prompt: those of a prompt differ per layer.
+        """
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self._columns - tokens_to_remove)
+        if count > self._decoded:
+            raise InputError(
+                f"crop: cannot remove {count} tokens, only the {self._decoded} decoded since the last prompt: an exit "
+                "removed some of the earlier ones already."
+            )
+        if count:
+            for layer in self.layers:
+                layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
+            self.next_positions = self.next_positions - count
+            self._columns -= count
+            self._decoded -= count
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows, as beam search does."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self.batch_select_indices(torch.arange(self.starts.shape[1]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order."""
+        for layer in self.layers:
+            rows = indices.to(layer.keys.device)
+            layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
+        rows = indices.to(self.starts.device)
+        self.starts = self.starts[:, rows].contiguous()
+        self.next_positions = self.next_positions[rows]
+        if self.exit_layer is not None:
+            self.exit_layer = self.exit_layer[rows]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layers = []
+        self._columns = self._decoded = 0
+        self.exit_layer = None
+
+
+def _align_end(rows: Sequence[Tensor], length: int) -> Tensor:
+    if all(row.shape[2] == length for row in rows):
+        return torch.cat(list(rows)) if len(rows) > 1 else rows[0].contiguous()
+    first = rows[0]
+    aligned = first.new_zeros(len(rows), first.shape[1], length, first.shape[3])
+    for target, row in zip(aligned, rows, strict=True):
+        target[:, length - row.shape[2] :] = row[0]
+    return aligned
+
+
+def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.keys, layer.values, layer.is_initialized = keys, values, True
+    layer.dtype, layer.device = keys.dtype, keys.device
+    return layer

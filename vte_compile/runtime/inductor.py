@@ -1,0 +1,97 @@
+"""Compile pieces with Inductor, each distinct one once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch.utils._triton import has_triton
+
+from vte_compile.errors import CaptureError
+
+logger = logging.getLogger(__name__)
+Function = Callable[..., Sequence[Tensor]]
+
+
+def find_backend(device: torch.device, wanted: bool | None) -> bool:
+    """Whether to compile for a device.
+
+    Args:
+        device: Where the model is.
+        wanted: True: yes, False: no, None: if Inductor's own compiler (C++, or Triton on a GPU) is there.
+
+    Raises:
+        CaptureError: ``wanted`` is True and the compiler is missing.
+    """
+    if wanted is False:
+        return False
+    missing = _missing_compiler(device)
+    if missing and wanted:
+        raise CaptureError(f"compile=True, but {missing}")
+    if missing:
+        logger.warning("the graphs run uncompiled, because %s", missing)
+    return not missing
+
+
+def _missing_compiler(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return None if has_triton() else f"Triton, which Inductor needs on {device}, is not installed."
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        return f"Inductor finds no C++ compiler ({error}): install g++ or clang++."
+    return None
+
+
+class PieceCompiler:
+    """Compiles pieces on demand and keeps them by structure.
+
+    Compiled functions carry no guards: the graphs are symbolic in every length, and nothing else may vary (see
+    ``compile``), so nothing ever recompiles.
+    """
+
+    def __init__(self) -> None:
+        self._functions: dict[str, Function] = {}
+
+    @property
+    def compilations(self) -> int:
+        """How many distinct pieces were compiled so far."""
+        return len(self._functions)
+
+    def compile(self, module: fx.GraphModule, key: str, examples: list[Tensor]) -> Function:
+        """Compile a graph for inputs shaped like ``examples`` (fake tensors with symbolic sizes), or return it ready made.
+
+        Raises:
+            CaptureError: Inductor failed, or specialized the graph to the example lengths.
+        """
+        if key not in self._functions:
+            environment = _shape_environment(examples)
+            before = len(environment.guards) if environment is not None else 0
+            with torch.no_grad(), _quiet_artifacts():
+                function: Any = torch._inductor.standalone_compile(module, examples, dynamic_shapes="from_graph")
+            if environment is not None and (added := environment.guards[before:]):
+                raise CaptureError(f"Inductor specialized a piece to {', '.join(str(g.expr) for g in added)}.")
+            logger.debug("compiled piece %d", len(self._functions))
+            self._functions[key] = function
+        return self._functions[key]
+
+
+def _shape_environment(examples: list[Tensor]) -> Any:
+    return next((e.fake_mode.shape_env for e in examples if hasattr(e, "fake_mode")), None)
+
+
+@contextlib.contextmanager
+def _quiet_artifacts() -> Iterator[None]:
+    """standalone_compile warns when a compilation came from a cache and left nothing to save; nothing is saved here."""
+    log = logging.getLogger("torch._inductor.standalone_compile")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

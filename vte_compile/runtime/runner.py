@@ -1,0 +1,211 @@
+"""Run chunks through a rewritten decoder: rows of a prompt one by one, decode steps as a batch."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vte_compile.capture import DecoderGraph, Phase, capture
+from vte_compile.errors import InputError
+from vte_compile.families import DecoderSpec
+from vte_compile.passes import PASSES, PassResult, PassSettings, run_passes
+from vte_compile.passes.lower_piecewise import PiecewiseGraph, lower_piecewise
+from vte_compile.plan import Plan
+from vte_compile.runtime.cache import ExitCache, RowKV
+from vte_compile.runtime.inductor import PieceCompiler
+from vte_compile.runtime.program import Program, VisualTokens
+
+logger = logging.getLogger(__name__)
+_Key = tuple[Phase, bool, bool, torch.dtype, torch.device]
+"""Phase, batched, logits of the last token only, and the weights' dtype and device."""
+
+
+@dataclass
+class RunnerOutput:
+    """What one chunk gives."""
+
+    logits: Tensor
+    """[B, T, vocabulary], or [B, 1, vocabulary] of each row's last token; zeros at padding and removed tokens."""
+    exit_layer: Tensor
+    """[B] int64; -1 = never."""
+
+
+@dataclass
+class _RowOutput:
+    logits: Tensor
+    kv: RowKV
+    exit_layer: int
+    kept: Tensor
+    """[n] int64: which of the row's tokens the logits belong to."""
+
+
+class DecoderRunner:
+    """A decoder's programs, built when first needed and rebuilt when the model moved to another dtype or device."""
+
+    def __init__(self, spec: DecoderSpec, plan: Plan, compiler: PieceCompiler | None) -> None:
+        self.spec, self.plan, self.compiler = spec, plan, compiler
+        self._captures: dict[tuple[Any, ...], DecoderGraph] = {}
+        self._graphs: dict[_Key, tuple[PiecewiseGraph, list[PassResult]]] = {}
+        self._programs: dict[_Key, Program] = {}
+        self._lock = threading.RLock()
+
+    def with_plan(self, plan: Plan) -> DecoderRunner:
+        """A runner of the same decoder for another plan, which shares what was traced and compiled."""
+        other = DecoderRunner(self.spec, plan, self.compiler)
+        other._captures, other._lock = self._captures, self._lock
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of a model rebuild their programs: those are bound to this model's weights.
+        return {"spec": self.spec, "plan": self.plan, "compile": self.compiler is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        compiler = PieceCompiler() if state["compile"] else None
+        self.__init__(state["spec"], state["plan"], compiler)  # type: ignore[misc]
+
+    def program(self, phase: Phase, *, batched: bool = False, last: bool = True) -> Program:
+        """The program of one phase; ``last``: with the logits of the last token only.
+
+        Raises:
+            CaptureError: The decoder could not be traced or rewritten.
+        """
+        weight = self.spec.lm_head.weight
+        key = (phase, batched, last or phase == "decode", weight.dtype, weight.device)
+        with self._lock:
+            if key not in self._programs:
+                self._programs[key] = Program(*self._lowered(key), self.compiler)
+            return self._programs[key]
+
+    def uncompiled_prefill(self) -> Program:
+        """The prefill program without Inductor, to look at its numbers before compiling it."""
+        weight = self.spec.lm_head.weight
+        return Program(*self._lowered(("prefill", False, True, weight.dtype, weight.device)), None)
+
+    def _lowered(self, key: _Key) -> tuple[PiecewiseGraph, list[PassResult]]:
+        if key not in self._graphs:
+            phase, batched, last, *where = key
+            traced = (phase, batched, *where)
+            if traced not in self._captures:
+                self._captures[traced] = capture(self.spec, phase, batched=batched)
+            graph = self._captures[traced].clone()
+            results = run_passes(PASSES, graph, PassSettings(self.plan, last_token_logits=last))
+            for result in results:
+                for refusal in result.refusals:
+                    # Only a refused exit changes what the user asked for.
+                    level = logging.WARNING if result.name == "insert_exits" else logging.DEBUG
+                    logger.log(
+                        level,
+                        "%s refused in the %s graph, layer %s: %s",
+                        result.name,
+                        phase,
+                        refusal.layer,
+                        refusal.reason,
+                    )
+            self._graphs[key] = lower_piecewise(graph), results
+        return self._graphs[key]
+
+    def run(
+        self,
+        embeds: Tensor,
+        visual_mask: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        cache: ExitCache,
+        *,
+        last: bool,
+    ) -> RunnerOutput:
+        """Run one chunk and extend the cache.
+
+        Args:
+            embeds: [B, T, C].
+            visual_mask: [B, T] bool.
+            attention_mask: [B, T] bool of this chunk: False at padding.
+            position_ids: [B, T], or None to count each row's tokens.
+            cache: Of the same rows; empty in prefill.
+            last: Return the logits of each row's last token only.
+        """
+        batch, tokens = embeds.shape[:2]
+        if not cache.is_empty and cache.starts.shape[1] != batch:
+            raise InputError(f"The cache holds {cache.starts.shape[1]} rows, the inputs {batch}.")
+        if tokens == 1 and not cache.is_empty and bool(attention_mask.all()):
+            return self._decode(embeds, position_ids, cache)
+        return self._rows(embeds, visual_mask, attention_mask, position_ids, cache, last)
+
+    def _decode(self, embeds: Tensor, position_ids: Tensor | None, cache: ExitCache) -> RunnerOutput:
+        batch = embeds.shape[0]
+        positions = cache.next_positions[:, None] if position_ids is None else position_ids.expand(batch, -1)
+        past = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        starts = list(cache.starts.unbind()) if batch > 1 else []
+        program = self.program("decode", batched=batch > 1)
+        output = program.run([embeds.contiguous(), positions.contiguous(), *past, *starts])
+        cache.append(output.kv)
+        return RunnerOutput(output.logits, torch.full((batch,), -1, device=embeds.device))
+
+    def _rows(
+        self,
+        embeds: Tensor,
+        visual_mask: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        cache: ExitCache,
+        last: bool,
+    ) -> RunnerOutput:
+        batch, tokens = embeds.shape[:2]
+        real = [row.nonzero()[:, 0] for row in attention_mask]
+        if cache.is_empty and (empty := [b for b in range(batch) if not len(real[b])]):
+            raise InputError(f"attention_mask: row {empty[0]} has no token.")
+        rows: list[_RowOutput | None] = []
+        next_positions = []
+        previous: tuple[Tensor, ...] | None = None
+        for b in range(batch):
+            start = 0 if cache.is_empty else int(cache.next_positions[b])
+            if not len(real[b]):
+                rows.append(None)
+                next_positions.append(start)
+                continue
+            positions = (
+                torch.arange(start, start + len(real[b]), device=embeds.device)
+                if position_ids is None
+                else position_ids.expand(batch, -1)[b, real[b]]
+            )
+            next_positions.append(int(positions.max()) + 1)
+            row = (embeds[b, real[b]], visual_mask[b, real[b]], positions)
+            if cache.is_empty and previous is not None and _equal(row, previous):
+                rows.append(rows[-1])  # beams and multiple samples start as copies of one prompt
+            else:
+                rows.append(self._row(*row, None if cache.is_empty else cache.row(b), last))
+            previous = row
+        exit_layer = torch.tensor([-1 if r is None else r.exit_layer for r in rows], device=embeds.device)
+        logits = self._lay_out(rows, real, tokens, last, embeds)
+        kv = [cache.row(b) if r is None else r.kv for b, r in enumerate(rows)]
+        cache.replace(kv, tokens, torch.tensor(next_positions, device=embeds.device), exit_layer)
+        return RunnerOutput(logits, exit_layer)
+
+    def _row(self, embeds: Tensor, visual_mask: Tensor, positions: Tensor, past: RowKV | None, last: bool) -> _RowOutput:
+        visual = VisualTokens.find(visual_mask) if self.plan.exits else None
+        program = self.program("prefill" if past is None else "extend", last=last)
+        flat = [] if past is None else [t.contiguous() for pair in past for t in pair]
+        output = program.run([embeds[None], positions[None], *flat], visual)
+        kept = torch.arange(len(embeds), device=embeds.device)
+        if visual is not None and output.exit_layer >= 0:
+            kept = visual.keep
+        return _RowOutput(output.logits, output.kv, output.exit_layer, kept)
+
+    @staticmethod
+    def _lay_out(rows: list[_RowOutput | None], real: list[Tensor], tokens: int, last: bool, like: Tensor) -> Tensor:
+        """Logits of all rows, as the chunk was laid out."""
+        first = next(r for r in rows if r is not None).logits
+        logits = first.new_zeros(len(rows), 1 if last else tokens, first.shape[-1])
+        for target, row, positions in zip(logits, rows, real, strict=True):
+            if row is not None:
+                target[[0] if last else positions[row.kept]] = row.logits[0]
+        return logits
+
+
+def _equal(row: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(row, other, strict=True))

@@ -1,0 +1,45 @@
+"""Does the traced and rewritten decoder compute what the model does? Asked once, before anything is compiled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vte_compile.capture import evaluating
+from vte_compile.errors import CaptureError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from vte_compile.runtime.runner import DecoderRunner
+
+_TOKENS = 7
+# Largest difference of logits, relative to the largest logit.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+def verify_prefill(model: PreTrainedModel, runner: DecoderRunner) -> None:
+    """Compare the last logits of a short text prompt with the model's own.
+
+    This finds what a model does outside its decoder and lm_head (scaling or capping logits, say), which the graph lacks.
+
+    Raises:
+        CaptureError: They differ.
+    """
+    embeddings = model.get_input_embeddings()
+    device = runner.spec.lm_head.weight.device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(embeddings.num_embeddings, (1, _TOKENS), generator=generator).to(device)  # type: ignore[arg-type]
+    with torch.no_grad(), evaluating(model):
+        embeds = embeddings(ids)
+        expected = model(inputs_embeds=embeds, use_cache=False).logits[:, -1]
+        positions = torch.arange(_TOKENS, device=device)[None]
+        got = runner.uncompiled_prefill().run([embeds, positions]).logits[:, -1]
+    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    tolerance = _TOLERANCE.get(expected.dtype, 5e-2)
+    if not error <= tolerance:
+        raise CaptureError(
+            f"the traced decoder of {type(model).__name__} does not give the model's logits (relative error {error:.1e}, "
+            f"allowed {tolerance:.0e}): the model computes something outside its decoder and lm_head."
+        )
