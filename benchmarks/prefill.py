@@ -1,0 +1,165 @@
+"""Does prefill time follow FLOPs? A random-weight LLaVA with an exit forced after some layer, against torch.compile.
+
+    python benchmarks/prefill.py --json benchmarks/results/prefill.json
+
+All cases take the same embedded prompt and run in turns in one process; ratios are of medians, to the same model
+through torch.compile (Inductor, static shapes, logits of the last token only). The forced exit is decided by gates:
+those below it are asked and keep, the one at its layer fires. A quotient of 1: time falls exactly as FLOPs do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from vte_compile import GateExit, Plan, optimize
+from vte_compile.environment import environment
+from vte_compile.flops import prefill_flops
+from vte_compile.timing import Phases, Summary, interleaved
+
+IMAGE_TOKEN = 31_999
+PREFIX = 35  # text tokens before the image, as in LLaVA-1.5
+GATE_WIDTH = 256
+NEVER, ALWAYS = 1e9, -1e9
+
+
+def main(
+    hidden: Annotated[int, typer.Option(help="Hidden size; heads have 64.")] = 1024,
+    layers: int = 16,
+    seq: Annotated[int, typer.Option(help="Tokens of the prompt, visual ones included.")] = 700,
+    visual: Annotated[int, typer.Option(help="Visual tokens of the prompt.")] = 576,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+    runs: int = 15,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results there.")] = None,
+) -> None:
+    """Time prefill without and with a forced exit, side by side with torch.compile and eager."""
+    logging.basicConfig(level=logging.WARNING)
+    if threads:
+        torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(hidden, layers, visual, getattr(torch, dtype), device)
+    embeds = 0.02 * torch.randn(1, seq, hidden, device=device, dtype=model.dtype)
+    visual_mask = torch.zeros(1, seq, dtype=torch.bool, device=device)
+    visual_mask[:, PREFIX : PREFIX + visual] = True
+    cases, plans = build_cases(model, embeds, visual_mask)
+    with tqdm(total=len(cases) * (runs + 2), desc="prefill", unit="run") as bar:
+        times = interleaved(
+            {name: case.prefill for name, case in cases.items()}, runs, warmup=2, device=device, after_each=bar.update
+        )
+    rows = [
+        _row(name, case.exit_layer, times, prefill_flops(model.config, seq, visual, case.exit_layer, plans.get(name)))
+        for name, case in cases.items()
+    ]
+    full = prefill_flops(model.config, seq, visual, -1)
+    for row in rows:
+        row["flop_ratio"] = row.pop("flops") / full
+        row["quotient"] = row["time_ratio"] / row["flop_ratio"]
+    settings = {"hidden": hidden, "layers": layers, "seq": seq, "visual": visual, "dtype": dtype, "runs": runs}
+    show(rows, settings)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(_report(rows, settings), indent=2) + "\n")
+
+
+def build_model(hidden: int, layers: int, visual: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """A LLaVA with random weights; its vision tower is never run, so a tiny one does."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        vocab_size=IMAGE_TOKEN + 1,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1, projection_dim=64
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, image_seq_length=visual)
+    return LlavaForConditionalGeneration(config).to(device=device, dtype=dtype).eval()
+
+
+def build_cases(model: Any, embeds: Tensor, visual_mask: Tensor) -> tuple[dict[str, Phases], dict[str, Plan]]:
+    """What is timed, by name, and the plans of the optimized ones. Compiles everything."""
+    layers = model.config.text_config.num_hidden_layers
+    without = optimize(model, Plan())
+    plans = {f"exit after {k}": forced(model, k) for k in (layers // 4 - 1, layers // 2 - 1, 3 * layers // 4 - 1)}
+    models = {
+        "torch.compile": torch.compile(model),
+        "eager": model,
+        "no exit": without,
+        "gates never fire": optimize(without, forced(model, None)),
+        **{name: optimize(without, plan) for name, plan in plans.items()},
+    }
+    plans["gates never fire"] = forced(model, None)
+    return {name: _prefill(m, embeds, visual_mask) for name, m in models.items()}, plans
+
+
+def forced(model: Any, layer: int | None) -> Plan:
+    """Gates after layers 0 .. ``layer``, the last of which fires; None: after all but the last layer, none fires."""
+    text = model.config.text_config
+    last = text.num_hidden_layers - 2 if layer is None else layer
+    generator = torch.Generator().manual_seed(0)
+    w1 = 0.01 * torch.randn(GATE_WIDTH, 2 * text.hidden_size, generator=generator)
+    w2 = 0.01 * torch.randn(2, GATE_WIDTH, generator=generator)
+    return Plan(exits=[GateExit(k, w1, w2, ALWAYS if k == layer else NEVER) for k in range(last + 1)])
+
+
+def _prefill(model: Any, embeds: Tensor, visual_mask: Tensor) -> Phases:
+    inputs: dict[str, Any] = {"inputs_embeds": embeds, "logits_to_keep": 1, "use_cache": True}
+    if hasattr(model, "plan"):
+        inputs["visual_mask"] = visual_mask
+
+    @torch.no_grad()
+    def run() -> Any:
+        return model(**inputs)
+
+    exit_layer = getattr(run(), "exit_layer", None)
+    return Phases(run, run, -1 if exit_layer is None else int(exit_layer[0]))
+
+
+def _row(name: str, exit_layer: int, times: dict[str, Summary], flops: int) -> dict[str, Any]:
+    summary = times[name]
+    return {
+        "case": name,
+        "exit_layer": exit_layer,
+        "median_s": summary.median_s,
+        "min_s": summary.min_s,
+        "max_s": summary.max_s,
+        "time_ratio": summary.median_s / times["torch.compile"].median_s,
+        "flops": flops,
+    }
+
+
+def show(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    table = Table(title="prefill: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    for column in ("case", "median ms", "min ms", "max ms", "time ratio", "FLOP ratio", "quotient"):
+        table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
+    for row in rows:
+        milliseconds = [f"{1e3 * row[key]:.1f}" for key in ("median_s", "min_s", "max_s")]
+        ratios = [f"{row[key]:.3f}" for key in ("time_ratio", "flop_ratio", "quotient")]
+        table.add_row(row["case"], *milliseconds, *ratios)
+    Console().print(table)
+
+
+def _report(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    machine = environment()
+    versions = machine.pop("versions")
+    command = "python benchmarks/prefill.py " + " ".join(sys.argv[1:])
+    return {"command": command, "settings": settings, "machine": machine, "versions": versions, "cases": rows}
+
+
+if __name__ == "__main__":
+    typer.run(main)
