@@ -1,6 +1,7 @@
 """The exit gate: should the visual tokens leave after this layer? (DyVTE, arXiv 2411.19628, section 4.)
 
-    f = [mean of the question tokens except the last; last token]     z = W2 . GELU(W1 . f)     exit iff z[1] - z[0] > threshold
+    f = [mean of the question tokens except the last; last token]
+    z = W2 . GELU(W1 . f)          exit iff z[1] - z[0] > threshold
 
 The question tokens are the text tokens behind the last visual token. ``exit_logits`` is the naive reference;
 ``vte::exit_gate`` and ``vte::static_exit`` are the ops that rewritten graphs hold.
@@ -24,7 +25,7 @@ def exit_logits(question: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         [2]; NaN where Q < 2, since the mean is then over nothing (which keeps, as any NaN does).
     """
     dtype = torch.promote_types(question.dtype, torch.promote_types(w1.dtype, torch.float32))
-    question, w1, w2 = question.to(dtype), w1.to(dtype), w2.to(dtype)
+    question, w1, w2 = (x.to(question.device, dtype) for x in (question, w1, w2))
     features = torch.cat([question[:-1].mean(0), question[-1]])
     return w2 @ F.gelu(w1 @ features)
 
@@ -36,7 +37,7 @@ def question_start(visual_mask: Tensor) -> int:
 
 @torch.library.custom_op("vte::exit_gate", mutates_args=())
 def exit_gate(hidden_states: Tensor, visual_mask: Tensor, w1: Tensor, w2: Tensor, threshold: float) -> Tensor:
-    """[1, S, C], [1, S] bool -> [] bool: whether the gate fires. Never without visual tokens, or with an empty question."""
+    """[1, S, C], [1, S] bool -> [] bool: whether the gate fires; never without visual tokens or a question."""
     if not static_exit(visual_mask):
         return torch.zeros((), dtype=torch.bool, device=hidden_states.device)
     logits = exit_logits(hidden_states[0, question_start(visual_mask[0]) :], w1, w2)

@@ -39,7 +39,7 @@ def unpack_dims(counts: Sequence[int], flat: Sequence[int]) -> list[list[int]]:
 def token_exit(
     fire: Tensor, visual_mask: Tensor, values: list[Tensor], dim_counts: list[int], dims: list[int]
 ) -> list[Tensor]:
-    """Where ``fire`` ([] bool) is true, ``values`` without the visual tokens of ``visual_mask`` [1, S]; else copies of them."""
+    """If ``fire`` ([] bool), ``values`` without the tokens that ``visual_mask`` [1, S] names; else copies of them."""
     keep = (~(visual_mask[0] & fire)).nonzero()[:, 0]
     return compact(values, unpack_dims(dim_counts, dims), keep)
 

@@ -8,6 +8,7 @@ length become the new length. ``val`` metadata behind an exit keeps describing t
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,9 +55,7 @@ def _add_visual_mask(graph: DecoderGraph) -> fx.Node:
     return node
 
 
-def _crossing(
-    graph: DecoderGraph, layer: int, visual_mask: fx.Node
-) -> tuple[dict[fx.Node, list[int]], Refusal | None]:
+def _crossing(graph: DecoderGraph, layer: int, visual_mask: fx.Node) -> tuple[dict[fx.Node, list[int]], Refusal | None]:
     """Tensors that later layers use and that are as long as the sequence -> in which dims."""
     length = _sequence_length(graph)
     crossing: dict[fx.Node, list[int]] = {}
@@ -102,16 +101,13 @@ def _insert(
     return fire, new[-1]
 
 
-def _gate(
-    graph: DecoderGraph, planned: GateExit | StaticExit, stream: fx.Node, visual_mask: fx.Node
-) -> fx.Node:
+def _gate(graph: DecoderGraph, planned: GateExit | StaticExit, stream: fx.Node, visual_mask: fx.Node) -> fx.Node:
     if isinstance(planned, GateExit):
         weights = []
         for name in ("w1", "w2"):
             target = f"exit_{planned.layer}_{name}"
-            tensor = getattr(planned, name).to(stream.meta["val"].device)
-            graph.module.register_buffer(target, tensor, persistent=False)
-            graph.parameters[target] = lambda tensor=tensor: tensor
+            graph.module.register_buffer(target, getattr(planned, name), persistent=False)
+            graph.parameters[target] = partial(getattr, planned, name)
             weights.append(graph.graph.get_attr(target))
         args: tuple[Any, ...] = (stream, visual_mask, *weights, planned.threshold)
         fire = graph.graph.call_function(exit_gate._opoverload, args)
@@ -134,9 +130,7 @@ def _later_lengths(graph: DecoderGraph, layer: int) -> list[fx.Node]:
     ]
 
 
-def _rewire_lengths(
-    graph: DecoderGraph, lengths: list[fx.Node], stream: fx.Node, anchor: fx.Node, layer: int
-) -> None:
+def _rewire_lengths(graph: DecoderGraph, lengths: list[fx.Node], stream: fx.Node, anchor: fx.Node, layer: int) -> None:
     """Recompute lengths from the shortened stream, and let later layers use those."""
     plain = _sequence_length(graph)
     renewed: dict[fx.Node, fx.Node] = {}

@@ -1,4 +1,4 @@
-"""lower_piecewise: cut a rewritten graph at its layers and exits, into pieces to compile and host decisions between them.
+"""lower_piecewise: cut a rewritten graph at its layers and exits into pieces to compile, with host decisions between.
 
 A piece is one layer (or what comes before or behind the layers). Its weights are inputs, so that equal layers are one
 piece and compile once. Lengths are read from the piece's own inputs, so one piece serves before and behind an exit.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -87,7 +88,8 @@ def lower_piecewise(graph: DecoderGraph) -> PiecewiseGraph:
 
 
 def _exit_point(graph: DecoderGraph, marker: fx.Node) -> ExitPoint:
-    fire, _, values, counts, dims = marker.args
+    arguments: Any = marker.args
+    fire, _, values, counts, dims = arguments
     outputs = {user.args[1]: user.name for user in marker.users if user.target is operator.getitem}
     layer = graph.layer_of[marker]
     gate = None
@@ -123,7 +125,7 @@ def _piece(graph: DecoderGraph, nodes: list[fx.Node]) -> Piece | None:
             env[node] = piece.node_copy(node, lambda n: sizes(n) if _is_size(n) else env[n])
     piece.output(tuple(env[n] for n in outputs))
     piece.eliminate_dead_code()
-    parameters = [graph.parameters[n.target] for n in weights]
+    parameters = [graph.parameters[str(n.target)] for n in weights]
     examples = [n.meta["val"] for n in inputs]
     mode = next(v.fake_mode for v in examples)
     with torch.no_grad():
@@ -174,14 +176,14 @@ def _size_reader(
 def _key(piece: fx.Graph, examples: list[Tensor]) -> str:
     """The piece as text, with nodes and symbols numbered by first appearance."""
     number = {node: f"%{i}" for i, node in enumerate(piece.nodes)}
-    symbols: dict[Any, str] = {}
+    symbols: dict[Any, sympy.Symbol] = {}
 
     def size(value: int | torch.SymInt) -> str:
         if not isinstance(value, torch.SymInt):
             return str(value)
         for symbol in sorted(value.node.expr.free_symbols, key=str):
-            symbols.setdefault(symbol, f"s{len(symbols)}")
-        return str(value.node.expr.subs(symbols))
+            symbols.setdefault(symbol, sympy.Symbol(f"s{len(symbols)}"))
+        return str(value.node.expr.xreplace(symbols))  # all at once: a symbol may already have another's new name
 
     lines = [f"{v.dtype} {v.device} {[size(s) for s in v.shape]} {[size(s) for s in v.stride()]}" for v in examples]
     for node in piece.nodes:

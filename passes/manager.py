@@ -57,5 +57,7 @@ def run_passes(passes: Sequence[Pass], graph: DecoderGraph, settings: PassSettin
         except Exception as error:
             done = ", ".join(r.name for r in results) or "none"
             name = getattr(run, "__name__", repr(run))
-            raise CaptureError(f"pass {name} failed on the {graph.phase} graph (already run: {done}): {error}") from error
+            raise CaptureError(
+                f"pass {name} failed on the {graph.phase} graph (already run: {done}): {error}"
+            ) from error
     return results

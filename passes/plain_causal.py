@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
 Index = tuple[Any, ...]
+_EXACT = (torch.bool, torch.int32, torch.int64)
+"""Dtypes in which positions are what sympy takes them for."""
 
 
 class _Unknown(Exception):
@@ -50,6 +52,10 @@ def plain_causal(graph: DecoderGraph, settings: PassSettings) -> PassResult:
     return result
 
 
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
 def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
@@ -59,7 +65,7 @@ def _refuse(attention: fx.Node) -> tuple[str, str] | None:
     mask = _argument(attention, 3, "attn_mask")
     if _argument(attention, 4, "dropout_p", 0.0) or _argument(attention, 5, "is_causal", False):
         return f"{attention.name} has dropout, or is_causal besides a mask.", attention.name
-    queries, keys = (attention.args[i].meta["val"].shape[2] for i in (0, 1))
+    queries, keys = (_args(attention)[i].meta["val"].shape[2] for i in (0, 1))
     if _sympy(queries) != _sympy(keys):
         return f"{attention.name} has {queries} queries for {keys} keys: causal from which end?", attention.name
     value = mask.meta["val"]
@@ -80,6 +86,8 @@ def _element(node: fx.Node, index: Index) -> Any:
     rule = _RULES.get(node.target) if node.op == "call_function" else None
     if rule is None:
         raise _Unknown(node, f"{node.op} {node.target}" if node.op == "call_function" else f"a {node.op}")
+    if (dtype := node.meta["val"].dtype) not in _EXACT:
+        raise _Unknown(node, f"{dtype}, which may round or overflow")
     return rule(node, index)
 
 
@@ -107,6 +115,18 @@ def _binary(function: Callable[[Any, Any], Any]) -> Callable[[fx.Node, Index], A
     return rule
 
 
+def _logical(function: Callable[[Any, Any], Any]) -> Callable[[fx.Node, Index], Any]:
+    truth = {0: sympy.false, 1: sympy.true}
+
+    def rule(node: fx.Node, index: Index) -> Any:
+        if any(not isinstance(n, fx.Node) or n.meta["val"].dtype != torch.bool for n in node.args):
+            raise _Unknown(node, "a logical operation on numbers")
+        a, b = (_operand(n, index) for n in node.args)
+        return function(truth.get(a, a), truth.get(b, b))
+
+    return rule
+
+
 def _arange(node: fx.Node, index: Index) -> Any:
     start = node.args[0] if node.target is not aten.arange.default else 0
     step = node.args[2] if len(node.args) > 2 else 1
@@ -114,13 +134,16 @@ def _arange(node: fx.Node, index: Index) -> Any:
 
 
 def _unsqueeze(node: fx.Node, index: Index) -> Any:
-    source, dim = node.args
+    source, dim = _args(node)
     dim %= len(index)
     return _element(source, (*index[:dim], *index[dim + 1 :]))
 
 
+_SLICE_ARGUMENTS = ((0, "self", None), (1, "dim", 0), (2, "start", 0), (4, "step", 1))
+
+
 def _slice(node: fx.Node, index: Index) -> Any:
-    source, dim, start, _, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])
+    source, dim, start, step = (_argument(node, i, name, d) for i, name, d in _SLICE_ARGUMENTS)
     start, step = start or 0, step or 1
     if not isinstance(start, int) or start < 0:
         raise _Unknown(node, f"a slice from {start}")
@@ -130,7 +153,7 @@ def _slice(node: fx.Node, index: Index) -> Any:
 
 def _reshape(node: fx.Node, index: Index) -> Any:
     """Only insertion and removal of dims of size 1."""
-    source = node.args[0]
+    source = _args(node)[0]
     old, new = list(source.meta["val"].shape), list(node.meta["val"].shape)
     if [_sympy(s) for s in old if s != 1] != [_sympy(s) for s in new if s != 1]:
         raise _Unknown(node, "a reshape that mixes dims")
@@ -151,7 +174,7 @@ def _same(node: fx.Node, index: Index) -> Any:
 
 
 def _cast(node: fx.Node, index: Index) -> Any:
-    source = node.args[0]
+    source = _args(node)[0]
     if (source.meta["val"].dtype == torch.bool) != (node.meta["val"].dtype == torch.bool):
         raise _Unknown(node, "a cast between bool and number")
     return _element(source, index)
@@ -177,10 +200,6 @@ _RULES = _table(
     ([aten.lt.Tensor, aten.lt.Scalar], _binary(sympy.Lt)),
     ([aten.ge.Tensor, aten.ge.Scalar], _binary(sympy.Ge)),
     ([aten.gt.Tensor, aten.gt.Scalar], _binary(sympy.Gt)),
-    ([aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor], _binary(lambda a, b: sympy.And(_truth(a), _truth(b)))),
-    ([aten.bitwise_or.Tensor, aten.logical_or.default], _binary(lambda a, b: sympy.Or(_truth(a), _truth(b)))),
+    ([aten.bitwise_and.Tensor, aten.logical_and.default, aten.__and__.Tensor], _logical(sympy.And)),
+    ([aten.bitwise_or.Tensor, aten.logical_or.default, aten.__or__.Tensor], _logical(sympy.Or)),
 )
-
-
-def _truth(value: Any) -> Any:
-    return sympy.true if value == 1 else sympy.false if value == 0 else value

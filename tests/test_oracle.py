@@ -7,128 +7,42 @@ keys above the exit layer. DyVTE shows that this equals removing them. Layouts a
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
+from tiny_models import (
+    CASES,
+    DATA,
+    IMAGE,
+    LAYERS,
+    NEVER,
+    TINY,
+    C,
+    assert_close,
+    chunk,
+    gate,
+    load_golden,
+    one_thread,  # noqa: F401
+    plan,
+    tiny,
+    tiny_llava,
 )
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from vte_compile.errors import InputError, PlanMismatchError, UnsupportedModelError
 from vte_compile.oracle import Oracle, embed
-from vte_compile.plan import GateExit, Plan, StaticExit
+from vte_compile.plan import GateExit, StaticExit
 
-DATA = Path(__file__).parent / "data"
-CASES = ["exit_layer0", "exit_layer2", "exit_layer5_last", "never", "natural_seed100", "natural_seed101"]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
-C, LAYERS, VOCAB, IMAGE = 32, 4, 61, 60
-TINY = dict(
-    vocab_size=VOCAB,
-    hidden_size=C,
-    intermediate_size=48,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    initializer_range=0.3,  # large enough for attention to matter
-    pad_token_id=None,
-)
-NEVER = 1e9  # a threshold no gate reaches
-
-
-# ---------------------------------------------------------------- models and small helpers
-
-
-class Norm64(nn.Module):
-    """RMSNorm without Hugging Face's detour through float32."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
-
-    def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
-
-
-class Rotary64(nn.Module):
-    """Default rotary embedding in float64."""
-
-    def __init__(self, theta: float, dim: int) -> None:
-        super().__init__()
-        self.inv_freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-
-    def forward(self, x, position_ids):
-        angles = (position_ids[..., None].double() * self.inv_freq).repeat(1, 1, 2)
-        return angles.cos(), angles.sin()
-
-
-def to_float64(model):
-    """A copy of a Llama that computes in float64 throughout."""
-    model = copy.deepcopy(model).double()
-    for layer in model.model.layers:
-        layer.input_layernorm = Norm64(layer.input_layernorm)
-        layer.post_attention_layernorm = Norm64(layer.post_attention_layernorm)
-    model.model.norm = Norm64(model.model.norm)
-    config = model.config
-    model.model.rotary_emb = Rotary64(
-        config.rope_parameters["rope_theta"], config.hidden_size // config.num_attention_heads
-    )
-    return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small run many times faster on one thread when the machine's cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def golden():
-    """Models by dtype, and w1 of the gates, built from the golden weights."""
-    data = np.load(DATA / "dyvte_weights.npz")
-    cfg = {key[4:]: data[key].item() for key in data.files if key.startswith("cfg.")}
-    theta = cfg.pop("rope_theta")
-    cfg = {key: value for key, value in cfg.items() if not key.startswith("image_")}
-    model = LlamaForCausalLM(
-        LlamaConfig(**cfg, rope_parameters={"rope_type": "default", "rope_theta": theta}, max_position_embeddings=2048)
-    )
-    weights = {k: torch.from_numpy(data[k]).float() for k in data.files if k.endswith("weight") and "router" not in k}
-    model.load_state_dict(weights)
-    scale = data["router_w1_scale"].item()
-    w1 = [torch.from_numpy(data[f"model.visual_gates_router.{i}.w1.weight.q8"]).double() * scale for i in range(6)]
-    image = slice(int(data["cfg.image_start"]), int(data["cfg.image_start"] + data["cfg.image_len"]))
-    model.eval()
-    return {torch.float32: model, torch.float64: to_float64(model)}, w1, image
-
-
-def tiny(name: str = "llama", **options):
-    torch.manual_seed(0)
-    config, cls = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    }[name]
-    if name == "mistral":
-        options.setdefault("sliding_window", None)
-    return cls(config(**TINY, **options)).eval()
+    return load_golden()
 
 
 @pytest.fixture(scope="module")
@@ -138,34 +52,7 @@ def llama():
 
 @pytest.fixture(scope="module")
 def llava():
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    config = LlavaConfig(
-        vision_config=vision, text_config=LlamaConfig(**TINY), image_token_id=IMAGE, vision_feature_layer=-1
-    )
-    return LlavaForConditionalGeneration(config).eval()
-
-
-def chunk(*layouts: str, seed: int = 0):
-    """inputs_embeds, visual_mask, attention_mask of rows written as strings of t, v and padding."""
-    assert len({len(layout) for layout in layouts}) == 1
-    generator = torch.Generator().manual_seed(seed)
-    embeds = torch.randn(len(layouts), len(layouts[0]), C, generator=generator)
-    visual = torch.tensor([[c == "v" for c in layout] for layout in layouts])
-    real = torch.tensor([[c != "." for c in layout] for layout in layouts])
-    return embeds, visual, real
-
-
-def gate(layer: int, threshold: float = 0.0, seed: int = 0) -> GateExit:
-    generator = torch.Generator().manual_seed(100 * seed + layer)
-    w1 = torch.randn(16, 2 * C, generator=generator) * 0.2
-    return GateExit(layer, w1, torch.randn(2, 16, generator=generator), threshold)
-
-
-def plan(*exits) -> Plan:
-    return Plan(exits=exits)
+    return tiny_llava()
 
 
 def masked_reference(model, embeds, hidden_above: list[tuple[torch.Tensor, int]]):
@@ -193,10 +80,6 @@ def masked_reference(model, embeds, hidden_above: list[tuple[torch.Tensor, int]]
     for handle in handles:
         handle.remove()
     return logits
-
-
-def assert_close(actual, expected, tolerance: float = 2e-5) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 # ---------------------------------------------------------------- golden parity

@@ -615,7 +615,7 @@ def test_plan_without_fingerprint_checks_layers_and_widths(model: LlamaForCausal
 
 
 def test_module_without_decoder_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"Linear has no get_decoder\(\)"):
+    with pytest.raises(UnsupportedModelError, match=r"Linear: no decoder found: it has no get_decoder\(\)"):
         Fingerprint.of(torch.nn.Linear(2, 2))
 
 

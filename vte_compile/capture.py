@@ -2,9 +2,9 @@
 
 Each graph has flat tensors in and out, with lengths that stay symbolic:
 
-    prefill  (inputs_embeds [1, S, C], position_ids [1, S])                          -> logits, key_0, value_0, key_1, ...
-    extend   (inputs_embeds [1, T, C], position_ids [1, T], past ...)                -> the same, keys and values grown
-    decode   (inputs_embeds [B, 1, C], position_ids [B, 1], past ..., kv_start ...)  -> the same
+    prefill  (inputs_embeds [1, S, C], position_ids [1, S])                         -> logits, key_0, value_0, key_1 ...
+    extend   (inputs_embeds [1, T, C], position_ids [1, T], past ...)               -> the same, keys and values grown
+    decode   (inputs_embeds [B, 1, C], position_ids [B, 1], past ..., kv_start ...) -> the same
 
 A layer's keys and values are [B, key/value heads, length of that layer, head size]; lengths differ from layer to layer.
 Prefill and extend take one row at a time (rows leave at different layers); decode takes the batch, with rows aligned at
@@ -27,7 +27,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vte_compile.errors import CaptureError
-from vte_compile.families import DecoderSpec
+from vte_compile.families.decoder import DecoderSpec
 
 Phase = Literal["prefill", "extend", "decode"]
 Parameter = Callable[[], Tensor]
@@ -70,6 +70,9 @@ class DecoderGraph:
 class _TraceLayer(DynamicLayer):
     """A cache layer that leaves one plain concatenation in the graph (or none, in prefill)."""
 
+    keys: Tensor
+    values: Tensor
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.is_initialized:
             key_states = torch.cat([self.keys, key_states], dim=2)
@@ -80,8 +83,8 @@ class _TraceLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _trace_cache(past: list[Tensor]) -> DynamicCache:
-    cache = DynamicCache()
+def _trace_cache(past: list[Tensor]) -> Any:
+    cache: Any = DynamicCache()
     for keys, values in zip(past[::2], past[1::2], strict=True):
         layer = _TraceLayer()
         layer.keys, layer.values, layer.is_initialized = keys, values, True
@@ -177,7 +180,7 @@ def capture(spec: DecoderSpec, phase: Phase, *, batched: bool = False) -> Decode
     The model is not modified. Its weights are referred to, not copied.
 
     Args:
-        spec: The decoder, from :func:`vte_compile.families.describe`.
+        spec: The decoder, from :func:`vte_compile.families.decoder.describe`.
         phase: ``prefill``, ``extend`` or ``decode``.
         batched: Keep the batch size symbolic (decode only).
 
@@ -223,29 +226,24 @@ def _reader(wrapper: nn.Module, module: fx.GraphModule, target: str) -> Paramete
 
 
 def _examples(spec: DecoderSpec, phase: Phase, batched: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    reference = next(spec.decoder.layers.parameters())  # type: ignore[union-attr, operator]
-    options = {"device": reference.device, "dtype": _floating_dtype(spec.decoder)}
+    options: dict[str, Any] = {"device": spec.device, "dtype": spec.dtype}
     batch = _EXAMPLE_BATCH if batched else 1
     tokens = 1 if phase == "decode" else _EXAMPLE_TOKENS
     embeds = torch.zeros(batch, tokens, spec.hidden_size, **options)
-    positions = torch.arange(tokens, device=reference.device).expand(batch, -1).contiguous()
+    positions = torch.arange(tokens, device=spec.device).expand(batch, -1).contiguous()
     dims = ({0: Dim.AUTO} if batched else {}) | ({} if phase == "decode" else {1: Dim.AUTO})
     past: list[Tensor] = []
     kv_start: list[Tensor] = []
     if phase != "prefill":
-        heads = spec.config.num_key_value_heads
+        heads = getattr(spec.config, "num_key_value_heads", None) or spec.config.num_attention_heads
         size = getattr(spec.config, "head_dim", None) or spec.hidden_size // spec.config.num_attention_heads
         for layer in range(spec.num_layers):
             past += [torch.zeros(batch, heads, _EXAMPLE_PAST + layer, size, **options) for _ in range(2)]
             if batched:
-                kv_start.append(torch.zeros(batch, dtype=torch.long, device=reference.device))
+                kv_start.append(torch.zeros(batch, dtype=torch.long, device=spec.device))
     past_dims = ({0: Dim.AUTO} if batched else {}) | {2: Dim.AUTO}
     shapes = (dims, dims, [past_dims] * len(past), [{0: Dim.AUTO}] * len(kv_start))
     return (embeds, positions, past, kv_start), shapes
-
-
-def _floating_dtype(decoder: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in decoder.parameters() if p.dtype.is_floating_point)
 
 
 def _name_inputs(module: fx.GraphModule, phase: Phase, layers: int) -> None:

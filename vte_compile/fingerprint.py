@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vte_compile.errors import PlanError, PlanMismatchError, UnsupportedModelError
+from vte_compile.families.decoder import find_decoder
 
 _PROBED_LAYERS = 4
 _VALUES_PER_PARAMETER = 16
@@ -142,26 +143,6 @@ class Fingerprint:
             raise PlanMismatchError(
                 f"fingerprint: this plan is for another model ({'; '.join(differences)}); {_REMEDY}"
             )
-
-
-def find_decoder(model: nn.Module) -> nn.Module:
-    """The innermost decoder `model` names with ``get_decoder()``: the module that holds the decoder layers.
-
-    Raises:
-        UnsupportedModelError: `model` has no ``get_decoder()``.
-    """
-    decoder = model
-    while True:
-        get_decoder = getattr(decoder, "get_decoder", None)
-        if get_decoder is None:
-            if decoder is model:
-                raise UnsupportedModelError(f"{type(model).__name__} has no get_decoder(); pass a transformers model")
-            return decoder
-        # Some models name their causal LM rather than the decoder in it, so ask again until it names itself.
-        inner = get_decoder()
-        if inner is decoder or not isinstance(inner, nn.Module):
-            return decoder
-        decoder = inner
 
 
 def decoder_facts(model: nn.Module) -> DecoderFacts:

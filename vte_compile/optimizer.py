@@ -17,7 +17,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vte_compile.errors import InputError, UnsupportedModelError
-from vte_compile.families import DecoderSpec, decoder_inputs, describe
+from vte_compile.families.decoder import DecoderSpec, describe
+from vte_compile.families.inputs import decoder_inputs
 from vte_compile.plan import Plan
 from vte_compile.plan_files import JSON_NAME
 from vte_compile.runtime.cache import ExitCache
@@ -54,8 +55,8 @@ def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = 
     and so on work as before. The model itself is not modified. Outputs also carry ``exit_layer``.
 
     Args:
-        model: A causal language model or LLaVA-type MLLM of transformers, on one device. An optimized model gives another
-            for the new plan, which shares what was traced and compiled (``compile`` is then left as it was).
+        model: A causal language model or LLaVA-type MLLM of transformers, on one device. An optimized model gives
+            another for the new plan, which shares what was traced and compiled (``compile`` is then left as it was).
         plan: What to do. None: the plan saved beside the model's checkpoint if there is one, else only what is
             lossless (a log message says which).
         compile: Whether the graphs run through Inductor. None: if its compiler is there (a warning says if it is not).
@@ -71,21 +72,25 @@ def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = 
             ``compile=True`` without a working compiler.
     """
     plan = _find_plan(model) if plan is None else plan
-    if isinstance(model, OptimizedModel):
-        if compile not in (None, model._vte_runner.compiler is not None):
-            raise InputError(f"compile={compile}: a new plan cannot change that: optimize the original model.")
-        plan.check(model)
-        again = copy.copy(model)
-        again._vte_runner = model._vte_runner.with_plan(plan)
-        return again  # type: ignore[return-value]
+    if issubclass(type(model), OptimizedModel):
+        return _replan(model, plan, compile)
     spec = describe(model)
     _check_placement(model)
     plan.check(model)
-    device = spec.lm_head.weight.device
-    compiler = PieceCompiler() if find_backend(device, compile) else None
+    compiler = PieceCompiler() if find_backend(spec.device, compile) else None
     runner = DecoderRunner(spec, plan, compiler)
     verify_prefill(model, runner)
     return _wrap(model, spec, runner)
+
+
+def _replan(model: Any, plan: Plan, compile: bool | None) -> Any:
+    """An optimized model for another plan, with what the first one traced and compiled."""
+    if compile not in (None, model._vte_runner.compiler is not None):
+        raise InputError(f"compile={compile}: a new plan cannot change that: optimize the original model.")
+    plan.check(model)
+    again = _shallow_copy(model)
+    again._vte_runner = model._vte_runner.with_plan(plan)
+    return again
 
 
 def _find_plan(model: PreTrainedModel) -> Plan:
@@ -93,7 +98,7 @@ def _find_plan(model: PreTrainedModel) -> Plan:
     if checkpoint.is_dir() and (checkpoint / JSON_NAME).is_file():
         logger.info("optimize: using the plan beside the checkpoint, %s", checkpoint / JSON_NAME)
         return Plan.from_pretrained(checkpoint)
-    logger.info("optimize: no plan was given and none is beside the checkpoint: only lossless passes apply, no token leaves")
+    logger.info("optimize: no plan given, none beside the checkpoint: only lossless passes apply, no token leaves")
     return Plan()
 
 
@@ -102,24 +107,32 @@ def _check_placement(model: nn.Module) -> None:
     if len(devices) > 1 or any(d.type == "meta" for d in devices):
         names = ", ".join(sorted(str(d) for d in devices))
         raise UnsupportedModelError(
-            f"{type(model).__name__} is spread over {names}: load it on one device (device_map with one entry, no offloading)."
+            f"{type(model).__name__} is spread over {names}: load it on one device (device_map with one entry, no "
+            "offloading)."
         )
     if model.training:
-        logger.warning("optimize: the model is in training mode; the optimized decoder is for inference: call model.eval()")
+        logger.warning(
+            "optimize: the model is in training mode, but an optimized one is for inference: call model.eval()"
+        )
 
 
 def _wrap(model: ModelT, spec: DecoderSpec, runner: DecoderRunner) -> ModelT:
     """A shallow copy of the model, of a subclass that carries the same name."""
     base = type(model)
-    fast = copy.copy(model)
-    for name in ("_modules", "_parameters", "_buffers"):
-        setattr(fast, name, dict(getattr(model, name)))
-    fast.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    fast = _shallow_copy(model)
     signature = inspect.signature(base.forward)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     fast.__class__ = type(base.__name__, (OptimizedModel, base), {**names, "forward": _forward_like(signature)})
     fast.training = False  # of this object; the shared modules stay as they are
-    fast._vte_spec, fast._vte_runner = spec, runner  # type: ignore[assignment]
+    fast._vte_spec, fast._vte_runner = spec, runner
+    return fast
+
+
+def _shallow_copy(model: Any) -> Any:
+    """The same submodules and weights, but tables of its own: what is set or hooked on the copy stays there."""
+    fast = copy.copy(model)
+    fast.__dict__.update({name: copy.copy(value) for name, value in vars(model).items() if isinstance(value, dict)})
+    fast.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return fast
 
 
@@ -143,6 +156,9 @@ def _forward_like(signature: inspect.Signature) -> Any:
     forward.__doc__ = OptimizedModel._vte_forward.__doc__
     return forward
 
+
+# Ways to generate that show the model a part of the prompt, or the prompt and guessed tokens.
+_UNUSABLE_IN_GENERATE = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
 
 # generate() discards the outputs of its first call; this is where it finds the exit layers of it.
 _generation_exits: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("vte_exits", default=None)
@@ -195,13 +211,14 @@ class OptimizedModel:
             keep = given("logits_to_keep", 0)
             last = isinstance(keep, int) and keep == 1
             output = self._vte_runner.run(inputs.embeds, inputs.visual_mask, mask, positions, cache, last=last)
-        if not decoding and (record := _generation_exits.get()) is not None:
+        record = _generation_exits.get()
+        if record is not None and not record:
             record.append(output.exit_layer)
         logits = output.logits if last else _keep_logits(output.logits, keep)
         use_cache = given("use_cache") if given("use_cache") is not None else self._vte_spec.config.use_cache
         result = CausalLMOutputWithExit(
             loss=self._loss(logits, given("labels"), keep),
-            logits=logits,  # type: ignore[arg-type]
+            logits=logits,
             past_key_values=cache if use_cache else None,
             image_hidden_states=inputs.image_hidden_states,
             exit_layer=output.exit_layer,
@@ -223,7 +240,8 @@ class OptimizedModel:
             return ExitCache.adopt(given)
         if type(given) is DynamicCache:
             raise InputError(
-                "past_key_values holds tokens that another model cached: pass a cache this model returned, or an empty one."
+                "past_key_values holds tokens that another model cached: pass a cache this model returned, or an "
+                "empty one."
             )
         raise InputError(
             f"past_key_values: a {type(given).__name__} cannot hold layers of different lengths: use a DynamicCache "
@@ -235,32 +253,46 @@ class OptimizedModel:
             return None
         if not isinstance(keep, int) or keep != 0:
             raise InputError("labels need all logits: leave logits_to_keep at 0.")
-        return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])  # type: ignore[attr-defined, no-any-return]
+        return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])  # type: ignore[attr-defined]
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """The model's own, with ``visual_mask`` cut to the tokens of this call."""
         visual_mask = kwargs.pop("visual_mask", None)
+        # generate() looks for the name inputs_embeds in this signature before it accepts them.
+        kwargs["inputs_embeds"] = inputs_embeds
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
-        if visual_mask is not None:
+        if visual_mask is not None and kwargs.get("is_first_iteration"):  # else a decode step: text
             tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             cache = inputs.get("past_key_values")
             seen = cache.get_seq_length() if cache is not None else 0
-            if seen == 0 or visual_mask.shape[1] == seen + tokens.shape[1]:  # else a decode step: text
-                inputs["visual_mask"] = visual_mask[:, -tokens.shape[1] :] if seen else visual_mask
-        return inputs  # type: ignore[no-any-return]
+            whole = visual_mask.ndim == 2 and visual_mask.shape[1] == seen + tokens.shape[1]
+            inputs["visual_mask"] = visual_mask[:, seen:] if whole else visual_mask
+        return inputs
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """None: the runner counts each row's tokens. The usual ones go wrong behind padding on the right."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate(). The result carries ``exit_layer`` [rows of the result] int64, -1 = never.
 
         Raises:
-            InputError: ``use_cache=False`` or ``prefill_chunk_size``: exits are decided once, on the whole prompt.
+            InputError: ``use_cache=False``, ``prefill_chunk_size`` or assisted decoding: exits are decided once, on
+                the whole prompt and nothing else.
         """
         config = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
-        for name, unusable in (("use_cache", False), ("prefill_chunk_size", ...)):
-            value = kwargs.get(name, getattr(config, name, None))
-            if value is unusable or (unusable is ... and value is not None):
-                raise InputError(f"generate({name}={value}): exits are decided once, on the whole prompt: leave {name} unset.")
-        token = _generation_exits.set(record := [])
+        unusable = {name: kwargs.get(name, getattr(config, name, None)) for name in _UNUSABLE_IN_GENERATE}
+        unusable["use_cache"] = False if kwargs.get("use_cache", config.use_cache) is False else None
+        for name, value in unusable.items():
+            if value is not None:
+                shown = value if isinstance(value, int) else type(value).__name__
+                raise InputError(
+                    f"generate({name}={shown}): exits are decided once, on the whole prompt and nothing else: leave it "
+                    "unset."
+                )
+        record: list[Tensor] = []
+        token = _generation_exits.set(record)
         try:
             result = super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
@@ -294,7 +326,8 @@ def _chunk_mask(mask: Tensor | None, batch: int, length: int, past: int, device:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
     if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, past + length):
         raise InputError(
-            f"attention_mask: expected shape [{batch}, {past + length}] ([batch, tokens so far]), got {list(mask.shape)}."
+            f"attention_mask: expected shape [{batch}, {past + length}] ([batch, tokens so far]), got "
+            f"{list(mask.shape)}."
         )
     return mask[:, -length:].to(device=device, dtype=torch.bool)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vte_compile.errors import InputError, UnsupportedModelError
-from vte_compile.fingerprint import find_decoder
+from vte_compile.families.decoder import find_decoder
 from vte_compile.plan import GateExit, Plan, StaticExit
 
 __all__ = ["Oracle", "OracleCache", "OracleGeneration", "OracleOutput", "RowCache", "embed"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vte_compile.errors import UnsupportedModelError
 
@@ -32,6 +34,20 @@ class DecoderSpec:
         return len(self.decoder.layers)  # type: ignore[arg-type]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of what the decoder takes."""
+        return self._head_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder is."""
+        return self._head_weight.device
+
+    @property
+    def _head_weight(self) -> Tensor:
+        return self.lm_head.get_parameter("weight")
+
+    @property
     def is_multimodal(self) -> bool:
         """Whether the decoder sits inside a wrapper that merges other modalities into its inputs."""
         return "." in self.path
@@ -41,6 +57,29 @@ class DecoderSpec:
         return int(self.config.hidden_size)
 
 
+def find_decoder(model: nn.Module) -> nn.Module:
+    """The innermost decoder `model` names with ``get_decoder()``: the module that holds the decoder layers.
+
+    Raises:
+        UnsupportedModelError: `model` has no ``get_decoder()``.
+    """
+    decoder = model
+    while True:
+        get_decoder = getattr(decoder, "get_decoder", None)
+        if get_decoder is None:
+            if decoder is model:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: no decoder found: it has no get_decoder(). Pass a transformers model "
+                    "with a language-modelling head, such as LlavaForConditionalGeneration or LlamaForCausalLM."
+                )
+            return decoder
+        # Some models name their causal LM rather than the decoder in it, so ask again until it names itself.
+        inner = get_decoder()
+        if inner is decoder or not isinstance(inner, nn.Module):
+            return decoder
+        decoder = inner
+
+
 def describe(model: nn.Module) -> DecoderSpec:
     """Describe a causal language model or an MLLM of transformers.
 
@@ -48,22 +87,20 @@ def describe(model: nn.Module) -> DecoderSpec:
         UnsupportedModelError: No decoder, or one with a layout that cannot be rewritten soundly.
     """
     name = type(model).__name__
-    if not hasattr(model, "get_decoder") or not hasattr(model, "get_output_embeddings"):
-        raise UnsupportedModelError(
-            f"{name}: no decoder found: it has no get_decoder() and get_output_embeddings(). Pass a transformers model "
-            "with a language-modelling head, such as LlavaForConditionalGeneration or LlamaForCausalLM."
-        )
-    decoder = model.get_decoder()
+    decoder: Any = find_decoder(model)
     missing = [part for part in ("layers", "norm", "rotary_emb") if not hasattr(decoder, part)]
     if missing or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise UnsupportedModelError(
             f"{name}: no decoder found: get_decoder() gives a {type(decoder).__name__} without "
-            f"{', '.join(missing) or 'a ModuleList of layers'}. Only decoder-only models with rotary positions are known."
+            f"{', '.join(missing) or 'a ModuleList of layers'}. Only decoder-only models with rotary positions "
+            "are known."
         )
-    lm_head = model.get_output_embeddings()
+    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    lm_head: Any = get_head()
     if lm_head is None:
         raise UnsupportedModelError(f"{name}: no language-modelling head: load the ...ForConditionalGeneration class.")
     _refuse_sliding_window(name, decoder)
+    _refuse_unknown_layout(model, decoder)
     return DecoderSpec(decoder, lm_head, _path_of(model, decoder), decoder.config, _visual_token_ids(model))
 
 
@@ -91,3 +128,22 @@ def _refuse_sliding_window(name: str, decoder: nn.Module) -> None:
                 f"{name}: decoder layer {layer} uses {kind}: only full attention is supported so far "
                 "(set sliding_window=None in the config if prompts stay below the window)."
             )
+
+
+def _refuse_unknown_layout(model: nn.Module, decoder: nn.Module) -> None:
+    """What a check on a short text prompt would not show: images, or long prompts, would be computed wrongly."""
+    name = type(model).__name__
+    config: Any = decoder.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        raise UnsupportedModelError(f"{name}: its decoder has multimodal (3-D) rotary positions: not supported so far.")
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        raise UnsupportedModelError(
+            f"{name}: its decoder has {rope['rope_type']} rotary positions, which depend on the longest row: not "
+            "supported so far."
+        )
+    if "token_type_ids" in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(
+            f"{name} takes token_type_ids, by which image tokens attend to later ones: only causal attention is "
+            "supported so far."
+        )

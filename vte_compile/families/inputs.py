@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from vte_compile.errors import InputError
+from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec
+
+# What a merger may hand to its decoder and the runner decides itself; anything else would be lost.
+_DECODER_ARGUMENTS = frozenset(
+    "attention_mask position_ids past_key_values use_cache cache_position return_dict output_attentions "
+    "output_hidden_states logits_to_keep".split()
+)
 
 
 @dataclass
@@ -30,8 +36,12 @@ def _recorder(decoder: nn.Module, recorded: list[Tensor]) -> nn.Module:
     """A stand-in for the decoder while the model's own code merges text and images: same attributes, no layers run."""
 
     def forward(inputs_embeds: Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        if extra := sorted(k for k, v in kwargs.items() if k not in _DECODER_ARGUMENTS and v is not None):
+            raise UnsupportedModelError(
+                f"{type(decoder).__name__} is given {', '.join(extra)} besides embeddings: not supported so far."
+            )
         recorded.append(inputs_embeds)
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
     stand_in = copy.copy(decoder)
     stand_in.forward = forward
@@ -110,8 +120,8 @@ def _visual_mask(
     if input_ids is not None:
         if may_exit and spec.is_multimodal and not spec.visual_token_ids:
             raise InputError(
-                "The plan has exits, but no visual token id is known: the model's config has neither image_token_id nor "
-                "video_token_id. Set it, or pass visual_mask ([batch, tokens] bool)."
+                "The plan has exits, but no visual token id is known: the model's config has neither image_token_id "
+                "nor video_token_id. Set it, or pass visual_mask ([batch, tokens] bool)."
             )
         # A language model alone embeds text only, so no id of it can be visual.
         return torch.isin(input_ids, torch.tensor(spec.visual_token_ids, device=device, dtype=input_ids.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class ExitCache(DynamicCache):
     generate() expects; ``lengths`` tells what each layer really holds.
     """
 
+    layers: list[Any]
     starts: Tensor
     """[L, B] int64."""
     next_positions: Tensor

@@ -63,8 +63,8 @@ class PieceCompiler:
         """How many distinct pieces were compiled so far."""
         return len(self._functions)
 
-    def compile(self, module: fx.GraphModule, key: str, examples: list[Tensor]) -> Function:
-        """Compile a graph for inputs shaped like ``examples`` (fake tensors with symbolic sizes), or return it ready made.
+    def compile(self, module: fx.GraphModule, key: str, examples: Sequence[Tensor]) -> Function:
+        """Compile a graph for inputs like ``examples`` (fake tensors with symbolic sizes), or return it ready made.
 
         Raises:
             CaptureError: Inductor failed, or specialized the graph to the example lengths.
@@ -73,7 +73,7 @@ class PieceCompiler:
             environment = _shape_environment(examples)
             before = len(environment.guards) if environment is not None else 0
             with torch.no_grad(), _quiet_artifacts():
-                function: Any = torch._inductor.standalone_compile(module, examples, dynamic_shapes="from_graph")
+                function: Any = torch._inductor.standalone_compile(module, list(examples), dynamic_shapes="from_graph")
             if environment is not None and (added := environment.guards[before:]):
                 raise CaptureError(f"Inductor specialized a piece to {', '.join(str(g.expr) for g in added)}.")
             logger.debug("compiled piece %d", len(self._functions))
@@ -81,7 +81,7 @@ class PieceCompiler:
         return self._functions[key]
 
 
-def _shape_environment(examples: list[Tensor]) -> Any:
+def _shape_environment(examples: Sequence[Tensor]) -> Any:
     return next((e.fake_mode.shape_env for e in examples if hasattr(e, "fake_mode")), None)
 
 

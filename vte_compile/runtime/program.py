@@ -65,9 +65,7 @@ class _ExitStep:
 class Program:
     """A lowered graph, bound to compiled (or plain) pieces."""
 
-    def __init__(
-        self, lowered: PiecewiseGraph, passes: list[PassResult], compiler: PieceCompiler | None
-    ) -> None:
+    def __init__(self, lowered: PiecewiseGraph, passes: list[PassResult], compiler: PieceCompiler | None) -> None:
         self.passes = passes
         """What the passes did and refused on the way here."""
         slots: dict[str, int] = {}
@@ -82,9 +80,7 @@ class Program:
                 function: Function = step.module
                 if compiler is not None:
                     function = compiler.compile(step.module, step.key, step.examples)
-                self._steps.append(
-                    _PieceStep(step, function, slot(step.inputs), slot(step.outputs), _lengths(step))
-                )
+                self._steps.append(_PieceStep(step, function, slot(step.inputs), slot(step.outputs), _lengths(step)))
             else:
                 self._steps.append(_ExitStep(step, slot([step.stream])[0], slot(step.inputs), slot(step.outputs)))
         self._outputs = slot(lowered.outputs)
@@ -135,7 +131,7 @@ def _lengths(piece: Piece) -> list[tuple[int, int]]:
         (i, dim)
         for i, example in enumerate(piece.examples[: len(piece.inputs)])
         for dim, size in enumerate(example.shape)
-        if isinstance(size, torch.SymInt) and dim > 0
+        if dim > 0 and type(size) is not int
     ]
 
 

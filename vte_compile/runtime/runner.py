@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vte_compile.capture import DecoderGraph, Phase, capture
 from vte_compile.errors import InputError
-from vte_compile.families import DecoderSpec
+from vte_compile.families.decoder import DecoderSpec
 from vte_compile.passes import PASSES, PassResult, PassSettings, run_passes
 from vte_compile.passes.lower_piecewise import PiecewiseGraph, lower_piecewise
 from vte_compile.plan import Plan
@@ -74,8 +74,7 @@ class DecoderRunner:
         Raises:
             CaptureError: The decoder could not be traced or rewritten.
         """
-        weight = self.spec.lm_head.weight
-        key = (phase, batched, last or phase == "decode", weight.dtype, weight.device)
+        key = (phase, batched, last or phase == "decode", self.spec.dtype, self.spec.device)
         with self._lock:
             if key not in self._programs:
                 self._programs[key] = Program(*self._lowered(key), self.compiler)
@@ -83,8 +82,7 @@ class DecoderRunner:
 
     def uncompiled_prefill(self) -> Program:
         """The prefill program without Inductor, to look at its numbers before compiling it."""
-        weight = self.spec.lm_head.weight
-        return Program(*self._lowered(("prefill", False, True, weight.dtype, weight.device)), None)
+        return Program(*self._lowered(("prefill", False, True, self.spec.dtype, self.spec.device)), None)
 
     def _lowered(self, key: _Key) -> tuple[PiecewiseGraph, list[PassResult]]:
         if key not in self._graphs:
@@ -159,6 +157,8 @@ class DecoderRunner:
         real = [row.nonzero()[:, 0] for row in attention_mask]
         if cache.is_empty and (empty := [b for b in range(batch) if not len(real[b])]):
             raise InputError(f"attention_mask: row {empty[0]} has no token.")
+        if not any(len(columns) for columns in real):
+            raise InputError("attention_mask: no row has a token.")
         rows: list[_RowOutput | None] = []
         next_positions = []
         previous: tuple[Tensor, ...] | None = None
@@ -186,7 +186,9 @@ class DecoderRunner:
         cache.replace(kv, tokens, torch.tensor(next_positions, device=embeds.device), exit_layer)
         return RunnerOutput(logits, exit_layer)
 
-    def _row(self, embeds: Tensor, visual_mask: Tensor, positions: Tensor, past: RowKV | None, last: bool) -> _RowOutput:
+    def _row(
+        self, embeds: Tensor, visual_mask: Tensor, positions: Tensor, past: RowKV | None, last: bool
+    ) -> _RowOutput:
         visual = VisualTokens.find(visual_mask) if self.plan.exits else None
         program = self.program("prefill" if past is None else "extend", last=last)
         flat = [] if past is None else [t.contiguous() for pair in past for t in pair]
