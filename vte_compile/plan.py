@@ -6,48 +6,17 @@ described in vte_compile/plan_files.py.
 
 from __future__ import annotations
 
-import math
-import operator
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vte_compile.errors import PlanError, PlanMismatchError
 from vte_compile.fingerprint import Fingerprint, decoder_facts
-
-_GATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _layer_index(layer: object) -> int:
-    """`layer` as a plain int (numpy integers are welcome, booleans are not)."""
-    try:
-        index = None if isinstance(layer, bool) else operator.index(layer)  # type: ignore[arg-type]
-    except TypeError:
-        index = None
-    if index is None:
-        raise PlanError(f"layer: expected an integer, got {type(layer).__name__}")
-    if index < 0:
-        raise PlanError(f"layer: must be 0 or more, got {index}")
-    return index
-
-
-def _threshold(threshold: object) -> float:
-    """`threshold` as a finite float (any real number but booleans is welcome)."""
-    if isinstance(threshold, bool) or not isinstance(threshold, Real):
-        raise PlanError(f"threshold: expected a number, got {type(threshold).__name__}")
-    try:
-        value = float(threshold)
-    except OverflowError:  # an integer
-        value = math.inf
-    if not math.isfinite(value):
-        raise PlanError(f"threshold: must be finite, got {value}")
-    return value
+from vte_compile.plan_fields import check_pair, check_values, finite, float_tensor, integer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,30 +44,15 @@ class GateExit:
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer", _layer_index(self.layer))
-        object.__setattr__(self, "threshold", _threshold(self.threshold))
+        object.__setattr__(self, "layer", integer("layer", self.layer, 0))
+        object.__setattr__(self, "threshold", finite("threshold", self.threshold))
         for name in ("w1", "w2"):
-            weight = getattr(self, name)
-            if not isinstance(weight, Tensor):
-                raise PlanError(f"{name}: expected a torch.Tensor, got {type(weight).__name__}")
-            if weight.dtype not in _GATE_DTYPES:
-                raise PlanError(f"{name}: expected float16, bfloat16, float32 or float64, got {weight.dtype}")
-            if weight.ndim != 2:
-                raise PlanError(f"{name}: expected 2 dimensions, got shape {list(weight.shape)}")
-            if weight.is_meta:
-                raise PlanError(f"{name}: has no values (it is on the meta device)")
-            object.__setattr__(self, name, weight.detach())
+            object.__setattr__(self, name, float_tensor(name, getattr(self, name), 2))
         if self.w1.shape[0] == 0 or self.w1.shape[1] == 0 or self.w1.shape[1] % 2:
             raise PlanError(f"w1: expected shape [M, 2C], got {list(self.w1.shape)}")
-        if list(self.w2.shape) != [2, self.width]:
-            raise PlanError(f"w2: expected shape [2, {self.width}] to go with w1, got {list(self.w2.shape)}")
-        if (self.w2.dtype, self.w2.device) != (self.w1.dtype, self.w1.device):
-            raise PlanError(
-                f"w2: {self.w2.dtype} on {self.w2.device} does not go with w1: {self.w1.dtype} on {self.w1.device}"
-            )
-        for name in ("w1", "w2"):
-            if not bool(torch.isfinite(getattr(self, name)).all()):
-                raise PlanError(f"{name}: holds NaN or infinite values")
+        check_pair("w2", self.w2, [2, self.width], "w1", self.w1)
+        check_values("w1", self.w1)
+        check_values("w2", self.w2)
 
     @property
     def width(self) -> int:
@@ -125,7 +79,7 @@ class StaticExit:
     layer: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer", _layer_index(self.layer))
+        object.__setattr__(self, "layer", integer("layer", self.layer, 0))
 
 
 Exit = GateExit | StaticExit
