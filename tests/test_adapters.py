@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import DATA
+from tiny_models import DATA, random_adapter
 from torch import Tensor
 
 from vte_compile.adapters import (
@@ -201,19 +201,8 @@ def test_golden_meter_adapters() -> None:
 # Rows and padding
 
 
-def random_adapter(cls: type, width: int = 6, c: int = 8, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
-    torch.manual_seed(seed)
-
-    def projection(*shape: int) -> Projection:
-        return Projection(torch.randn(*shape, dtype=dtype), torch.randn(shape[0], dtype=dtype))
-
-    downs = [projection(width, c) for _ in range(2 if cls is PIA else 1)]
-    router = Router(torch.randn(2, c, dtype=dtype), torch.randn(2, dtype=dtype))
-    return cls(*downs, projection(c, width // 2), projection(c, width // 2), router, 0.7)
-
-
 def test_rows_do_not_see_each_other_nor_their_padding() -> None:
-    pia = random_adapter(PIA)
+    pia = random_adapter(PIA, hidden_size=8, dtype=torch.float64)
     x = torch.randn(3, 7, 8, dtype=torch.float64)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 0, 0], [1] * 7]).bool()
     x[~mask] = float("nan")
@@ -228,7 +217,7 @@ def test_rows_do_not_see_each_other_nor_their_padding() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
-    pia = random_adapter(PIA, dtype=dtype)
+    pia = random_adapter(PIA, hidden_size=8, dtype=dtype)
     x = torch.randn(2, 5, 8).to(dtype)
     w, p = route(pia.router, x), pool(pia, x)
     assert (w.dtype, p.dtype, apply_pia(pia, x, w, p).dtype) == (torch.float32, torch.float32, dtype)
@@ -244,9 +233,9 @@ def test_static_router_weighs_every_row_the_same() -> None:
 def test_fold_needs_the_pooled_vector_of_a_pia_only() -> None:
     w = torch.tensor([0.5, 0.5])
     with pytest.raises(InputError, match="a PIA needs the pooled vector"):
-        fold(random_adapter(PIA), w)
+        fold(random_adapter(PIA, hidden_size=8, dtype=torch.float64), w)
     with pytest.raises(InputError, match="a PlainAdapter has no pooled vector"):
-        fold(random_adapter(PlainAdapter), w, torch.ones(6))
+        fold(random_adapter(PlainAdapter, hidden_size=8, dtype=torch.float64), w, torch.ones(6))
 
 
 # Bad fields

@@ -14,7 +14,16 @@ import vte_compile
 ROOT = Path(__file__).resolve().parent.parent
 
 # The public interface: a change here is a change for users.
-PUBLIC_NAMES = ["GateExit", "Oracle", "Plan", "StaticExit", "__version__", "optimize"]
+PUBLIC_NAMES = [
+    "GateExit",
+    "KeptAdapter",
+    "Oracle",
+    "Plan",
+    "SkippedAttention",
+    "StaticExit",
+    "__version__",
+    "optimize",
+]
 
 # Tools for one door or for the command line, which a user of another door may not have, or should not wait for.
 # (Not accelerate: transformers itself imports it where it is installed.)
@@ -55,7 +64,9 @@ def test_import_loads_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_plan_needs_no_transformers(tmp_path: Path) -> None:
-    loaded = modules_after("from vte_compile import GateExit, Plan, StaticExit", tmp_path)
+    loaded = modules_after(
+        "from vte_compile import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit", tmp_path
+    )
     assert sorted(loaded & {"transformers", "huggingface_hub", *HEAVY}) == []
 
 

@@ -133,9 +133,9 @@ def test_bad_gate_is_refused(arguments: tuple[Any, ...], message: str) -> None:
         (([3],), r"exits\[0\]: expected a GateExit or StaticExit, got int"),
         (([gate(4), StaticExit(4)],), r"exits\[1\]\.layer: layer 4 already has exits\[0\]"),
         (([gate(5), StaticExit(4)],), r"exits\[1\]\.layer: 5 is never reached, because the static exit after layer 4"),
-        (([gate(1), gate(2, hidden_size=8)],), r"exits\[1\]\.w1: is for hidden size 8, but the first gate for 16"),
+        (([gate(1), gate(2, hidden_size=8)],), r"exits\[1\]\.w1: is for hidden size 8, but exits\[0\]\.w1 for 16"),
         (([StaticExit(8)], PLAIN), r"exits\[0\]\.layer: 8 is out of range: the decoder has 8 layers \(0\.\.7\)"),
-        (([gate(1, hidden_size=8)], PLAIN), r"exits\[0\]\.w1: has 16 columns, .* takes 2 \* 16 = 32"),
+        (([gate(1, hidden_size=8)], PLAIN), r"exits\[0\]\.w1: is for hidden size 8, but the decoder's is 16"),
         (([], "llama"), "fingerprint: expected a Fingerprint or None, got str"),
     ],
 )
@@ -213,12 +213,13 @@ def setter(path: str, value: object) -> Callable[[Any], object]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema_version", 2, "schema_version: 2 is newer than 1, .* upgrade vte-compile"),
-        ("schema_version", 10**4000, "schema_version: 1000.* is newer than 1"),
-        ("schema_version", 0, "schema_version: there is no schema 0; expected 1"),
+        ("schema_version", 3, "schema_version: 3 is newer than 2, .* upgrade vte-compile"),
+        ("schema_version", 10**4000, "schema_version: 1000.* is newer than 2"),
+        ("schema_version", 0, "schema_version: there is no schema 0; expected 1 to 2"),
         ("schema_version", True, "schema_version: expected an integer, got a boolean"),
         ("schema_version", "1", "schema_version: expected an integer, got a string"),
-        ("skips", [], "'skips': unknown field"),
+        ("more", [], "'more': unknown field; schema version 2 does not have it here"),
+        ("schema_version", 1, "'adapters': unknown field; schema version 1 does not have it here"),
         ("tensors_sha256", "12", "tensors_sha256: expected 64 hexadecimal digits, got '12'"),
         ("tensors_sha256", None, "tensors_sha256: expected a string, got null"),
         ("fingerprint", [], "fingerprint: expected an object or null, got a list"),
@@ -325,7 +326,7 @@ def test_number_too_large_for_json_is_refused(saved: Path) -> None:
     ("name", "value", "message"),
     [
         ("exits.2.w1", torch.ones(M), r"vte_plan.json: exits\[0\].w1: expected 2 dimensions, got shape \[6\]"),
-        ("exits.4.w1", torch.ones(M, 2), r"vte_plan.json: exits\[1\].w1: is for hidden size 1, but the first gate for"),
+        ("exits.4.w1", torch.ones(M, 2), r"vte_plan.json: exits\[1\].w1: is for hidden size 1, but exits\[0\].w1 for"),
         ("exits.4.w2", torch.ones(3, M), r"vte_plan.json: exits\[1\].w2: expected shape \[2, 6\]"),
         ("exits.2.w2", NAN, r"vte_plan.json: exits\[0\].w2: holds NaN or infinite values"),
         ("exits.2.w1", W1.long(), r"vte_plan.json: exits\[0\].w1: expected float16, .* got torch.int64"),
@@ -608,9 +609,7 @@ def test_plan_without_fingerprint_checks_layers_and_widths(model: LlamaForCausal
         PlanMismatchError, match=r"^exits\[1\].layer: 12 is out of range: the decoder has 8 layers \(0..7\)"
     ):
         Plan([gate(1), StaticExit(12)]).check(model)
-    with pytest.raises(
-        PlanMismatchError, match=r"^exits\[0\].w1: has 16 columns, but the decoder's hidden size 16 takes"
-    ):
+    with pytest.raises(PlanMismatchError, match=r"^exits\[0\].w1: is for hidden size 8, but the decoder's is 16"):
         Plan([gate(1, hidden_size=8)]).check(model)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -26,7 +27,10 @@ from transformers import (
 )
 
 from vte_compile import optimize
-from vte_compile.plan import GateExit, Plan, StaticExit
+from vte_compile.adapters import PIA, PlainAdapter, Projection, Router, StaticRouter
+from vte_compile.plan import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
+
+AdapterT = TypeVar("AdapterT", PIA, PlainAdapter)
 
 DATA = Path(__file__).parent / "data"
 CASES = ["exit_layer0", "exit_layer2", "exit_layer5_last", "never", "natural_seed100", "natural_seed101"]
@@ -174,8 +178,35 @@ def gate(layer: int, threshold: float = 0.0, seed: int = 0) -> GateExit:
     return GateExit(layer, w1, torch.randn(2, 16, generator=generator), threshold)
 
 
-def plan(*exits: GateExit | StaticExit) -> Plan:
-    return Plan(exits=exits)
+def random_adapter(
+    kind: type[AdapterT],
+    seed: int = 0,
+    hidden_size: int = C,
+    width: int = 6,
+    dtype: torch.dtype = torch.float32,
+    router: Router | StaticRouter | None = None,
+) -> AdapterT:
+    """A random PIA or plain adapter, for hidden size `C`; with a router per prompt unless one is given."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    def projection(out: int, in_: int) -> Projection:
+        return Projection(random(out, in_) * 0.4, random(out) * 0.4)
+
+    downs = [projection(width, hidden_size) for _ in range(2 if kind is PIA else 1)]
+    ups = [projection(hidden_size, width // 2) for _ in range(2)]
+    # A low temperature: the experts weigh differently from prompt to prompt.
+    return kind(*downs, *ups, router or Router(random(2, hidden_size), random(2), 2.0), scale=0.7)
+
+
+def plan(*parts: GateExit | StaticExit | SkippedAttention | KeptAdapter) -> Plan:
+    return Plan(
+        exits=[part for part in parts if isinstance(part, GateExit | StaticExit)],
+        skips=[part for part in parts if isinstance(part, SkippedAttention)],
+        adapters=[part for part in parts if isinstance(part, KeptAdapter)],
+    )
 
 
 def assert_close(actual, expected, tolerance: float = 2e-5) -> None:

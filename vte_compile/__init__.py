@@ -12,14 +12,25 @@ from vte_compile.version import __version__
 if TYPE_CHECKING:
     from vte_compile.optimizer import optimize
     from vte_compile.oracle import Oracle
-    from vte_compile.plan import GateExit, Plan, StaticExit
+    from vte_compile.plan import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
 
-__all__ = ["GateExit", "Oracle", "Plan", "StaticExit", "__version__", "optimize"]
+__all__ = [
+    "GateExit",
+    "KeptAdapter",
+    "Oracle",
+    "Plan",
+    "SkippedAttention",
+    "StaticExit",
+    "__version__",
+    "optimize",
+]
 
 _HOME = {
     "GateExit": "vte_compile.plan",
+    "KeptAdapter": "vte_compile.plan",
     "Oracle": "vte_compile.oracle",
     "Plan": "vte_compile.plan",
+    "SkippedAttention": "vte_compile.plan",
     "StaticExit": "vte_compile.plan",
     "optimize": "vte_compile.optimizer",
 }

@@ -21,7 +21,6 @@ adapter's dtype. Folding is always in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,16 +102,16 @@ class StaticRouter:
     """Weighs an adapter's two experts the same for every prompt.
 
     Args:
-        weights: (w0, w1), which sum to 1 as a softmax does.
+        weights: (w0, w1), which sum to 1 as a softmax does; kept as a tuple.
 
     Raises:
         PlanError: not two finite numbers, or they do not sum to 1.
     """
 
-    weights: tuple[float, float]
+    weights: tuple[float, float] | list[float]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weights, Sequence) or isinstance(self.weights, str) or len(self.weights) != 2:
+        if not isinstance(self.weights, tuple | list) or len(self.weights) != 2:
             raise PlanError(f"weights: expected two numbers, got {self.weights!r:.60}")
         weights = tuple(finite(f"weights[{index}]", value) for index, value in enumerate(self.weights))
         if abs(sum(weights) - 1) > _SUM_TOLERANCE:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.errors import InputError, PlanError, UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec, describe
 from vte_compile.families.inputs import decoder_inputs
 from vte_compile.plan import Plan
@@ -72,6 +72,7 @@ def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = 
             ``compile=True`` without a working compiler.
     """
     plan = _find_plan(model) if plan is None else plan
+    _refuse_skips(plan)
     if issubclass(type(model), OptimizedModel):
         return _replan(model, plan, compile)
     spec = describe(model)
@@ -81,6 +82,12 @@ def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = 
     runner = DecoderRunner(spec, plan, compiler)
     verify_prefill(model, runner)
     return _wrap(model, spec, runner)
+
+
+def _refuse_skips(plan: Plan) -> None:
+    for field in ("skips", "adapters"):
+        if getattr(plan, field):
+            raise PlanError(f"{field}: optimize() cannot apply them yet; vte_compile.Oracle runs them, without speed")
 
 
 def _replan(model: Any, plan: Plan, compile: bool | None) -> Any:

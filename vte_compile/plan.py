@@ -1,7 +1,8 @@
-"""The plan: a validated description of what to do to a model, here after which decoder layers visual tokens leave.
+"""The plan: a validated description of what to do to a model.
 
-Gates are those of DyVTE (arXiv 2411.19628, section on the "hyper-network"); the files a plan is stored in are
-described in vte_compile/plan_files.py.
+After which decoder layers visual tokens leave, with the gates of DyVTE (arXiv 2411.19628, section on the
+"hyper-network"); which attentions are skipped, and which adapters take their place or stand before those that are kept
+(EAS, arXiv 2403.15226; vte_compile/adapters.py). The files a plan is stored in: vte_compile/plan_files.py.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
+from vte_compile.adapters import PIA, Adapter, PlainAdapter
 from vte_compile.errors import PlanError, PlanMismatchError
 from vte_compile.fingerprint import Fingerprint, decoder_facts
 from vte_compile.plan_fields import check_pair, check_values, finite, float_tensor, integer
@@ -84,6 +87,52 @@ class StaticExit:
 
 Exit = GateExit | StaticExit
 
+
+@dataclass(frozen=True, eq=False)
+class SkippedAttention:
+    """The attention of `layer` (counted from 0) is not computed, and caches nothing (EAS, arXiv 2403.15226).
+
+    With the input norm RMS_in, the post-attention norm RMS_post and its weight g, a pre-norm block becomes::
+
+        out = x + MLP(g * PIA(RMS_in x))     with an adapter
+        out = x + MLP(RMS_post x)            without: training-free
+
+    Args:
+        layer: decoder layer.
+        adapter: what propagates information in the attention's place; None: nothing does.
+
+    Raises:
+        PlanError: a field is of the wrong type, or `layer` is negative.
+    """
+
+    layer: int
+    adapter: PIA | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer", integer("layer", self.layer, 0))
+        if self.adapter is not None and not isinstance(self.adapter, PIA):
+            raise PlanError(f"adapter: expected a PIA or None, got {type(self.adapter).__name__}")
+
+
+@dataclass(frozen=True, eq=False)
+class KeptAdapter:
+    """`layer` (counted from 0) keeps its attention, with an adapter in front of q, k and v (EAS, arXiv 2403.15226)::
+
+        h = x + MHA(AD(RMS_in x)) ;  out = h + MLP(RMS_post h)
+
+    Raises:
+        PlanError: a field is of the wrong type, or `layer` is negative.
+    """
+
+    layer: int
+    adapter: PlainAdapter
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer", integer("layer", self.layer, 0))
+        if not isinstance(self.adapter, PlainAdapter):
+            raise PlanError(f"adapter: expected a PlainAdapter, got {type(self.adapter).__name__}")
+
+
 # Whatever stands before it, such as `base_model.model.` of a PEFT checkpoint, does not matter.
 _DYVTE_KEY = re.compile(r"(?:^|\.)visual_gates_router\.(?P<rest>.+)$")
 _DYVTE_WEIGHT = re.compile(r"(?P<layer>[0-9]{1,6})\.(?P<weight>w1|w2)\.weight")
@@ -91,61 +140,74 @@ _DYVTE_WEIGHT = re.compile(r"(?P<layer>[0-9]{1,6})\.(?P<weight>w1|w2)\.weight")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan:
-    """What to do to a model: after which decoder layers its visual tokens may leave.
+    """What to do to a model: after which decoder layers its visual tokens may leave, and which attentions it skips.
 
-    Exits are tried from the lowest layer upward, in prefill, per sample, until the first that fires.
+    Exits are tried from the lowest layer upward, in prefill, per sample, until the first that fires. Exits, skips and
+    adapters are independent of each other: any of them may be on the same layer, but for a skip and a `KeptAdapter`.
 
     Args:
         exits: in any order; kept as a tuple sorted by layer. At most one per layer, and none above a static exit,
             which always fires first.
         fingerprint: the model the plan was made for; None leaves only layers and widths to check.
+        skips: in any order; kept as a tuple sorted by layer. At most one per layer.
+        adapters: of attentions that are kept; in any order; kept as a tuple sorted by layer. At most one per layer,
+            and none on a skipped layer.
 
     Raises:
-        PlanError: exits contradict each other or the fingerprint; the message names the exit by its sorted index.
+        PlanError: parts contradict each other or the fingerprint; the message names the part by its sorted index.
     """
 
     exits: Sequence[Exit] = ()
     fingerprint: Fingerprint | None = None
+    skips: Sequence[SkippedAttention] = ()
+    adapters: Sequence[KeptAdapter] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.exits, Iterable):
-            raise PlanError(f"exits: expected a sequence of exits, got {type(self.exits).__name__}")
-        exits = tuple(self.exits)
-        for index, exit_ in enumerate(exits):
-            if not isinstance(exit_, GateExit | StaticExit):
-                raise PlanError(f"exits[{index}]: expected a GateExit or StaticExit, got {type(exit_).__name__}")
-        object.__setattr__(self, "exits", tuple(sorted(exits, key=lambda exit_: exit_.layer)))
+        object.__setattr__(self, "exits", _sorted_parts("exits", self.exits, GateExit, StaticExit))
+        object.__setattr__(self, "skips", _sorted_parts("skips", self.skips, SkippedAttention))
+        object.__setattr__(self, "adapters", _sorted_parts("adapters", self.adapters, KeptAdapter))
         if self.fingerprint is not None and not isinstance(self.fingerprint, Fingerprint):
             raise PlanError(f"fingerprint: expected a Fingerprint or None, got {type(self.fingerprint).__name__}")
-        hidden_size = next((exit_.hidden_size for exit_ in self.exits if isinstance(exit_, GateExit)), None)
-        for index, exit_ in enumerate(self.exits):
-            below = self.exits[index - 1] if index else None
-            if below is not None and below.layer == exit_.layer:
-                raise PlanError(f"exits[{index}].layer: layer {exit_.layer} already has exits[{index - 1}]")
+        for index, (below, exit_) in enumerate(pairwise(self.exits), 1):
             if isinstance(below, StaticExit):
                 raise PlanError(
                     f"exits[{index}].layer: {exit_.layer} is never reached, because the static exit after layer "
                     f"{below.layer} always fires; remove one of the two"
                 )
-            if isinstance(exit_, GateExit) and exit_.hidden_size != hidden_size:
+        skipped = {skip.layer: index for index, skip in enumerate(self.skips)}
+        for index, kept in enumerate(self.adapters):
+            if kept.layer in skipped:
                 raise PlanError(
-                    f"exits[{index}].w1: is for hidden size {exit_.hidden_size}, but the first gate for {hidden_size}"
+                    f"adapters[{index}].layer: the attention of layer {kept.layer} is skipped, by "
+                    f"skips[{skipped[kept.layer]}]; remove one of the two"
                 )
+        sizes = self._hidden_sizes()
+        for name, hidden_size in sizes.items():
+            first, first_size = next(iter(sizes.items()))
+            if hidden_size != first_size:
+                raise PlanError(f"{name}: is for hidden size {hidden_size}, but {first} for {first_size}")
         if self.fingerprint is not None:
             self._check_sizes(self.fingerprint.num_layers, self.fingerprint.hidden_size, PlanError)
 
+    def _hidden_sizes(self) -> dict[str, int]:
+        """The hidden size that each field with weights is for."""
+        gates = {f"exits[{i}].w1": exit_ for i, exit_ in enumerate(self.exits) if isinstance(exit_, GateExit)}
+        pias = {f"skips[{i}].adapter": skip.adapter for i, skip in enumerate(self.skips) if skip.adapter is not None}
+        plain = {f"adapters[{i}].adapter": kept.adapter for i, kept in enumerate(self.adapters)}
+        parts: dict[str, GateExit | Adapter] = {**gates, **pias, **plain}
+        return {name: part.hidden_size for name, part in parts.items()}
+
     def _check_sizes(self, num_layers: int, hidden_size: int, error: type[PlanError]) -> None:
-        for index, exit_ in enumerate(self.exits):
-            if exit_.layer >= num_layers:
-                raise error(
-                    f"exits[{index}].layer: {exit_.layer} is out of range: the decoder has {num_layers} layers "
-                    f"(0..{num_layers - 1})"
-                )
-            if isinstance(exit_, GateExit) and exit_.hidden_size != hidden_size:
-                raise error(
-                    f"exits[{index}].w1: has {exit_.w1.shape[1]} columns, but the decoder's hidden size {hidden_size} "
-                    f"takes 2 * {hidden_size} = {2 * hidden_size}"
-                )
+        for field in ("exits", "skips", "adapters"):
+            for index, part in enumerate(getattr(self, field)):
+                if part.layer >= num_layers:
+                    raise error(
+                        f"{field}[{index}].layer: {part.layer} is out of range: the decoder has {num_layers} layers "
+                        f"(0..{num_layers - 1})"
+                    )
+        for name, size in self._hidden_sizes().items():
+            if size != hidden_size:
+                raise error(f"{name}: is for hidden size {size}, but the decoder's is {hidden_size}")
 
     def check(self, model: nn.Module) -> None:
         """Make sure that the plan can be applied to `model`, a Hugging Face causal LM or MLLM.
@@ -160,13 +222,22 @@ class Plan:
         self._check_sizes(facts.num_layers, facts.hidden_size, PlanMismatchError)
 
     def describe(self) -> list[dict[str, Any]]:
-        """One row per exit, for tables: layer, kind ("gate" or "static"), threshold and width (None if static)."""
-        return [
-            {"layer": exit_.layer, "kind": "gate", "threshold": exit_.threshold, "width": exit_.width}
-            if isinstance(exit_, GateExit)
-            else {"layer": exit_.layer, "kind": "static", "threshold": None, "width": None}
-            for exit_ in self.exits
-        ]
+        """One row per exit, skip and adapter, in this order, for tables.
+
+        Columns: layer; kind ("gate", "static", "skip" or "adapter"); threshold, of a gate, else None; width, of the
+        gate or adapter, else None (a static exit, a training-free skip).
+        """
+        rows: list[dict[str, Any]] = []
+        for exit_ in self.exits:
+            if isinstance(exit_, GateExit):
+                rows.append(_row(exit_.layer, "gate", exit_.threshold, exit_.width))
+            else:
+                rows.append(_row(exit_.layer, "static", None, None))
+        for skip in self.skips:
+            rows.append(_row(skip.layer, "skip", None, None if skip.adapter is None else skip.adapter.width))
+        for kept in self.adapters:
+            rows.append(_row(kept.layer, "adapter", None, kept.adapter.width))
+        return rows
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the plan to `folder`, which is created where missing, as ``vte_plan.json`` + ``vte_plan.safetensors``.
@@ -253,6 +324,59 @@ class Plan:
                 raise PlanError(f"visual_gates_router.{layer}: {error}") from error
         return cls(exits)
 
+    @classmethod
+    def from_eas_checkpoint(
+        cls, state_dict: Mapping[str, Tensor], skip: Iterable[int], temperature: float = 10.0, scale: float = 1.0
+    ) -> Plan:
+        """Take the adapters from a checkpoint of the EAS authors' code (DoubtedSteam/EAS: LLaVA-EAS or LaVIN-EAS).
+
+        Layers in `skip` get their PIA, ``layers.{i}.replaced_adapter.*``; the others keep their attention, with the
+        plain adapter ``layers.{i}.adapter_attn.*`` in front where there is one. Each has ``conv_A`` (and, a PIA,
+        ``conv_C``), ``conv_B``, ``conv_D`` and ``expert_weights``, with ``.weight`` and ``.bias``; only the router's
+        bias may be absent. Prefixes such as ``model.`` do not matter, and all other keys are ignored.
+
+        The checkpoint says neither which attentions are skipped, nor the temperature and scale: these are arguments.
+        The number of groups follows from the shapes. Assumed is the method of the paper on a model of transformers:
+        means over all prompt tokens (LaVIN's extra "modality" token does not exist there), and decode with the
+        prompt's router weights and pooled vectors.
+
+        Args:
+            state_dict: linears as [out, in] or, as the authors' kernel-1 convolutions, [out, in, 1].
+            skip: the layers whose attentions are skipped.
+            temperature: of all routers.
+            scale: of all adapters.
+
+        Returns:
+            A plan without a fingerprint, because the checkpoint does not say what model it is for.
+
+        Raises:
+            PlanError: no adapters, half an adapter, an adapter of another form, or a layer of `skip` without a PIA.
+        """
+        from vte_compile.eas_checkpoint import read_eas_checkpoint
+
+        return read_eas_checkpoint(state_dict, skip, temperature, scale)
+
     def __repr__(self) -> str:
         made_for = "any model" if self.fingerprint is None else self.fingerprint.model_type
-        return f"Plan({', '.join(map(repr, self.exits)) or 'no exits'}; for {made_for})"
+        parts = [*self.exits, *self.skips, *self.adapters]
+        return f"Plan({', '.join(map(repr, parts)) or 'no exits'}; for {made_for})"
+
+
+def _sorted_parts(field: str, parts: object, *types: type) -> tuple[Any, ...]:
+    """`parts` as a tuple sorted by layer, if they are of `types` and each has a layer of its own."""
+    if not isinstance(parts, Iterable):
+        raise PlanError(f"{field}: expected a sequence, got {type(parts).__name__}")
+    parts = tuple(parts)
+    for index, part in enumerate(parts):
+        if not isinstance(part, types):
+            expected = " or ".join(type_.__name__ for type_ in types)
+            raise PlanError(f"{field}[{index}]: expected a {expected}, got {type(part).__name__}")
+    ordered = tuple(sorted(parts, key=lambda part: part.layer))
+    for index, (below, part) in enumerate(pairwise(ordered), 1):
+        if part.layer == below.layer:
+            raise PlanError(f"{field}[{index}].layer: layer {part.layer} already has {field}[{index - 1}]")
+    return ordered
+
+
+def _row(layer: int, kind: str, threshold: float | None, width: int | None) -> dict[str, Any]:
+    return {"layer": layer, "kind": kind, "threshold": threshold, "width": width}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Real
 
 import torch
@@ -12,6 +14,15 @@ from torch import Tensor
 from vte_compile.errors import PlanError
 
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@contextmanager
+def located(where: str, separator: str) -> Iterator[None]:
+    """Put `where` in front of the messages of plan errors, which start with a field's name."""
+    try:
+        yield
+    except PlanError as error:
+        raise PlanError(f"{where}{separator}{error}") from error
 
 
 def integer(name: str, value: object, minimum: int) -> int:

@@ -1,13 +1,21 @@
-"""How a plan is stored: vte_plan.json says everything but the numbers, vte_plan.safetensors holds the gates.
+"""How a plan is stored: vte_plan.json says everything but the numbers, vte_plan.safetensors holds the weights.
 
-The JSON, schema version 1::
+The JSON, schema version 2::
 
-    {"schema_version": 1,
+    {"schema_version": 2,
      "tensors_sha256": SHA-256 of vte_plan.safetensors, hexadecimal,
      "fingerprint": null, or {"model_type", "num_layers", "hidden_size", "vocab_size",
                               "probe": [{"name", "shape", "values"}, ...]},
      "exits": [{"kind": "gate", "layer", "threshold", "width", "tensors": {"w1": tensor name, "w2": tensor name}},
-               {"kind": "static", "layer"}, ...]}
+               {"kind": "static", "layer"}, ...],
+     "skips": [{"layer", "adapter": null or an adapter}, ...],
+     "adapters": [{"layer", "adapter": an adapter}, ...]}
+
+    an adapter: {"width", "groups", "scale", "router", "tensors": {"down.weight": tensor name, "down.bias", ...}}
+    a router: {"kind": "prompt", "temperature"}, its weights being the adapter's tensors "router.weight" and, where it
+              has one, "router.bias"; or {"kind": "static", "weights": [w0, w1]}
+
+Version 1 has no skips and adapters, and is still read.
 
 Plans come from strangers, so a reader accepts exactly this: an unknown, missing or ill-typed field is an error that
 names it, the files' names are fixed, and nothing is unpickled.
@@ -21,22 +29,24 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from reprlib import repr as short_repr
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import safetensors.torch
 from torch import Tensor
 
+from vte_compile.adapters import PIA, Adapter, PlainAdapter, Projection, Router, StaticRouter
 from vte_compile.errors import InputError, PlanError
 from vte_compile.fingerprint import Fingerprint, Probe
-from vte_compile.plan import Exit, GateExit, Plan, StaticExit
+from vte_compile.plan import Exit, GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
+from vte_compile.plan_fields import located
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 JSON_NAME = "vte_plan.json"
 TENSORS_NAME = "vte_plan.safetensors"
+AdapterT = TypeVar("AdapterT", PIA, PlainAdapter)
 
 
 def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
@@ -48,28 +58,27 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
     exits = []
     for exit_ in plan.exits:
         if isinstance(exit_, GateExit):
-            names = {weight: f"exits.{exit_.layer}.{weight}" for weight in ("w1", "w2")}
-            # A copy of its own for each tensor: safetensors refuses tensors that share memory.
-            tensors |= {
-                name: getattr(exit_, weight).to("cpu", copy=True).contiguous() for weight, name in names.items()
-            }
-            exits.append(
-                {
-                    "kind": "gate",
-                    "layer": exit_.layer,
-                    "threshold": exit_.threshold,
-                    "width": exit_.width,
-                    "tensors": names,
-                }
-            )
+            gate = {"kind": "gate", "layer": exit_.layer, "threshold": exit_.threshold, "width": exit_.width}
+            weights = {"w1": exit_.w1, "w2": exit_.w2}
+            exits.append({**gate, "tensors": _put_tensors(weights, f"exits.{exit_.layer}", tensors)})
         else:
             exits.append({"kind": "static", "layer": exit_.layer})
+    skips = [
+        {"layer": skip.layer, "adapter": _adapter_to_json(skip.adapter, f"skips.{skip.layer}", tensors)}
+        for skip in plan.skips
+    ]
+    adapters = [
+        {"layer": kept.layer, "adapter": _adapter_to_json(kept.adapter, f"adapters.{kept.layer}", tensors)}
+        for kept in plan.adapters
+    ]
     tensor_bytes = safetensors.torch.save(tensors)
     described = {
         "schema_version": SCHEMA_VERSION,
         "tensors_sha256": hashlib.sha256(tensor_bytes).hexdigest(),
         "fingerprint": _fingerprint_to_json(plan.fingerprint),
         "exits": exits,
+        "skips": skips,
+        "adapters": adapters,
     }
     folder.mkdir(parents=True, exist_ok=True)
     _write_atomically(folder / TENSORS_NAME, tensor_bytes)
@@ -94,27 +103,32 @@ def load_plan(folder_or_hub_id: str | os.PathLike[str], revision: str | None) ->
             f"{JSON_NAME}: schema_version: {short_repr(version)} is newer than {SCHEMA_VERSION}, the newest that "
             "this vte-compile reads; upgrade vte-compile"
         )
-    if version != SCHEMA_VERSION:
-        root.fail("schema_version", f"there is no schema {short_repr(version)}; expected {SCHEMA_VERSION}")
+    if version < 1:
+        root.fail("schema_version", f"there is no schema {short_repr(version)}; expected 1 to {SCHEMA_VERSION}")
     sha256 = root.take("tensors_sha256", str)
     fingerprint = root.take("fingerprint", dict, type(None))
-    described = root.take("exits", list)
-    root.done()
+    described = {"exits": root.take("exits", list), "skips": [], "adapters": []}
+    if version >= 2:
+        described |= {name: root.take(name, list) for name in ("skips", "adapters")}
+    root.done(version)
     tensors = _load_tensors(_read(folder, TENSORS_NAME), sha256)
-    exits: list[Exit] = []
-    for index, item in enumerate(described):
-        exits.append(_exit_from_json(item, f"exits[{index}]", tensors))
-        if index and exits[index].layer <= exits[index - 1].layer:
-            # A plan sorts its exits; in a file they have to be sorted, so that every error's index is the file's.
-            root.fail(
-                f"exits[{index}].layer",
-                f"{exits[index].layer} is not above {exits[index - 1].layer}, the layer of exits[{index - 1}]",
-            )
+    readers = {"exits": _exit_from_json, "skips": _skip_from_json, "adapters": _kept_from_json}
+    parts: dict[str, list[Any]] = {name: [] for name in readers}
+    for name, read in readers.items():
+        for index, item in enumerate(described[name]):
+            parts[name].append(read(item, f"{name}[{index}]", tensors))
+            if index and parts[name][index].layer <= parts[name][index - 1].layer:
+                # A plan sorts its parts; in a file they have to be sorted, so that every error's index is the file's.
+                root.fail(
+                    f"{name}[{index}].layer",
+                    f"{parts[name][index].layer} is not above {parts[name][index - 1].layer}, the layer of "
+                    f"{name}[{index - 1}]",
+                )
     if tensors:  # named ones have been taken out
         raise PlanError(f"{TENSORS_NAME}: {JSON_NAME} names no tensor {short_repr(min(tensors))}")
     made_for = None if fingerprint is None else _fingerprint_from_json(fingerprint)
-    with _at(JSON_NAME, ": "):
-        return Plan(exits, made_for)
+    with located(JSON_NAME, ": "):
+        return Plan(fingerprint=made_for, **parts)
 
 
 def _fingerprint_to_json(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
@@ -145,10 +159,10 @@ def _fingerprint_from_json(data: dict[str, Any]) -> Fingerprint:
         shape = entry.take_list("shape", int)
         values = entry.take_list("values", float)
         entry.done()
-        with _at(f"{JSON_NAME}: fingerprint.probe[{index}]", "."):
+        with located(f"{JSON_NAME}: fingerprint.probe[{index}]", "."):
             probe.append(Probe(name, tuple(shape), tuple(values)))
     fields.done()
-    with _at(f"{JSON_NAME}: fingerprint", "."):
+    with located(f"{JSON_NAME}: fingerprint", "."):
         return Fingerprint(model_type, num_layers, hidden_size, vocab_size, tuple(probe))
 
 
@@ -159,26 +173,125 @@ def _exit_from_json(data: object, path: str, tensors: dict[str, Tensor]) -> Exit
     layer = fields.take("layer", int)
     if kind == "static":
         fields.done()
-        with _at(f"{JSON_NAME}: {path}", "."):
+        with located(f"{JSON_NAME}: {path}", "."):
             return StaticExit(layer)
     if kind != "gate":
         fields.fail("kind", f"unknown kind {short_repr(kind)}; expected 'gate' or 'static'")
     threshold = fields.take("threshold", float)
     width = fields.take("width", int)
-    names = _Object(fields.take("tensors", dict), f"{path}.tensors")
+    weights = _take_tensors(fields, path, ("w1", "w2"), tensors)
     fields.done()
-    weights = {}
-    for weight in ("w1", "w2"):
-        name = names.take(weight, str)
-        if name not in tensors:
-            names.fail(weight, f"{TENSORS_NAME} has no tensor {short_repr(name)}, or another field names it")
-        weights[weight] = tensors.pop(name)
-    names.done()
-    with _at(f"{JSON_NAME}: {path}", "."):
+    with located(f"{JSON_NAME}: {path}", "."):
         gate = GateExit(layer, weights["w1"], weights["w2"], threshold)
     if gate.width != width:
         fields.fail("width", f"{short_repr(width)}, but w1 has {gate.width} rows")
     return gate
+
+
+def _skip_from_json(data: object, path: str, tensors: dict[str, Tensor]) -> SkippedAttention:
+    fields = _Object(data, path)
+    layer = fields.take("layer", int)
+    adapter = fields.take("adapter", dict, type(None))
+    fields.done()
+    pia = None if adapter is None else _adapter_from_json(PIA, adapter, f"{path}.adapter", tensors)
+    with located(f"{JSON_NAME}: {path}", "."):
+        return SkippedAttention(layer, pia)
+
+
+def _kept_from_json(data: object, path: str, tensors: dict[str, Tensor]) -> KeptAdapter:
+    fields = _Object(data, path)
+    layer = fields.take("layer", int)
+    adapter = fields.take("adapter", dict)
+    fields.done()
+    plain = _adapter_from_json(PlainAdapter, adapter, f"{path}.adapter", tensors)
+    with located(f"{JSON_NAME}: {path}", "."):
+        return KeptAdapter(layer, plain)
+
+
+def _adapter_to_json(adapter: Adapter | None, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+    """`adapter` but for its weights, which are put into `tensors` under names that start with `prefix`."""
+    if adapter is None:
+        return None
+    weights: dict[str, Tensor] = {}
+    for name, projection in adapter.projections().items():
+        weights |= {f"{name}.weight": projection.weight, f"{name}.bias": projection.bias}
+    router: dict[str, Any]
+    if isinstance(adapter.router, StaticRouter):
+        router = {"kind": "static", "weights": list(adapter.router.weights)}
+    else:
+        router = {"kind": "prompt", "temperature": adapter.router.temperature}
+        weights["router.weight"] = adapter.router.weight
+        if adapter.router.bias is not None:
+            weights["router.bias"] = adapter.router.bias
+    return {
+        "width": adapter.width,
+        "groups": adapter.groups,
+        "scale": adapter.scale,
+        "router": router,
+        "tensors": _put_tensors(weights, prefix, tensors),
+    }
+
+
+def _adapter_from_json(kind: type[AdapterT], data: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> AdapterT:
+    """The adapter `data` describes; its tensors are taken out of `tensors`."""
+    fields = _Object(data, path)
+    width, groups = fields.take("width", int), fields.take("groups", int)
+    scale = fields.take("scale", float)
+    described = _Object(fields.take("router", dict), f"{path}.router")
+    router_kind = described.take("kind", str)
+    names = [name for name in ("pool", "down", "up0", "up1") if name in kind.__dataclass_fields__]
+    parameters = [f"{name}.{parameter}" for name in names for parameter in ("weight", "bias")]
+    temperature = 0.0
+    static: list[float] = []
+    if router_kind == "static":
+        static = described.take_list("weights", float)
+    elif router_kind == "prompt":
+        temperature = described.take("temperature", float)
+        parameters.append("router.weight")
+    else:
+        described.fail("kind", f"unknown kind {short_repr(router_kind)}; expected 'prompt' or 'static'")
+    described.done()
+    optional = ("router.bias",) if router_kind == "prompt" else ()
+    weights = _take_tensors(fields, path, parameters, tensors, optional)
+    fields.done()
+    router: Router | StaticRouter
+    with located(f"{JSON_NAME}: {path}.router", "."):
+        if router_kind == "static":
+            router = StaticRouter(static)
+        else:
+            router = Router(weights["router.weight"], weights.get("router.bias"), temperature)
+    projections = {}
+    for name in names:
+        with located(f"{JSON_NAME}: {path}.{name}", "."):
+            projections[name] = Projection(weights[f"{name}.weight"], weights[f"{name}.bias"])
+    with located(f"{JSON_NAME}: {path}", "."):
+        adapter = kind(**projections, router=router, scale=scale, groups=groups)
+    if adapter.width != width:
+        fields.fail("width", f"{short_repr(width)}, but down has {adapter.width} rows")
+    return adapter
+
+
+def _put_tensors(weights: dict[str, Tensor], prefix: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Add `weights` to `tensors`, and return under which names."""
+    for name, weight in weights.items():
+        # A copy of its own for each tensor: safetensors refuses tensors that share memory.
+        tensors[f"{prefix}.{name}"] = weight.to("cpu", copy=True).contiguous()
+    return {name: f"{prefix}.{name}" for name in weights}
+
+
+def _take_tensors(
+    fields: _Object, path: str, names: Iterable[str], tensors: dict[str, Tensor], optional: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors that the field "tensors" names, by what they are; they are taken out of `tensors`."""
+    named = _Object(fields.take("tensors", dict), f"{path}.tensors")
+    weights = {}
+    for name in (*names, *(name for name in optional if named.has(name))):
+        stored = named.take(name, str)
+        if stored not in tensors:
+            named.fail(name, f"{TENSORS_NAME} has no tensor {short_repr(stored)}, or another field names it")
+        weights[name] = tensors.pop(stored)
+    named.done()
+    return weights
 
 
 class _Object:
@@ -193,6 +306,9 @@ class _Object:
     def fail(self, name: str, problem: str) -> NoReturn:
         where = ".".join(part for part in (self._path, name) if part)
         raise PlanError(f"{JSON_NAME}: {where}: {problem}" if where else f"{JSON_NAME}: {problem}")
+
+    def has(self, name: str) -> bool:
+        return name in self._left
 
     def take(self, name: str, *types: type) -> Any:
         if name not in self._left:
@@ -218,11 +334,9 @@ class _Object:
             self.fail(name, "must be a finite number")
         return value
 
-    def done(self) -> None:
+    def done(self, version: int = SCHEMA_VERSION) -> None:
         if self._left:
-            self.fail(
-                short_repr(min(self._left)), f"unknown field; schema version {SCHEMA_VERSION} does not have it here"
-            )
+            self.fail(short_repr(min(self._left)), f"unknown field; schema version {version} does not have it here")
 
 
 _JSON_TYPES: dict[type, str] = {
@@ -238,15 +352,6 @@ _JSON_TYPES: dict[type, str] = {
 
 def _json_type(value: object) -> str:
     return _JSON_TYPES[type(value)]
-
-
-@contextmanager
-def _at(where: str, separator: str) -> Iterator[None]:
-    """Put `where` in front of the messages of plan errors, which start with a field's name."""
-    try:
-        yield
-    except PlanError as error:
-        raise PlanError(f"{where}{separator}{error}") from error
 
 
 def _parse_json(data: bytes) -> object:
