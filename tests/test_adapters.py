@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import DATA, random_adapter
 from torch import Tensor
+from torch.nn import functional as F
 
 from vte_compile.adapters import (
     PIA,
@@ -133,69 +134,183 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
-# LaVIN-EAS and METER-EAS: the adapters' formulas
+# LaVIN-EAS: pre-norm blocks with one more token, the "modality" token at index 0
 
 
 LAVIN_SKIPPED = {1: 0, 3: 1}  # layer: its place among the pooled vectors
 
 
-def lavin_block(layer: int) -> tuple[PIA | PlainAdapter, Tensor, Tensor, Tensor | None]:
-    """The adapter of a layer, and its input x [1, 15, C], w and p at prefill."""
+def lavin_weight(layer: int, name: str) -> Tensor:
+    return golden("lavin")[f"w.layers.{layer}.{name}.weight"]
+
+
+def lavin_input(layer: int, phase: str) -> Tensor:
+    """What enters a layer: [1, 15, C] at prefill, [4 steps, 1, 1, C] at decode."""
     data = golden("lavin")
-    h = data["h_prefill"] if layer == 0 else data["block_out_prefill.f64"][layer - 1]
-    x = rms_norm(h, data[f"w.layers.{layer}.attention_norm.weight"])
+    return data[f"h_{phase}"] if layer == 0 else data[f"block_out_{phase}.f64"][layer - 1]
+
+
+def lavin_statistics(layer: int) -> tuple[PIA | PlainAdapter, Tensor, Tensor | None]:
+    """The layer's adapter, and the prompt's w and p."""
     kind = "replaced_adapter" if layer in LAVIN_SKIPPED else "adapter_attn"
-    adapter = adapter_of(data, f"w.layers.{layer}.{kind}.")
+    adapter = adapter_of(golden("lavin"), f"w.layers.{layer}.{kind}.")
+    x = rms_norm(lavin_input(layer, "prefill"), lavin_weight(layer, "attention_norm"))
     prompt = torch.ones(1, 15, dtype=torch.bool)
     prompt[:, 0] = False  # the router's mean excludes the modality token, the pool's includes it
-    return adapter, x, route(adapter.router, x, prompt), pool(adapter, x) if isinstance(adapter, PIA) else None
+    return adapter, route(adapter.router, x, prompt), pool(adapter, x) if isinstance(adapter, PIA) else None
 
 
-@pytest.mark.parametrize("layer", range(4))
-def test_golden_lavin_adapter(layer: int) -> None:
+def lavin_ffn(layer: int, x: Tensor) -> Tensor:
+    w1, w2, w3 = (lavin_weight(layer, f"feed_forward.w{i}") for i in (1, 2, 3))
+    return (F.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
+
+
+def lavin_qkv(layer: int, x: Tensor, first_position: int) -> list[Tensor]:
+    """q, k, v [B, 4 heads, T, 16]; rotary on interleaved pairs."""
+    angles = torch.arange(first_position, first_position + x.shape[1])[:, None] * 1e4 ** (-torch.arange(8).double() / 8)
+    qkv = [(x @ lavin_weight(layer, f"attention.w{n}").T).unflatten(-1, (4, 16)).transpose(1, 2) for n in "qkv"]
+    for i in (0, 1):
+        even, odd = qkv[i][..., 0::2], qkv[i][..., 1::2]
+        rotated = [even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()]
+        qkv[i] = torch.stack(rotated, -1).flatten(-2)
+    return qkv
+
+
+@pytest.mark.parametrize("layer", LAVIN_SKIPPED)
+def test_golden_lavin_skipped_block(layer: int) -> None:
     data = golden("lavin")
-    adapter, x, w, p = lavin_block(layer)
+    pia, w, p = lavin_statistics(layer)
+    assert isinstance(pia, PIA)
+    assert p is not None
     close(w, data["cache_weights.f64"][layer])
-    if p is not None:
-        close(p, data["cache_x_prefill.f64"][LAVIN_SKIPPED[layer]][..., 0])
-        h = data["block_out_prefill.f64"][layer - 1]
-        close(h + lavin_ffn(layer, apply_pia(adapter, x, w, p)), data["block_out_prefill.f64"][layer])
+    close(p, data["cache_x_prefill.f64"][LAVIN_SKIPPED[layer]][..., 0])
+
+    def block(h: Tensor) -> Tensor:
+        x = rms_norm(h, lavin_weight(layer, "attention_norm"))
+        return h + lavin_ffn(layer, lavin_weight(layer, "ffn_norm") * apply_pia(pia, x, w, p))
+
+    close(block(lavin_input(layer, "prefill")), data["block_out_prefill.f64"][layer])
+    for token, expected in zip(
+        lavin_input(layer, "decode"), data[f"rep.layer{layer}.fixed_decode_out.f64"], strict=True
+    ):
+        close(block(token), expected)
 
 
-def lavin_ffn(layer: int, normed: Tensor) -> Tensor:
-    """The feed-forward network of what is normed already, but for the norm's weight."""
+@pytest.mark.parametrize("layer", [0, 2])
+def test_golden_lavin_kept_block(layer: int) -> None:
     data = golden("lavin")
-    w1, w2, w3 = (data[f"w.layers.{layer}.feed_forward.w{i}.weight"] for i in (1, 2, 3))
-    x = normed * data[f"w.layers.{layer}.ffn_norm.weight"]
-    return (torch.nn.functional.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
+    adapter, w, _ = lavin_statistics(layer)
+    assert isinstance(adapter, PlainAdapter)
+    close(w, data["cache_weights.f64"][layer])
+    keys = values = torch.zeros(1, 4, 0, 16).double()
+
+    def block(h: Tensor, position: int) -> Tensor:
+        nonlocal keys, values
+        x = apply_plain(adapter, rms_norm(h, lavin_weight(layer, "attention_norm")), w)
+        q, k, v = lavin_qkv(layer, x, position)
+        keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        attended = F.scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1)
+        h = h + attended.transpose(1, 2).flatten(-2) @ lavin_weight(layer, "attention.wo").T
+        return h + lavin_ffn(layer, rms_norm(h, lavin_weight(layer, "ffn_norm")))
+
+    # Nobody else attends to the modality token, which takes position 0; decode goes on at 14, as if it did not.
+    out = block(lavin_input(layer, "prefill")[:, 1:], 1)
+    close(out, data["block_out_prefill.f64"][layer][:, 1:])
+    for step, token in enumerate(lavin_input(layer, "decode")):
+        out = block(token, 14 + step)
+        close(out, data["block_out_decode.f64"][layer][step])
+        close(out, data[f"rep.layer{layer}.fixed_decode_out.f64"][step])
 
 
 @pytest.mark.parametrize("layer", range(4))
 def test_golden_lavin_fold(layer: int) -> None:
     data = golden("lavin")
-    adapter, _, w, p = lavin_block(layer)
+    adapter, w, p = lavin_statistics(layer)
     R, b = fold(adapter, w[0], None if p is None else p[0])
-    gain = data[f"w.layers.{layer}.ffn_norm.weight"] if p is not None else None
-    scale = 1.0 if gain is None else gain
-    close((torch.eye(64).double() * scale) @ R, data[f"rep.layer{layer}.rep_matrix.f64"])
-    close(scale * b, data[f"rep.layer{layer}.rep_bias.f64"])
+    gain = None if p is None else lavin_weight(layer, "ffn_norm")
+    close(R if gain is None else gain[:, None] * R, data[f"rep.layer{layer}.rep_matrix.f64"])
+    close(b if gain is None else gain * b, data[f"rep.layer{layer}.rep_bias.f64"])
     names = ["attention.wq", "attention.wk", "attention.wv"] if gain is None else ["feed_forward.w1", "feed_forward.w3"]
     for name in names:
-        weight, bias = fold_into(data[f"w.layers.{layer}.{name}.weight"], R, b, gain)
+        weight, bias = fold_into(lavin_weight(layer, name), R, b, gain)
         close(weight, data[f"rep.layer{layer}.{name}.weight.f64"])
         close(bias, data[f"rep.layer{layer}.{name}.bias_correct.f64"])
 
 
+# METER-EAS: post-norm blocks, adapters with one expert and no router
+
+
+METER_W = torch.tensor([[1.0, 0.0]] * 2).double()
+
+
+def meter_linear(path: str, x: Tensor) -> Tensor:
+    return F.linear(x, golden("meter")[f"w.{path}.weight"], golden("meter")[f"w.{path}.bias"])
+
+
+def meter_norm(path: str, x: Tensor) -> Tensor:
+    weight, bias = (golden("meter")[f"w.{path}.output.LayerNorm.{name}"] for name in ("weight", "bias"))
+    return F.layer_norm(x, (64,), weight, bias, 1e-12)
+
+
+def meter_attention(path: str, query: Tensor, other: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (
+        meter_linear(f"{path}.self.{name}", x).unflatten(-1, (4, 16)).transpose(1, 2)
+        for name, x in (("query", query), ("key", other), ("value", other))
+    )
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return meter_linear(f"{path}.output.dense", attended.transpose(1, 2).flatten(-2))
+
+
+def meter_adapter(path: str, x: Tensor) -> Tensor:
+    """AD(x)."""
+    adapter = adapter_of(golden("meter"), f"w.{path}.adapter.")
+    assert isinstance(adapter, PlainAdapter)
+    close(route(adapter.router, x), METER_W)
+    R, b = fold(adapter, METER_W[0])
+    close(x @ R.T + b, apply_plain(adapter, x, METER_W))
+    return apply_plain(adapter, x, METER_W)
+
+
+def meter_pia(path: str, x: Tensor, other: Tensor) -> Tensor:
+    """PIA(x, other), which has no residual of its own; its mean does not mind the mask."""
+    pia = adapter_of(golden("meter"), f"w.{path}.")
+    assert isinstance(pia, PIA)
+    return apply_pia(pia, x, METER_W, pool(pia, other)) - x
+
+
 def test_golden_meter_adapters() -> None:
     data = golden("meter")
-    text, image, w = data["x_text"], data["y_image"], torch.tensor([[1.0, 0.0]] * 2).double()
-    for name, other in (("self", text), ("cross", image)):
-        pia = adapter_of(data, f"w.text0.adapter_{name}_attn.")
-        # METER's PIA has no residual of its own.
-        close(apply_pia(pia, text, w, pool(pia, other)) - text, data[f"pia_{name}.text0.f64"])
-    adapter = adapter_of(data, "w.text0.attention.adapter.")  # whatever the golden array is called
-    assert isinstance(adapter.router, StaticRouter)
-    close(apply_plain(adapter, text, route(adapter.router, text)), data["ffn_adapter.text0.f64"])
+    text, image = data["x_text"], data["y_image"]
+    close(meter_pia("text0.adapter_self_attn", text, text), data["pia_self.text0.f64"])
+    close(meter_pia("text0.adapter_cross_attn", text, image), data["pia_cross.text0.f64"])
+    # Whatever the golden array is called: it is of the adapter in front of the self-attention.
+    close(meter_adapter("text0.attention", text), data["ffn_adapter.text0.f64"])
+
+
+@pytest.mark.parametrize("side", ["text0", "image0"])
+@pytest.mark.parametrize("skip_cross", [0, 1])
+@pytest.mark.parametrize("skip_self", [0, 1])
+def test_golden_meter_block(skip_self: int, skip_cross: int, side: str) -> None:
+    data = golden("meter")
+    text_mask = ((1 - data["text_mask"]) * -10000)[:, None, None]
+    h, other, mask, other_mask = data["x_text"], data["y_image"], text_mask, None
+    if side == "image0":
+        h, other, mask, other_mask = other, h, other_mask, mask
+    if skip_self:
+        mixed = meter_pia(f"{side}.adapter_self_attn", h, h)
+    else:
+        adapted = meter_adapter(f"{side}.attention", h)
+        mixed = meter_attention(f"{side}.attention", adapted, adapted, mask)
+    a = meter_norm(f"{side}.attention", h + mixed)
+    if skip_cross:
+        mixed = meter_pia(f"{side}.adapter_cross_attn", h, other)
+    else:
+        adapted = meter_adapter(f"{side}.crossattention", a)
+        mixed = meter_attention(f"{side}.crossattention", adapted, other, other_mask)
+    c = meter_norm(f"{side}.crossattention", a + mixed)
+    inner = F.gelu(meter_linear(f"{side}.intermediate.dense", meter_adapter(f"{side}.intermediate", c)))
+    out = meter_norm(side, meter_linear(f"{side}.output.dense", inner) + c)
+    close(out, data[f"self{skip_self}_cross{skip_cross}.{side}.f64"])
 
 
 # Rows and padding

@@ -1,18 +1,19 @@
-"""The eager oracle of visual-token exits: the reference that every other door of vte_compile is tested against.
+"""The eager oracle: the reference that every other door of vte_compile is tested against.
 
-It runs a Hugging Face decoder literally: row by row, without padding, one decoder layer after another, and drops the
-visual tokens of a row where the plan says so. No tracing, no batching, no speed. The semantics are those of DyVTE
-(arXiv 2411.19628), made precise where the authors' code is not: any number of images at any place, padding, several
-rows, further turns.
+It runs a Hugging Face decoder literally: row by row, without padding, one decoder layer after another. Where the plan
+says so it drops the visual tokens of a row, skips an attention, or applies an adapter. No tracing, no batching, no
+speed. The semantics are those of DyVTE (arXiv 2411.19628) and EAS (arXiv 2403.15226; vte_compile/oracle_blocks.py),
+made precise where the authors' code is not: any number of images at any place, padding, several rows, further turns.
 
 Words used here: a *chunk* is what one forward call brings, T new tokens per row (prefill, a later turn, or one decode
-token). Padding is never a token. *Question tokens* are the text tokens after the last visual token of the chunk.
+token). Padding is never a token. *Question tokens* are the text tokens after the last visual token of the chunk. A
+row's *prompt* is its first chunk with a token: what adapters know of it, they keep for all later chunks.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from transformers import DynamicCache
 
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import find_decoder
+from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, PromptStatistics, planned_blocks
 from vte_compile.plan import GateExit, Plan, StaticExit
 
 __all__ = ["Oracle", "OracleCache", "OracleGeneration", "OracleOutput", "RowCache", "embed"]
@@ -36,12 +38,13 @@ class RowCache:
     """What one row of the batch has cached.
 
     `layers`: per decoder layer (k, v), each [1, kv_heads, length, head_dim] and k after rotary; None before the row's
-    first token. The lengths differ between layers after an exit. `next_position`: position id of the row's next token,
-    if none is given.
+    first token, and where the attention is skipped. The lengths differ between layers after an exit. `next_position`:
+    position id of the row's next token, if none is given. `statistics`: by layer, of the row's prompt, for adapters.
     """
 
     layers: tuple[tuple[Tensor, Tensor] | None, ...]
     next_position: int = 0
+    statistics: Mapping[int, PromptStatistics] = field(default_factory=dict)
 
     def lengths(self) -> list[int]:
         """Number of cached tokens in each layer, [L]."""
@@ -104,6 +107,7 @@ class _RowRun:
     visual: Tensor  # bool [n]
     positions: Tensor  # int64 [1, n]
     columns: Tensor  # int64 [n], where the tokens stand in the chunk
+    statistics: dict[int, PromptStatistics]  # by layer, of the row's prompt
     exit_layer: int = -1
     lens: list[int] = field(default_factory=list)
     features: dict[int, Tensor] = field(default_factory=dict)
@@ -117,12 +121,14 @@ class _RowRun:
 
 
 class Oracle:
-    """Runs `model` with the exits of `plan`.
+    """Runs `model` with the exits, skipped attentions and adapters of `plan`.
 
     `model`: a Hugging Face causal LM or MLLM in eval mode, whose decoder is a pre-norm stack with rotary embeddings
     (Llama, Mistral, Qwen2, Qwen3, ...) and "sdpa" or "eager" attention. A sliding attention window counts tokens in the
     order in which they stand in that layer's cache of the row; nothing that leaves the window is evicted from the
-    cache.
+    cache. Layers whose attention is skipped, or has an adapter, must be blocks of the form
+    h = x + self_attn(input_layernorm(x)) ; out = h + mlp(post_attention_layernorm(h)), and the second norm an RMSNorm
+    where an adapter stands in for the attention; this is tried out on each of them.
 
     Raises UnsupportedModelError if the oracle would compute this model wrongly, PlanMismatchError if the plan does not
     fit it. As a safety net against model-specific extras (scaled embeddings or logits, dropout), a short text is run
@@ -147,7 +153,13 @@ class Oracle:
                 f"{type(model).__name__} has no output embeddings; pass the model with its lm_head"
             )
         plan.check(model)
+        self.blocks: list[Block] = [OwnBlock(layer) for layer in self.layers]
         self._check_against_model()
+        planned = planned_blocks(self.layers, plan)
+        for index, block in enumerate(planned):
+            if not isinstance(block, OwnBlock):
+                self._check_block(index)
+        self.blocks = planned
 
     @torch.no_grad()
     def forward(
@@ -185,7 +197,8 @@ class Oracle:
                 positions = torch.arange(len(columns), device=inputs_embeds.device) + past.next_position
             else:
                 positions = position_ids[b, columns]
-            run = _RowRun(inputs_embeds[b : b + 1, columns], visual[b, columns], positions[None], columns)
+            embeds = inputs_embeds[b : b + 1, columns]
+            run = _RowRun(embeds, visual[b, columns], positions[None], columns, dict(past.statistics))
             rows.append(self._run_row(run, past))
             runs.append(run)
         return self._collect(runs, tuple(rows), length)
@@ -247,33 +260,43 @@ class Oracle:
         if run.hidden.shape[1] == 0:
             run.lens = [0] * (len(self.layers) + 1)
             return past
+        self._check_cache(past)
         next_position = int(run.positions.max()) + 1
         layers = []
         for index in range(len(self.layers)):
             run.lens.append(run.hidden.shape[1])
-            layers.append(self._run_layer(index, run, past.layers[index]))
+            layers.append(self._run_layer(index, self.blocks[index], run, past.layers[index]))
             self._maybe_exit(index, run)
         run.lens.append(run.hidden.shape[1])
         run.hidden = self.decoder.norm(run.hidden)
-        return RowCache(tuple(layers), next_position)
+        return RowCache(tuple(layers), next_position, run.statistics)
 
-    def _run_layer(self, index: int, run: _RowRun, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Apply decoder layer `index` to the row's tokens, and return the layer's (k, v) with them appended."""
+    def _run_layer(
+        self, index: int, block: Block, run: _RowRun, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Apply layer `index`, in the form `block`, to the row's tokens.
+
+        Returns the layer's (k, v) with them appended; None for a skipped attention.
+        """
         cache = DynamicCache()
         past_length = 0
         if past is not None:
             cache.update(*past, index)  # copies: `past` stays as it is
             past_length = past[0].shape[-2]
         length = run.hidden.shape[1]
-        output = self.layers[index](
+        run.hidden, statistics = block(
             run.hidden,
+            run.statistics.get(index),
             attention_mask=_causal_mask(length, past_length, _window(self.config, index), run.hidden),
             position_ids=run.positions,
             position_embeddings=self.decoder.rotary_emb(run.hidden, position_ids=run.positions),
             past_key_values=cache,
             use_cache=True,
         )
-        run.hidden = output[0] if isinstance(output, tuple) else output
+        if statistics is not None:
+            run.statistics[index] = statistics
+        if not block.attends:
+            return None
         cached = cache.layers[index] if index < len(cache.layers) else None
         keys, values = getattr(cached, "keys", None), getattr(cached, "values", None)
         if keys is None or values is None or keys.shape[-2] != past_length + length:
@@ -282,6 +305,18 @@ class Oracle:
                 "is gradient checkpointing on, or does the layer share another layer's KV?"
             )
         return keys, values
+
+    def _check_cache(self, past: RowCache) -> None:
+        """Refuse the cache of another plan: a row that has tokens, but not in the layers that attend here."""
+        if past.next_position == 0:
+            return
+        for index, block in enumerate(self.blocks):
+            if (past.layers[index] is not None) != block.attends:
+                has, does = ("no ", "attends") if block.attends else ("", "does not")
+                raise InputError(f"the cache holds {has}keys of layer {index}, which {does} in this plan")
+            if (index in past.statistics) != (block.adapter is not None):
+                has, does = ("no ", "an") if block.adapter is not None else ("", "no")
+                raise InputError(f"the cache holds {has}statistics of layer {index}, which has {does} adapter")
 
     def _maybe_exit(self, index: int, run: _RowRun) -> None:
         """Drop the row's visual tokens, if any are left, where the exit after layer `index`, if any, fires."""
@@ -332,6 +367,26 @@ class Oracle:
                 f"{type(self.model).__name__}: running the decoder layer by layer gives other logits than the model's "
                 f"own forward (off by {error:.1e}, logits up to {scale:.1e}). The model does something around its "
                 "layers that the oracle does not know, or has dropout switched on (call model.eval())."
+            )
+
+    @torch.no_grad()
+    def _check_block(self, index: int) -> None:
+        """Compare the block form that a plan changes with the layer's own forward, on a few random tokens."""
+        weight = self.model.get_input_embeddings().weight
+        hidden = torch.randn(1, 8, self.config.hidden_size, generator=torch.Generator().manual_seed(index)).to(weight)
+        positions = torch.arange(8, device=weight.device)
+        outputs = []
+        for block in (OwnBlock(self.layers[index]), KeptBlock(self.layers[index], None)):
+            run = _RowRun(hidden, torch.zeros_like(positions, dtype=torch.bool), positions[None], positions, {})
+            self._run_layer(index, block, run, None)
+            outputs.append(run.hidden)
+        own, spelled_out = outputs
+        tolerance = 5e-2 if torch.finfo(own.dtype).bits <= 16 else 1e-4
+        # `not <=` rather than `>`: NaN must fail too.
+        if not (spelled_out - own).abs().max() <= tolerance * (own - hidden).abs().max():
+            raise UnsupportedModelError(
+                f"layer {index} ({type(self.layers[index]).__name__}) is not h = x + self_attn(input_layernorm(x)), "
+                "h + mlp(post_attention_layernorm(h)): its attention cannot be skipped or adapted"
             )
 
 

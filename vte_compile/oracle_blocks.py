@@ -1,0 +1,119 @@
+"""Decoder blocks as the oracle runs them: unchanged, with an adapter before the attention, or without attention.
+
+The forms are those of EAS (arXiv 2403.15226) for pre-norm blocks, literally::
+
+    kept:    h = x + MHA(AD(RMS_in x)) ;  out = h + MLP(RMS_post h)
+    skipped: out = x + MLP(g * PIA(RMS_in x))            g: the weight of RMS_post
+    skipped, training-free: out = x + MLP(RMS_post x)
+
+Every block takes one row: x [1, n, C], the statistics of the row's prompt in this layer (None: x is the prompt), and
+the arguments of its attention. It returns its output [1, n, C] and the statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vte_compile.adapters import PIA, Adapter, PlainAdapter, apply_pia, apply_plain, pool, route
+from vte_compile.errors import UnsupportedModelError
+from vte_compile.families.blocks import block_parts, rms_gain
+from vte_compile.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class PromptStatistics:
+    """What an adapter remembers of a row's prompt: router weights [1, 2] and, a PIA, the pooled vector [1, D]."""
+
+    weights: Tensor
+    pooled: Tensor | None
+
+
+def _statistics(adapter: Adapter, prompt: Tensor) -> PromptStatistics:
+    pooled = pool(adapter, prompt) if isinstance(adapter, PIA) else None
+    return PromptStatistics(route(adapter.router, prompt), pooled)
+
+
+class OwnBlock:
+    """The layer's own forward."""
+
+    adapter = None
+    attends = True
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __call__(self, x: Tensor, known: PromptStatistics | None, **attention: Any) -> tuple[Tensor, None]:
+        output = self._layer(x, **attention)
+        return (output[0] if isinstance(output, tuple) else output), None
+
+
+class KeptBlock:
+    """A block with a plain adapter in front of its attention. Without one it is `OwnBlock`, spelled out."""
+
+    attends = True
+
+    def __init__(self, layer: nn.Module, adapter: PlainAdapter | None) -> None:
+        self._parts = block_parts(layer)
+        self.adapter = adapter
+
+    def __call__(
+        self, x: Tensor, known: PromptStatistics | None, **attention: Any
+    ) -> tuple[Tensor, PromptStatistics | None]:
+        normed = self._parts.input_norm(x)
+        if self.adapter is not None:
+            known = known or _statistics(self.adapter, normed)
+            normed = apply_plain(self.adapter, normed, known.weights)
+        attended: Tensor = x + self._parts.attention(hidden_states=normed, **attention)[0]
+        return attended + _tensor(self._parts.mlp(self._parts.post_norm(attended))), known
+
+
+class SkippedBlock:
+    """A block without its attention: it caches nothing."""
+
+    attends = False
+
+    def __init__(self, layer: nn.Module, adapter: PIA | None) -> None:
+        self._parts = block_parts(layer)
+        self._gain = None if adapter is None else rms_gain(self._parts.post_norm)
+        self.adapter = adapter
+
+    def __call__(
+        self, x: Tensor, known: PromptStatistics | None, **attention: Any
+    ) -> tuple[Tensor, PromptStatistics | None]:
+        if self.adapter is None or self._gain is None:
+            return x + _tensor(self._parts.mlp(self._parts.post_norm(x))), None
+        normed = self._parts.input_norm(x)
+        known = known or _statistics(self.adapter, normed)
+        assert known.pooled is not None
+        adapted = self._gain * apply_pia(self.adapter, normed, known.weights, known.pooled)
+        return x + _tensor(self._parts.mlp(adapted.to(x.dtype))), known
+
+
+Block = OwnBlock | KeptBlock | SkippedBlock
+
+
+def planned_blocks(layers: Sequence[nn.Module], plan: Plan) -> list[Block]:
+    """The form each layer has under `plan`.
+
+    Raises:
+        UnsupportedModelError: a layer that changes its form is not a block that can be taken apart.
+    """
+    blocks: list[Block] = [OwnBlock(layer) for layer in layers]
+    for field in ("skips", "adapters"):
+        for part in getattr(plan, field):
+            form = SkippedBlock if field == "skips" else KeptBlock
+            try:
+                blocks[part.layer] = form(layers[part.layer], part.adapter)
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(f"layer {part.layer}: {error}; the plan's {field} cannot apply") from error
+    return blocks
+
+
+def _tensor(output: object) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise UnsupportedModelError(f"an MLP that returns a {type(output).__name__}: not a block of pre-norm form")
+    return output
