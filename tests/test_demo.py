@@ -101,9 +101,8 @@ def test_comparison(evaluation: Evaluation) -> None:
 def test_questions_are_sorted_by_type_for_batches() -> None:
     questions = [Question(Path("p.png"), kind, "?", "a") for kind in "yxy"]
     model = SimpleNamespace(config=CONFIG)
-    assert [q.type for q in Evaluation(None, questions, [Configuration(FULL, "original", model)]).questions] == list(
-        "xyy"
-    )
+    evaluation = Evaluation(None, questions, [Configuration(FULL, "original", model)])
+    assert [q.type for q in evaluation.questions] == list("xyy")
 
 
 # ---------------------------------------------------------------- assets
@@ -142,11 +141,8 @@ def test_missing_assets_are_named(missing: str, hint: str, tmp_path: Path) -> No
 
 
 def test_damaged_questions_are_named(tmp_path: Path) -> None:
-    for file, text in (
-        ("model/config.json", "{}"),
-        ("plan/vte_plan.json", "{}"),
-        ("test/questions.json", '[{"image": 1}]'),
-    ):
+    texts = {"model/config.json": "{}", "plan/vte_plan.json": "{}", "test/questions.json": '[{"image": 1}]'}
+    for file, text in texts.items():
         (tmp_path / file).parent.mkdir()
         (tmp_path / file).write_text(text)
     with pytest.raises(InputError, match="not a list of image, type"):
