@@ -205,7 +205,10 @@ class DecoderRunner:
         logits = first.new_zeros(len(rows), 1 if last else tokens, first.shape[-1])
         for target, row, positions in zip(logits, rows, real, strict=True):
             if row is not None:
-                target[[0] if last else positions[row.kept]] = row.logits[0]
+                if last:
+                    target[0] = row.logits[0, -1]
+                else:
+                    target[positions[row.kept]] = row.logits[0]
         return logits
 
 
