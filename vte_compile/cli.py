@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -281,20 +282,22 @@ def demo(
         "demo-out"
     ),
     questions: Annotated[
-        int | None, typer.Option("--questions", metavar="N", min=1, help="How many held-out questions. Default: 512.")
+        int | None, typer.Option("--questions", metavar="N", min=1, help="How many held-out questions. Default: 256.")
     ] = None,
     no_compile: NoCompileOption = False,
     device: DeviceOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Ask a small LLaVA about photographs with and without exit, evaluate it, and write a page about it."""
+    # Threads that spin between the many small steps of so small a model starve each other on busy cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
     from transformers.utils.logging import disable_progress_bar
 
     from vte_compile.demo.run import DEFAULT_QUESTIONS, Demo
 
     disable_progress_bar()  # of loading a model of a few megabytes
     console = _out()
-    with _errors().status("loading, tracing and compiling the model (about half a minute)"):
+    with _errors().status("loading, tracing and compiling the model (about a minute)"):
         show = Demo(questions or DEFAULT_QUESTIONS, compile=_compile(no_compile), device=device)
         examples = show.answer_examples()
     gallery = Table("picture", "question", "full model", "with exit", "right answer", "exit after", title="Examples",
@@ -321,7 +324,7 @@ def demo(
 def _demo_table(results: dict[str, Any]) -> Table:
     count, layers = results["settings"]["questions"], results["model"]["layers"]
     table = Table(title=f"{count} held-out questions, {layers} decoder layers", title_justify="left")
-    for heading in ("", "right", "as full", "layers", "FLOPs", "KV KiB", "prefill", "tokens/s"):
+    for heading in ("", "right", "as full", "layers", "FLOPs", "KV KiB", "prefill", "tok/s"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     none = next(c for c in results["configurations"] if c["kind"] == "none")
     for case in results["configurations"]:
@@ -337,9 +340,7 @@ def _demo_table(results: dict[str, Any]) -> Table:
             style="bold" if case["kind"] == "learned" else None,
         )
     best = results["comparison"]["best_static_same_agreement"]
-    table.caption = (
-        f"layers: that see the visual tokens, on average. Static exits agree as often from {best['cost']} layers on."
-    )
+    table.caption = f"layers: that see the visual tokens, on average. A static exit agrees as often at {best['cost']}."
     table.caption_justify = "left"
     return table
 

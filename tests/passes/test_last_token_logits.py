@@ -112,6 +112,6 @@ def test_a_norm_that_computes_with_its_weight():
 def test_what_is_computed_from_weights_belongs_where_it_is_used():
     graph = captured(family="gemma")
     annotate_layers(graph, PassSettings(plan()))
-    constants = [n for n in graph.layer_of if n.all_input_nodes and all(i.op == "get_attr" for i in n.all_input_nodes)]
+    constants = [n for n in graph.layer_of if n.users and {i.op for i in n.all_input_nodes} == {"get_attr"}]
     assert {graph.layer_of[n] for n in constants} >= {0, 1, LAYERS}
     assert all(graph.layer_of[n] == min(graph.layer_of[user] for user in n.users) for n in constants)

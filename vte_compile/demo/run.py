@@ -18,8 +18,8 @@ from vte_compile.loading import load_model, load_processor
 from vte_compile.plan import Plan
 
 SCHEMA_VERSION = 1
-DEFAULT_QUESTIONS = 512
-_TIMED_QUESTIONS = 16
+DEFAULT_QUESTIONS = 256
+_TIMED_QUESTIONS = 12
 
 
 @dataclass(frozen=True)
