@@ -1,7 +1,8 @@
 """skip_attention: delete the attentions a plan skips, with their keys and values and everything only they used.
 
-A pre-norm block is h = x + attention(norm(x)); out = h + ffn(norm(h)). Without its attention it is out = x + ffn(norm(x)):
-every use of h becomes x, and the rest is dead. That holds whatever norms stand on the attention's branch.
+A pre-norm block is h = x + attention(norm(x)); out = h + ffn(norm(h)). Without its attention it is
+out = x + ffn(norm(x)): every use of h becomes x, and the rest is dead. That holds whatever norms stand on the
+attention's branch.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ def _residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | 
             behind.add(node)
     entering = graph.streams[layer - 1] if layer else None
     for node in own:
-        if node not in behind or node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
+        plain_sum = node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1
+        if node not in behind or not plain_sum or len(node.all_input_nodes) != 2:
             continue
-        for stream, branch in (node.args, node.args[::-1]):
-            if branch in behind and isinstance(stream, fx.Node) and stream not in behind and _is_stream(stream, entering):
+        for stream, branch in (node.all_input_nodes, node.all_input_nodes[::-1]):
+            if branch in behind and stream not in behind and _is_stream(stream, entering):
                 return _alone(graph, node, stream, behind, layer)
     return Refusal(
         "the attention's output is not added to the layer's input (not a pre-norm block).", attentions[0].name, layer
@@ -89,7 +91,7 @@ def _alone(
 def _drop_kv(graph: DecoderGraph, layer: int) -> None:
     output = next(n for n in graph.graph.nodes if n.op == "output")
     at = 1 + 2 * graph.kv_layers.index(layer)
-    results = list(output.args[0])  # type: ignore[arg-type]
+    results = list(output.args[0])
     output.args = ((*results[:at], *results[at + 2 :]),)
     graph.kv_layers = [other for other in graph.kv_layers if other != layer]
     graph.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))

@@ -63,7 +63,12 @@ class DecoderGraph:
         """A copy for the passes to rewrite; it refers to the same weights."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, val_map={}, return_output_node=False))
-        return replace(self, module=fx.GraphModule(self.module, graph), parameters=dict(self.parameters), kv_layers=list(self.kv_layers))
+        return replace(
+            self,
+            module=fx.GraphModule(self.module, graph),
+            parameters=dict(self.parameters),
+            kv_layers=list(self.kv_layers),
+        )
 
     def placeholder(self, name: str) -> fx.Node:
         return next(n for n in self.graph.nodes if n.op == "placeholder" and n.name == name)
