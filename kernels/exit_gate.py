@@ -19,12 +19,12 @@ def exit_logits(question: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
     Args:
         question: [Q, C] hidden states behind the layer, of the text tokens after the last visual token.
-        w1: [M, 2C], and w2: [2, M]; computed in the wider of float32, their dtype and that of ``question``.
+        w1: [M, 2C], and w2: [2, M]; computed in float32, or wider where ``question`` is.
 
     Returns:
         [2]; NaN where Q < 2, since the mean is then over nothing (which keeps, as any NaN does).
     """
-    dtype = torch.promote_types(question.dtype, torch.promote_types(w1.dtype, torch.float32))
+    dtype = torch.promote_types(question.dtype, torch.float32)
     question, w1, w2 = (x.to(question.device, dtype) for x in (question, w1, w2))
     features = torch.cat([question[:-1].mean(0), question[-1]])
     return w2 @ F.gelu(w1 @ features)

@@ -9,9 +9,11 @@ from vte_compile.passes.insert_exits import insert_exits
 from vte_compile.passes.last_token_logits import last_token_logits
 from vte_compile.passes.manager import Pass, PassResult, PassSettings, Refusal, run_passes
 from vte_compile.passes.plain_causal import plain_causal
+from vte_compile.passes.skip_attention import skip_attention
 
 PASSES: tuple[Pass, ...] = (
     annotate_layers,
+    skip_attention,
     plain_causal,  # before insert_exits, so that a mask it drops need not be cut at every exit
     insert_exits,
     last_token_logits,

@@ -37,10 +37,21 @@ def annotate_layers(graph: DecoderGraph, settings: PassSettings) -> PassResult:
         if own is None and depends == last - 1 and not _feeds_a_layer(node):
             own = last
         layer_of[node] = depends if own is None else max(own, depends)
+    _move_constants(layer_of)
     graph.layer_of = layer_of
     _sort_by_layer(graph)
     graph.streams = [_stream(graph, layer) for layer in range(last)]
     return PassResult("annotate_layers", applied=len(graph.streams))
+
+
+def _move_constants(layer_of: dict[fx.Node, int]) -> None:
+    """What is computed from weights alone (Gemma's 1 + weight) belongs where it is first used, as a weight does."""
+    constant: set[fx.Node] = set()
+    for node in layer_of:
+        if node.all_input_nodes and all(n.op == "get_attr" or n in constant for n in node.all_input_nodes):
+            constant.add(node)
+    for node in reversed([n for n in layer_of if n in constant]):
+        layer_of[node] = min((layer_of[user] for user in node.users if user in layer_of), default=layer_of[node])
 
 
 def _layer_in_stack(node: fx.Node) -> int | None:

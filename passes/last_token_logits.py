@@ -31,9 +31,12 @@ def last_token_logits(graph: DecoderGraph, settings: PassSettings) -> PassResult
         sliced = graph.graph.call_function(torch.ops.aten.slice.Tensor, (stream, 1, -1, sys.maxsize))
     sliced.meta["val"] = stream.meta["val"][:, -1:]
     graph.layer_of[sliced] = last
+    shortened = {sliced}
     for node in tail:
         node.replace_input_with(stream, sliced)
-        if isinstance(value := node.meta.get("val"), torch.Tensor):
-            node.meta["val"] = value[:, -1:]
+        if shortened & set(node.all_input_nodes):
+            shortened.add(node)
+            if isinstance(value := node.meta.get("val"), torch.Tensor):
+                node.meta["val"] = value[:, -1:]
     result.applied = 1
     return result

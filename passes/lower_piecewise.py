@@ -60,7 +60,9 @@ class PiecewiseGraph:
     inputs: list[str]
     steps: list[Piece | ExitPoint]
     outputs: list[str]
-    """logits, then key and value of each layer."""
+    """logits, then key and value of each layer that has them."""
+    kv: list[int | None]
+    """For each layer, where its key and value are among the pairs of ``outputs``; None where attention is skipped."""
 
 
 def lower_piecewise(graph: DecoderGraph) -> PiecewiseGraph:
@@ -84,7 +86,8 @@ def lower_piecewise(graph: DecoderGraph) -> PiecewiseGraph:
         if layer in exits:
             steps.append(exits[layer])
     placeholders = [n.name for n in nodes if n.op == "placeholder" and n.name != "visual_mask"]
-    return PiecewiseGraph(placeholders, steps, [n.name for n in results])
+    kv = [graph.kv_layers.index(i) if i in graph.kv_layers else None for i in range(graph.spec.num_layers)]
+    return PiecewiseGraph(placeholders, steps, [n.name for n in results], kv)
 
 
 def _exit_point(graph: DecoderGraph, marker: fx.Node) -> ExitPoint:

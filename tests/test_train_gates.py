@@ -96,6 +96,7 @@ def test_label_is_the_papers(example):
     assert examined.may_exit(slack=0.02).tolist() == [[True, True, False, True]]
 
 
+@pytest.mark.slow
 def test_unchanged_means_that_generate_gives_the_same_answer(example):
     """With the model's own answers: what the thresholds are chosen by is what the optimized model does."""
     gates = example.train_gates

@@ -50,6 +50,8 @@ class DecoderGraph:
     """get_attr target -> how to read the tensor now (the model may have been moved since)."""
     layer_of: dict[fx.Node, int] = field(default_factory=dict)
     """Filled by annotate_layers: -1 before the layers, 0 .. L-1, L after them."""
+    kv_layers: list[int] = field(default_factory=list)
+    """Layers with keys and values; skip_attention takes some away."""
     streams: list[fx.Node] = field(default_factory=list)
     """Filled by annotate_layers: the residual stream behind each layer."""
 
@@ -61,7 +63,12 @@ class DecoderGraph:
         """A copy for the passes to rewrite; it refers to the same weights."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, val_map={}, return_output_node=False))
-        return replace(self, module=fx.GraphModule(self.module, graph), parameters=dict(self.parameters))
+        return replace(
+            self,
+            module=fx.GraphModule(self.module, graph),
+            parameters=dict(self.parameters),
+            kv_layers=list(self.kv_layers),
+        )
 
     def placeholder(self, name: str) -> fx.Node:
         return next(n for n in self.graph.nodes if n.op == "placeholder" and n.name == name)
@@ -211,7 +218,7 @@ def capture(spec: DecoderSpec, phase: Phase, *, batched: bool = False) -> Decode
         node.target: _reader(wrapper, module, node.target) for node in module.graph.nodes if node.op == "get_attr"
     }
     module.recompile()
-    return DecoderGraph(module, phase, batched, spec, parameters)
+    return DecoderGraph(module, phase, batched, spec, parameters, kv_layers=list(range(spec.num_layers)))
 
 
 def _reader(wrapper: nn.Module, module: fx.GraphModule, target: str) -> Parameter:

@@ -72,7 +72,7 @@ def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = 
             ``compile=True`` without a working compiler.
     """
     plan = _find_plan(model) if plan is None else plan
-    _refuse_skips(plan)
+    _refuse_adapters(plan)
     if issubclass(type(model), OptimizedModel):
         return _replan(model, plan, compile)
     spec = describe(model)
@@ -84,10 +84,11 @@ def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = 
     return _wrap(model, spec, runner)
 
 
-def _refuse_skips(plan: Plan) -> None:
-    for field in ("skips", "adapters"):
-        if getattr(plan, field):
-            raise PlanError(f"{field}: optimize() cannot apply them yet; vte_compile.Oracle runs them, without speed")
+def _refuse_adapters(plan: Plan) -> None:
+    fields = [f"skips[{i}].adapter" for i, skip in enumerate(plan.skips) if skip.adapter is not None]
+    if fields or plan.adapters:
+        field = fields[0] if fields else "adapters"
+        raise PlanError(f"{field}: optimize() cannot apply adapters yet; vte_compile.Oracle runs them, without speed")
 
 
 def _replan(model: Any, plan: Plan, compile: bool | None) -> Any:

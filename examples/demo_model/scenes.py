@@ -125,19 +125,19 @@ def values_seen_once(cells: np.ndarray) -> list[int]:
     return values[counts == 1].tolist()
 
 
-def ask_text(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+def ask_text(scene: Scene, rng: np.random.Generator, by_class: float) -> tuple[str, str] | None:
     """A sum: needs no image at all."""
     a, b = rng.integers(10, size=2)
     return f"what is {a} plus {b}?", str(a + b)
 
 
-def ask_loc(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+def ask_loc(scene: Scene, rng: np.random.Generator, by_class: float) -> tuple[str, str] | None:
     """The class of the thing in a given cell."""
     row, column = rng.integers(GRID, size=2)
     return f"what is at row {row + 1} column {column + 1}?", name_at(scene, row, column)
 
 
-def ask_loc_color(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+def ask_loc_color(scene: Scene, rng: np.random.Generator, by_class: float) -> tuple[str, str] | None:
     """The color of the thing in a given cell."""
     full = np.argwhere(scene.classes != EMPTY)
     if not len(full):
@@ -146,10 +146,10 @@ def ask_loc_color(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | N
     return f"what color is at row {row + 1} column {column + 1}?", COLOR_NAMES[scene.colors[row, column]]
 
 
-def ask_attr(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+def ask_attr(scene: Scene, rng: np.random.Generator, by_class: float) -> tuple[str, str] | None:
     """The color of the only thing of a class, or the class of the only thing of a color."""
     classes, colors = values_seen_once(scene.classes), values_seen_once(scene.colors)
-    if classes and (not colors or rng.random() < 0.5):
+    if classes and (not colors or rng.random() < by_class):
         wanted = pick(rng, classes)
         return f"what color is the {CLASS_NAMES[wanted]}?", COLOR_NAMES[scene.colors[scene.classes == wanted][0]]
     if not colors:
@@ -158,13 +158,13 @@ def ask_attr(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     return f"what is the {COLOR_NAMES[wanted]} item?", CLASS_NAMES[scene.classes[scene.colors == wanted][0]]
 
 
-def ask_exist(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+def ask_exist(scene: Scene, rng: np.random.Generator, by_class: float) -> tuple[str, str] | None:
     """Whether there is a thing of a class, of a color, or of both."""
     full = np.argwhere(scene.classes != EMPTY)
     if not len(full):
         return None
     form = rng.random()
-    if form < 0.2:
+    if form < 0.4 * by_class:
         wanted = rng.integers(len(CLASS_NAMES))
         return f"is there a {CLASS_NAMES[wanted]}?", "yes" if (scene.classes == wanted).any() else "no"
     if form < 0.4:
@@ -178,11 +178,11 @@ def ask_exist(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     return f"is there a {COLOR_NAMES[color]} {CLASS_NAMES[kind]}?", "yes" if found else "no"
 
 
-def ask_where(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+def ask_where(scene: Scene, rng: np.random.Generator, by_class: float) -> tuple[str, str] | None:
     """The row of the only thing of a class, of a color, or of both."""
     form = rng.random()
     pairs = np.where(scene.classes != EMPTY, scene.classes * len(COLOR_NAMES) + scene.colors, EMPTY)
-    cells = pairs if form < 0.5 else scene.classes if form < 0.75 else scene.colors
+    cells = pairs if form < 0.5 else scene.classes if form < 0.5 + 0.5 * by_class else scene.colors
     unique = values_seen_once(cells)
     if not unique:
         return None
@@ -190,11 +190,11 @@ def ask_where(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     if form < 0.5:
         thing = f"{COLOR_NAMES[wanted % len(COLOR_NAMES)]} {CLASS_NAMES[wanted // len(COLOR_NAMES)]}"
     else:
-        thing = CLASS_NAMES[wanted] if form < 0.75 else f"{COLOR_NAMES[wanted]} item"
+        thing = CLASS_NAMES[wanted] if form < 0.5 + 0.5 * by_class else f"{COLOR_NAMES[wanted]} item"
     return f"what row is the {thing} in?", str(np.argwhere(cells == wanted)[0][0] + 1)
 
 
-def ask_list(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+def ask_list(scene: Scene, rng: np.random.Generator, by_class: float) -> tuple[str, str] | None:
     """Color and class of everything in a row."""
     row = int(rng.integers(GRID))
     words = []
@@ -204,18 +204,18 @@ def ask_list(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     return f"list row {row + 1}.", " ".join(words)
 
 
-def ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+def ask_count(scene: Scene, rng: np.random.Generator, by_class: float) -> tuple[str, str] | None:
     """How many things there are of a class or of a color."""
-    by_class = rng.random() < 0.5
-    cells, names = (scene.classes, CLASS_NAMES) if by_class else (scene.colors, COLOR_NAMES)
+    of_class = rng.random() < by_class
+    cells, names = (scene.classes, CLASS_NAMES) if of_class else (scene.colors, COLOR_NAMES)
     seen = cells[cells != EMPTY]
     # Mostly about something that is there, else zero would be the answer far too often.
     wanted = pick(rng, seen) if len(seen) and rng.random() < 0.8 else rng.integers(len(names))
-    thing = names[wanted] if by_class else f"{names[wanted]} items"
+    thing = names[wanted] if of_class else f"{names[wanted]} items"
     return f"how many {thing} are there?", str((cells == wanted).sum())
 
 
-ASK: dict[str, Callable[[Scene, np.random.Generator], tuple[str, str] | None]] = {
+ASK: dict[str, Callable[[Scene, np.random.Generator, float], tuple[str, str] | None]] = {
     "text": ask_text,
     "loc": ask_loc,
     "loc_color": ask_loc_color,
@@ -229,14 +229,21 @@ TYPES = list(ASK)
 
 
 def draw_questions(
-    scene: Scene, number: int, rng: np.random.Generator, weights: dict[str, float] | None = None
+    scene: Scene,
+    number: int,
+    rng: np.random.Generator,
+    weights: dict[str, float] | None = None,
+    by_class: float = 0.5,
 ) -> list[Question]:
-    """Draw different questions about a scene; a type that the scene does not admit is drawn anew."""
+    """Draw different questions about a scene; a type that the scene does not admit is drawn anew.
+
+    `weights` says how often which type is asked, `by_class` how often a thing is named by its class rather than color.
+    """
     share = np.array([weights[kind] for kind in TYPES] if weights else [1.0] * len(TYPES))
     questions = []
     while len(questions) < number:
         for index in rng.choice(len(TYPES), number - len(questions), p=share / share.sum()):
-            asked = ASK[TYPES[index]](scene, rng)
+            asked = ASK[TYPES[index]](scene, rng, by_class)
             question = asked and Question(TYPES[index], *asked)
             if question and question not in questions:
                 questions.append(question)

@@ -56,19 +56,25 @@ QUESTIONS_PER_SCENE = 16
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of the language stage: until which share of the steps, how full scenes are, how often each type is asked."""
+    """A phase of the language stage: its first step, how full scenes are, and what is asked how often."""
 
-    until: float
+    start: int
     fill: float
+    by_class: float
     mix: dict[str, float]
 
 
-# Naming what is in a given cell comes first. The search for what has a given class or color builds upon it; it is
-# learned when asked for often, and among few things. Then comes everything, most of all what takes longest to learn.
+# Naming what is in a given cell comes first. The search for what has a given color builds upon it, and is learned much
+# sooner among few things; then the search for what has a given class, which hides behind the former unless asked for by
+# itself. Then comes everything, above all what takes longest to learn.
 CURRICULUM = [
-    Phase(0.15, FILL, dict(text=0.3, loc=0.8, loc_color=0.8, attr=1.5, exist=0.8, where=1.2, list=1.2, count=0.5)),
-    Phase(0.35, 0.25, dict(text=0.4, loc=0.2, loc_color=0.2, attr=4.0, exist=1.0, where=1.5, list=0.2, count=0.3)),
-    Phase(1.00, FILL, dict(text=0.2, loc=0.4, loc_color=0.3, attr=1.2, exist=1.2, where=1.4, list=0.8, count=1.8)),
+    Phase(0, FILL, 0.5, dict(text=0.3, loc=0.8, loc_color=0.8, attr=1.5, exist=0.8, where=1.2, list=1.2, count=0.5)),
+    Phase(750, 0.25, 0.5, dict(text=0.4, loc=0.2, loc_color=0.2, attr=4.0, exist=1.0, where=1.5, list=0.2, count=0.3)),
+    Phase(1500, 0.4, 0.5, dict(text=0.2, loc=0.3, loc_color=0.2, attr=1.5, exist=1.2, where=1.5, list=0.5, count=2.0)),
+    Phase(1750, 0.2, 0.9, dict(text=0.3, loc=0.2, loc_color=0.2, attr=4.0, exist=1.0, where=2.0, list=0.3, count=0.5)),
+    Phase(2250, 0.45, 0.6, dict(text=0.2, loc=0.4, loc_color=0.3, attr=1.5, exist=1.2, where=1.4, list=0.6, count=2.0)),
+    Phase(2750, FILL, 0.5, dict(text=0.2, loc=0.4, loc_color=0.3, attr=1.2, exist=1.2, where=1.4, list=0.8, count=2.0)),
+    Phase(3000, FILL, 0.5, dict(text=0.5, loc=0.4, loc_color=0.3, attr=1.0, exist=1.2, where=1.0, list=0.8, count=2.5)),
 ]
 
 
@@ -162,11 +168,11 @@ class VisionStage(nn.Module):
         targets += [self.rows.repeat(len(scenes)), self.columns.repeat(len(scenes))]
         return list(zip(outputs.split(self.sizes, -1), targets, strict=True))
 
-    def draw(self, photos: Photos, number: int, rng: np.random.Generator, progress: float) -> list[Scene]:
+    def draw(self, photos: Photos, number: int, rng: np.random.Generator, step: int) -> list[Scene]:
         """The scenes of a batch."""
         return [draw_scene(photos, rng) for _ in range(number)]
 
-    def loss(self, scenes: list[Scene], rng: np.random.Generator, progress: float) -> Tensor:
+    def loss(self, scenes: list[Scene], rng: np.random.Generator, step: int) -> Tensor:
         """Weighted cross-entropy; position is easy and gets little weight."""
         losses = [F.cross_entropy(logits, target) for logits, target in self.predict(scenes)]
         return sum(weight * loss for weight, loss in zip((1.0, 0.5, 0.1, 0.1), losses, strict=True))
@@ -197,7 +203,7 @@ class Packed:
 class LanguageStage(nn.Module):
     """Trains projector and decoder to answer questions, the vision tower being frozen."""
 
-    name, number, batch, peak_rate, flat = "language", 1, 8, 1.5e-3, 0.4
+    name, number, batch, peak_rate, flat = "language", 1, 8, 1.5e-3, 0.75
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
@@ -251,18 +257,20 @@ class LanguageStage(nn.Module):
         ).last_hidden_state[:, shared:]
         return self.model.lm_head(hidden[packed.label != IGNORE])
 
-    def phase(self, progress: float) -> Phase:
-        """The curriculum's phase after a share of the steps."""
-        return next(phase for phase in CURRICULUM if progress < phase.until)
+    def phase(self, step: int) -> Phase:
+        """The curriculum's phase that a step belongs to."""
+        return next(phase for phase in reversed(CURRICULUM) if phase.start <= step)
 
-    def draw(self, photos: Photos, number: int, rng: np.random.Generator, progress: float) -> list[Scene]:
+    def draw(self, photos: Photos, number: int, rng: np.random.Generator, step: int) -> list[Scene]:
         """The scenes of a batch, as full as the phase has them."""
-        return [draw_scene(photos, rng, self.phase(progress).fill) for _ in range(number)]
+        return [draw_scene(photos, rng, self.phase(step).fill) for _ in range(number)]
 
-    def loss(self, scenes: list[Scene], rng: np.random.Generator, progress: float) -> Tensor:
+    def loss(self, scenes: list[Scene], rng: np.random.Generator, step: int) -> Tensor:
         """Cross-entropy of the answers."""
-        mix = self.phase(progress).mix
-        packed = self.pack([draw_questions(scene, QUESTIONS_PER_SCENE, rng, mix) for scene in scenes])
+        phase = self.phase(step)
+        packed = self.pack(
+            [draw_questions(scene, QUESTIONS_PER_SCENE, rng, phase.mix, phase.by_class) for scene in scenes]
+        )
         return F.cross_entropy(self.logits(scenes, packed), packed.label[packed.label != IGNORE])
 
     @torch.no_grad()
@@ -303,8 +311,8 @@ def train_step(
     """One optimizer step; returns this process's loss."""
     steps = settings.steps[stage.name]
     rng = np.random.default_rng([settings.seed, stage.number, step, RANK])
-    scenes = stage.draw(photos, settings.batch[stage.name] // WORLD, rng, step / steps)
-    loss = stage.loss(scenes, rng, step / steps)
+    scenes = stage.draw(photos, settings.batch[stage.name] // WORLD, rng, step)
+    loss = stage.loss(scenes, rng, step)
     parameters = [p for p in stage.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = None
@@ -377,7 +385,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log and model")
     parser.add_argument("--data", help="folder with Fashion-MNIST (default: $FASHION_MNIST, or where Debian has it)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--steps", type=int, default=7000, help="steps of the language stage")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of the language stage")
     parser.add_argument("--vision-steps", type=int, default=1000, help="steps of the vision stage")
     parser.add_argument("--layers", type=int, default=8, help="decoder layers")
     parser.add_argument("--seed", type=int, default=0)

@@ -97,3 +97,21 @@ def test_refuses_a_tail_that_uses_more_than_the_stream():
     assert refusal.node == mixed.name
     after = run_graph(graph, *inputs_of("prefill"))
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_a_norm_that_computes_with_its_weight():
+    """Gemma multiplies by 1 + weight: that belongs to the tail, and has no positions to cut."""
+    graph = captured(family="gemma")
+    inputs = inputs_of("prefill")
+    logits = run_graph(graph, *inputs)[0]
+    results = run_passes([annotate_layers, last_token_logits, cleanup], graph, PassSettings(plan()))
+    assert (results[1].applied, results[1].refusals) == (1, [])
+    assert_close(run_graph(graph, *inputs)[0], logits[:, -1:])
+
+
+def test_what_is_computed_from_weights_belongs_where_it_is_used():
+    graph = captured(family="gemma")
+    annotate_layers(graph, PassSettings(plan()))
+    constants = [n for n in graph.layer_of if n.users and {i.op for i in n.all_input_nodes} == {"get_attr"}]
+    assert {graph.layer_of[n] for n in constants} >= {0, 1, LAYERS}
+    assert all(graph.layer_of[n] == min(graph.layer_of[user] for user in n.users) for n in constants)

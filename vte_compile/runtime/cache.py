@@ -11,7 +11,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vte_compile.errors import InputError
 
-RowKV = list[tuple[Tensor, Tensor]]
+RowKV = list[tuple[Tensor, Tensor] | None]
+"""Keys and values of each layer; None where attention is skipped."""
 
 
 class ExitCache(DynamicCache):
@@ -46,13 +47,17 @@ class ExitCache(DynamicCache):
     @property
     def lengths(self) -> Tensor:
         """[L, B] int64: how many tokens each layer holds of each row."""
-        columns = torch.tensor([layer.keys.shape[2] for layer in self.layers], device=self.starts.device)
+        columns = torch.tensor([layer.get_seq_length() for layer in self.layers], device=self.starts.device)
         return columns[:, None] - self.starts
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was cached yet."""
         return self._columns == 0
+
+    @property
+    def _filled(self) -> list[Any]:
+        return [layer for layer in self.layers if layer.is_initialized]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen so far, in the original numbering; the same for all layers."""
@@ -63,6 +68,8 @@ class ExitCache(DynamicCache):
         starts = self.starts[:, index].tolist()
         return [
             (layer.keys[index : index + 1, :, start:], layer.values[index : index + 1, :, start:])
+            if layer.is_initialized
+            else None
             for layer, start in zip(self.layers, starts, strict=True)
         ]
 
@@ -70,7 +77,12 @@ class ExitCache(DynamicCache):
         """Take the rows of a prefill or continuation."""
         starts = []
         layers = []
-        for parts in zip(*rows, strict=True):
+        for kv in zip(*rows, strict=True):
+            parts = [part for part in kv if part is not None]
+            if not parts:
+                layers.append(DynamicLayer())
+                starts.append([0] * len(rows))
+                continue
             lengths = [keys.shape[2] for keys, _ in parts]
             longest = max(lengths)
             layers.append(_layer(*(_align_end([part[i] for part in parts], longest) for i in (0, 1))))
@@ -84,8 +96,9 @@ class ExitCache(DynamicCache):
 
     def append(self, kv: RowKV) -> None:
         """Take the result of a decode step, which already holds the past."""
-        for layer, (keys, values) in zip(self.layers, kv, strict=True):
-            layer.keys, layer.values = keys, values
+        for layer, pair in zip(self.layers, kv, strict=True):
+            if pair is not None:
+                layer.keys, layer.values = pair
         self.next_positions = self.next_positions + 1
         self._columns += 1
         self._decoded += 1
@@ -103,7 +116,7 @@ class ExitCache(DynamicCache):
                 "removed some of the earlier ones already."
             )
         if count:
-            for layer in self.layers:
+            for layer in self._filled:
                 layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
             self.next_positions = self.next_positions - count
             self._columns -= count
@@ -119,7 +132,7 @@ class ExitCache(DynamicCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order."""
-        for layer in self.layers:
+        for layer in self._filled:
             rows = indices.to(layer.keys.device)
             layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
         rows = indices.to(self.starts.device)

@@ -38,8 +38,8 @@ class ProgramOutput:
     """What one run of a program gives."""
 
     logits: Tensor
-    kv: list[tuple[Tensor, Tensor]]
-    """Keys and values of each layer, past included."""
+    kv: list[tuple[Tensor, Tensor] | None]
+    """Keys and values of each layer, past included; None where attention is skipped."""
     exit_layer: int = -1
 
 
@@ -83,7 +83,7 @@ class Program:
                 self._steps.append(_PieceStep(step, function, slot(step.inputs), slot(step.outputs), _lengths(step)))
             else:
                 self._steps.append(_ExitStep(step, slot([step.stream])[0], slot(step.inputs), slot(step.outputs)))
-        self._outputs = slot(lowered.outputs)
+        self._outputs, self._kv = slot(lowered.outputs), lowered.kv
         self._last_use = self._find_last_uses()
         self._slots = len(slots)
 
@@ -123,7 +123,8 @@ class Program:
                 values[i] = None
         logits, *kv = [values[i] for i in self._outputs]
         assert logits is not None
-        return ProgramOutput(logits, list(zip(kv[::2], kv[1::2], strict=True)), exit_layer)  # type: ignore[arg-type]
+        pairs = list(zip(kv[::2], kv[1::2], strict=True))
+        return ProgramOutput(logits, [None if i is None else pairs[i] for i in self._kv], exit_layer)  # type: ignore[misc]
 
 
 def _lengths(piece: Piece) -> list[tuple[int, int]]:

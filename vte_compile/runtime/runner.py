@@ -81,7 +81,7 @@ class DecoderRunner:
             return self._programs[key]
 
     def uncompiled_prefill(self) -> Program:
-        """The prefill program without Inductor, to look at its numbers before compiling it."""
+        """The prefill program without Inductor, to look at its numbers before compiling anything."""
         return Program(*self._lowered(("prefill", False, True, self.spec.dtype, self.spec.device)), None)
 
     def _lowered(self, key: _Key) -> tuple[PiecewiseGraph, list[PassResult]]:
@@ -94,8 +94,8 @@ class DecoderRunner:
             results = run_passes(PASSES, graph, PassSettings(self.plan, last_token_logits=last))
             for result in results:
                 for refusal in result.refusals:
-                    # Only a refused exit changes what the user asked for.
-                    level = logging.WARNING if result.name == "insert_exits" else logging.DEBUG
+                    # A refused exit or skip is something the user asked for.
+                    level = logging.WARNING if result.name in ("insert_exits", "skip_attention") else logging.DEBUG
                     logger.log(
                         level,
                         "%s refused in the %s graph, layer %s: %s",
@@ -137,8 +137,9 @@ class DecoderRunner:
     def _decode(self, embeds: Tensor, position_ids: Tensor | None, cache: ExitCache) -> RunnerOutput:
         batch = embeds.shape[0]
         positions = cache.next_positions[:, None] if position_ids is None else position_ids.expand(batch, -1)
-        past = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-        starts = list(cache.starts.unbind()) if batch > 1 else []
+        attending = [i for i, layer in enumerate(cache.layers) if layer.is_initialized]
+        past = [t for i in attending for t in (cache.layers[i].keys, cache.layers[i].values)]
+        starts = [cache.starts[i] for i in attending] if batch > 1 else []
         program = self.program("decode", batched=batch > 1)
         output = program.run([embeds.contiguous(), positions.contiguous(), *past, *starts])
         cache.append(output.kv)
@@ -191,7 +192,7 @@ class DecoderRunner:
     ) -> _RowOutput:
         visual = VisualTokens.find(visual_mask) if self.plan.exits else None
         program = self.program("prefill" if past is None else "extend", last=last)
-        flat = [] if past is None else [t.contiguous() for pair in past for t in pair]
+        flat = [] if past is None else [t.contiguous() for pair in past if pair is not None for t in pair]
         output = program.run([embeds[None], positions[None], *flat], visual)
         kept = torch.arange(len(embeds), device=embeds.device)
         if visual is not None and output.exit_layer >= 0:
@@ -205,7 +206,10 @@ class DecoderRunner:
         logits = first.new_zeros(len(rows), 1 if last else tokens, first.shape[-1])
         for target, row, positions in zip(logits, rows, real, strict=True):
             if row is not None:
-                target[[0] if last else positions[row.kept]] = row.logits[0]
+                if last:
+                    target[0] = row.logits[0, -1]
+                else:
+                    target[positions[row.kept]] = row.logits[0]
         return logits
 
 
