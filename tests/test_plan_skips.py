@@ -143,10 +143,16 @@ def test_widths_and_layers_are_checked_against_the_model() -> None:
         Plan(adapters=[kept(0, **SMALL)]).check(model)
 
 
-@pytest.mark.parametrize("plan", [Plan(skips=[SkippedAttention(1)]), Plan(adapters=[kept(1)])], ids=["skip", "adapter"])
-def test_optimize_refuses_what_it_cannot_apply(plan: Plan) -> None:
-    field = "skips" if plan.skips else "adapters"
-    with pytest.raises(PlanError, match=rf"^{field}: optimize\(\) cannot apply them yet"):
+@pytest.mark.parametrize(
+    ("plan", "field"),
+    [
+        (Plan(skips=[SkippedAttention(0), skip(1)]), r"skips\[1\]\.adapter"),
+        (Plan(adapters=[kept(1)]), "adapters"),
+    ],
+    ids=["pia", "plain"],
+)
+def test_optimize_refuses_what_it_cannot_apply(plan: Plan, field: str) -> None:
+    with pytest.raises(PlanError, match=rf"^{field}: optimize\(\) cannot apply adapters yet"):
         optimize(tiny(), plan, compile=False)
 
 
