@@ -18,6 +18,7 @@ from tiny_models import (
     assert_close,
     chunk,
     gate,
+    image_prompt,
     one_thread,  # noqa: F401
     plan,
     random_adapter,
@@ -45,7 +46,7 @@ from vte_compile import KeptAdapter, Oracle, Plan, SkippedAttention, StaticExit
 from vte_compile.adapters import PIA, PlainAdapter, StaticRouter, apply_pia, apply_plain, pool, route
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.blocks import block_parts, rms_gain
-from vte_compile.oracle import OracleCache
+from vte_compile.oracle import OracleCache, embed
 
 
 def skip(layer: int, **options) -> SkippedAttention:
@@ -171,9 +172,10 @@ def test_training_free_skip_is_a_model_whose_attention_gives_nothing(name, skips
     assert generation.tokens == theirs.tolist()
 
 
-def test_static_pia_and_adapter_spelled_out():
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_static_pia_and_adapter_spelled_out(attention):
     """Two layers by hand, prefill only: an adapter in front of attention, then a PIA in place of it."""
-    model = tiny(num_hidden_layers=2)
+    model = tiny(num_hidden_layers=2, attn_implementation=attention)
     pia = random_adapter(PIA, router=StaticRouter((0.3, 0.7)))
     plain = random_adapter(PlainAdapter, 1)
     embeds = chunk("ttttt")[0]
@@ -325,6 +327,20 @@ def test_gates_read_behind_a_skipped_layer():
     assert fires.exit_layer.tolist() == [1]
 
 
+def test_inside_a_multimodal_model():
+    """The same as its decoder and lm_head alone, through prefill with an exit, and greedy decoding."""
+    llava = shared_model("llava")
+    ids, pixels, real = image_prompt("tittt", "..itt")
+    embeds, visual = embed(llava, ids, pixels)
+    text = LlamaForCausalLM(llava.config.text_config).eval()
+    text.model, text.lm_head = llava.get_decoder(), llava.lm_head
+    both = plan(StaticExit(1), skip(0), kept(1), SkippedAttention(2), skip(3))
+    ours, theirs = (Oracle(model, both).generate(embeds, visual, real, max_new_tokens=3) for model in (llava, text))
+    assert ours.tokens == theirs.tokens
+    assert ours.exit_layer.tolist() == [1, 1]
+    assert ours.cache.lengths() == [[0, 10, 0, 0], [0, 8, 0, 0]]
+
+
 # ---------------------------------------------------------------- precision and norms
 
 
@@ -354,6 +370,8 @@ def test_gain_of_norms(dtype):
     llama = tiny_of(LlamaConfig, LlamaForCausalLM).to(dtype).model.norm
     assert torch.equal(rms_gain(llama), llama.weight)
     wide = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(rms_gain(gemma), 1 + gemma.weight.to(wide))
+    gemma.weight.data.mul_(200)  # where bfloat16 hardly tells w from 1 + w
     assert torch.equal(rms_gain(gemma), 1 + gemma.weight.to(wide))
     for norm in (nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.LayerNorm(8, elementwise_affine=False)):
         with pytest.raises(UnsupportedModelError, match="LayerNorm is not an RMSNorm with a weight per channel"):
@@ -399,8 +417,9 @@ def test_oracle_names_the_layer_it_cannot_change():
 
 
 @pytest.mark.parametrize("part", [SkippedAttention(1), skip(1), kept(1)], ids=["free", "pia", "plain"])
-def test_blocks_that_only_look_pre_norm_are_refused(part):
-    granite = tiny_of(GraniteConfig, GraniteForCausalLM, residual_multiplier=0.5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_that_only_look_pre_norm_are_refused(part, dtype):
+    granite = tiny_of(GraniteConfig, GraniteForCausalLM, residual_multiplier=0.98).to(dtype)
     parallel = tiny_of(StableLmConfig, StableLmForCausalLM, use_parallel_residual=True)
     with pytest.raises(UnsupportedModelError, match=r"^layer 1 \(GraniteDecoderLayer\) is not h = x"):
         Oracle(granite, plan(part))

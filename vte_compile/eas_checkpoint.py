@@ -62,7 +62,7 @@ def _parts(parameters: dict[str, Tensor], letters: str, temperature: float) -> t
     for letter in letters:
         with located(f"conv_{letter}", "."):
             weight = _take(parameters, f"conv_{letter}", "weight")
-            if weight.ndim == 3 and weight.shape[-1] == 1:
+            if isinstance(weight, Tensor) and weight.ndim == 3 and weight.shape[-1] == 1:
                 weight = weight[..., 0]
             projections.append(Projection(weight, _take(parameters, f"conv_{letter}", "bias")))
     with located("expert_weights", "."):
