@@ -185,7 +185,7 @@ def test_optimize_shows_passes_and_saves(llava: Path, plan: Path, tmp_path: Path
 
 
 def test_optimize_without_a_plan_is_lossless(llama: Path) -> None:
-    assert "no exits" in run("optimize", llama, "--no-compile").stdout
+    assert "plan is empty" in run("optimize", llama, "--no-compile").stdout
 
 
 def test_generate_answers_as_the_model(llava: Path, plan: Path, picture: Path) -> None:

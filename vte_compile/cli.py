@@ -159,7 +159,7 @@ def optimize(
             layer = "" if refusal.layer is None else str(refusal.layer)
             refused.add_row(phase, name, layer, _plain(refusal.node), _plain(refusal.reason))
         console.print(refused)
-    console.print(_exits_table(fast.plan))
+    console.print(_plan_table(fast.plan))
     if out is not None:
         fast.save_pretrained(out)
         try:
@@ -345,11 +345,12 @@ def _demo_table(results: dict[str, Any]) -> Table:
     return table
 
 
-def _exits_table(plan: Plan) -> Table | str:
-    if not plan.exits:
-        return "The plan has no exits: only what is lossless was done."
-    table = Table("exit after layer", "kind", "threshold", "gate width", title="Exits", title_justify="left")
-    for row in plan.describe():
+def _plan_table(plan: Plan) -> Table | str:
+    rows = plan.describe()
+    if not rows:
+        return "The plan is empty: only what is lossless was done."
+    table = Table("layer", "kind", "threshold", "width", title="Plan", title_justify="left")
+    for row in rows:
         threshold = "" if row["threshold"] is None else f"{row['threshold']:g}"
         table.add_row(str(row["layer"]), row["kind"], threshold, "" if row["width"] is None else str(row["width"]))
     return table
