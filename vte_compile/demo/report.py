@@ -28,6 +28,7 @@ p { margin: .5rem 0; max-width: 46rem; }
 .tile span { display: block; color: var(--muted); font-size: .85rem; line-height: 1.35; margin-top: .2rem; }
 .tile.main b { color: var(--accent); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .75rem; }
+@media (min-width: 50rem) { .cards { grid-template-columns: repeat(4, 1fr); } }
 .card { overflow: hidden; display: flex; flex-direction: column; }
 .card img { width: 100%; aspect-ratio: 1; object-fit: cover; display: block; background: #000; }
 .card div { padding: .6rem .75rem .75rem; }
