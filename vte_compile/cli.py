@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -289,13 +288,13 @@ def demo(
     debug: DebugOption = False,
 ) -> None:
     """Ask a small LLaVA about photographs with and without exit, evaluate it, and write a page about it."""
-    # Threads that spin between the many small steps of so small a model starve each other on busy cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from vte_compile.demo.run import DEFAULT_QUESTIONS, Demo
 
     disable_progress_bar()  # of loading a model of a few megabytes
+    torch.set_num_threads(1)  # the steps of so small a model are shorter than waking a second thread takes
     console = _out()
     with _errors().status("loading, tracing and compiling the model (about a minute)"):
         show = Demo(questions or DEFAULT_QUESTIONS, compile=_compile(no_compile), device=device)
