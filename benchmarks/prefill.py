@@ -145,7 +145,7 @@ def _row(name: str, exit_layer: int, times: dict[str, Summary], flops: int) -> d
 
 def show(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     table = Table(title="prefill: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
-    for column in ("case", "median ms", "min ms", "max ms", "time ratio", "FLOP ratio", "quotient"):
+    for column in ("case", "median\nms", "min\nms", "max\nms", "time\nratio", "FLOP\nratio", "quotient"):
         table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
     for row in rows:
         milliseconds = [f"{1e3 * row[key]:.1f}" for key in ("median_s", "min_s", "max_s")]
