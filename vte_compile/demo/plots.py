@@ -101,7 +101,7 @@ def _curve(axes: Any, report: dict[str, Any], measure: str) -> None:
     axes.annotate(
         f"{value['value']:.1%} at {learned['mean_cost']:.2f} of {layers}",
         (learned["mean_cost"], value["value"]),
-        xytext=(-12, 0), textcoords="offset points", ha="right", va="center", color=_LEARNED, fontweight="bold",
+        xytext=(-8, -9), textcoords="offset points", ha="right", va="top", color=_LEARNED, fontweight="bold",
     )  # fmt: skip
     axes.set(xlabel=_COST, xticks=range(1, layers + 1), xlim=(0.6, layers + 0.4), ylim=(0, 1.06))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
