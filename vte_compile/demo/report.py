@@ -264,8 +264,9 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         "<b>FLOPs</b> are counted from the config for the decoder's prefill, with causal attention and the gates, and "
         "without the vision tower, which an exit does not change. <b>KV</b> is what prefill leaves in the cache.",
         "<b>Times</b> are of the decoder alone, one question at a time, all configurations in turns: the mean over "
-        f"{report['settings']['timed_questions']} questions of each one's median of {report['settings']['timed_runs']} "
-        f"runs. On {escape(model['device'])}, threads: {report['environment']['threads']}.",
+        f"{report['settings']['timed_questions']} questions, one of each type, of each one's median of "
+        f"{report['settings']['timed_runs']} runs. On {escape(model['device'])}, "
+        f"threads: {report['environment']['threads']}.",
         "<b>Answers</b> are greedy, in batches of 8; each question's exit is its own.",
         "Thresholds of the learned exit were not chosen on these questions.",
     ]

@@ -19,7 +19,6 @@ from vte_compile.plan import Plan
 
 SCHEMA_VERSION = 1
 DEFAULT_QUESTIONS = 256
-_TIMED_QUESTIONS = 12
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Demo:
         """Evaluate all configurations; returns the report as plain data (docs: ``report.json``)."""
         evaluation = self.evaluation
         evaluation.answer_all(progress=progress)
-        timed = self.assets.spread(min(_TIMED_QUESTIONS, len(evaluation.questions)))
+        timed = self.assets.one_of_each_type()
         evaluation.time_all(timed, progress=progress)
         full, learned = evaluation[FULL], evaluation[LEARNED]
         return {
