@@ -6,6 +6,7 @@
 from vte_compile.passes.annotate_layers import annotate_layers
 from vte_compile.passes.cleanup import cleanup
 from vte_compile.passes.insert_exits import insert_exits
+from vte_compile.passes.last_layer_queries import last_layer_queries
 from vte_compile.passes.last_token_logits import last_token_logits
 from vte_compile.passes.manager import Pass, PassResult, PassSettings, Refusal, run_passes
 from vte_compile.passes.plain_causal import plain_causal
@@ -16,6 +17,7 @@ PASSES: tuple[Pass, ...] = (
     skip_attention,
     plain_causal,  # before insert_exits, so that a mask it drops need not be cut at every exit
     insert_exits,
+    last_layer_queries,
     last_token_logits,
     cleanup,
 )

@@ -49,11 +49,11 @@ def compilations(fast) -> int:
 
 
 def test_equal_layers_compile_once(models):
-    """Three pieces (before, in and behind the layers) of prefill, decode, and decode of a batch."""
-    assert compilations(models[0]) <= 9
+    """Before, in and behind the layers, of prefill (and its last layer), decode, and decode of a batch."""
+    assert compilations(models[0]) <= 10
     deeper = optimize(tiny(num_hidden_layers=LAYERS), plan(gate(0, NEVER)), compile=False)
     keys = {step.piece.key for step in deeper._vte_runner.program("prefill")._steps if hasattr(step, "piece")}
-    assert len(keys) == 3
+    assert len(keys) == 4
 
 
 def test_no_compilation_after_warm_up(models):

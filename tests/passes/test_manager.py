@@ -63,12 +63,13 @@ def test_the_order_of_the_passes():
         "skip_attention",
         "plain_causal",
         "insert_exits",
+        "last_layer_queries",
         "last_token_logits",
         "cleanup",
     ]
     results = run_passes(PASSES, captured(), PassSettings(plan(StaticExit(0))))
     assert [r.name for r in results] == names
-    assert [r.applied for r in results][:5] == [LAYERS, 0, LAYERS, 1, 1]
+    assert [r.applied for r in results][:6] == [LAYERS, 0, LAYERS, 1, 1, 1]
 
 
 def test_settings_and_refusals_cannot_change():

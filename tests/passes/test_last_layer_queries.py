@@ -1,0 +1,102 @@
+"""last_layer_queries: the same logits and the same keys and values, with one query in the last layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import (
+    ALWAYS,
+    LAYERS,
+    assert_close,
+    captured,
+    embeddings,
+    gate,
+    layout,
+    nodes_of,
+    plan,
+    positions,
+    random_kv,
+    run_graph,
+)
+
+from vte_compile.passes import PASSES, PassSettings, run_passes
+from vte_compile.passes.annotate_layers import annotate_layers
+from vte_compile.passes.cleanup import cleanup
+from vte_compile.passes.insert_exits import insert_exits
+from vte_compile.passes.last_layer_queries import last_layer_queries
+from vte_compile.plan import StaticExit
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def inputs_of(phase):
+    return [embeddings(6), positions(6, 9), *(random_kv((9, 5, 2)) if phase == "extend" else [])]
+
+
+@pytest.mark.parametrize("phase", ["prefill", "extend"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_same_numbers_from_one_query(phase, family):
+    graph = captured(phase, family=family)
+    inputs = inputs_of(phase)
+    logits, *kv = run_graph(graph, *inputs)
+    results = {r.name: r for r in run_passes(PASSES, graph, PassSettings(plan()))}
+    assert (results["last_layer_queries"].applied, results["last_layer_queries"].refusals) == (1, [])
+    last, *rest = run_graph(graph, *inputs)
+    assert_close(last, logits[:, -1:])
+    assert_close(rest, kv)
+    assert [t.shape for t in rest] == [t.shape for t in kv]
+    queries = [n.args[0].meta["val"].shape[2] for n in nodes_of(graph, SDPA)]
+    assert queries[-1] == 1
+    assert all(isinstance(q, torch.SymInt) for q in queries[:-1])
+    # What follows from the one query is one token wide, up to the logits.
+    wide = [n for n in graph.graph.nodes if graph.layer_of.get(n) == LAYERS]
+    assert {n.meta["val"].shape[1] for n in wide} == {1}
+
+
+@pytest.mark.parametrize("phase", ["prefill", "extend"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_behind_an_exit(phase, layer):
+    graph, whole = captured(phase), captured(phase)
+    settings = PassSettings(plan(gate(layer, ALWAYS)))
+    run_passes(PASSES, graph, settings)
+    run_passes([annotate_layers, insert_exits, cleanup], whole, settings)
+    embeds, where, *past = inputs_of(phase)
+    inputs = [embeds, where, layout("tvvttt"), *past]
+    got, want = run_graph(graph, *inputs), run_graph(whole, *inputs)
+    assert want[0].shape[1] == 4
+    assert_close(got[0], want[0][:, -1:])
+    assert_close(got[1 : 1 + 2 * LAYERS], want[1 : 1 + 2 * LAYERS])
+
+
+@pytest.mark.parametrize(("phase", "wanted"), [("decode", True), ("prefill", False)])
+def test_left_alone(phase, wanted):
+    graph = captured(phase)
+    settings = PassSettings(plan(), last_token_logits=wanted)
+    annotate_layers(graph, settings)
+    before = [n.format_node() for n in graph.graph.nodes]
+    assert last_layer_queries(graph, settings).applied == 0
+    assert [n.format_node() for n in graph.graph.nodes] == before
+
+
+def test_refuses_an_exit_behind_the_last_layer():
+    graph = captured()
+    results = {r.name: r for r in run_passes(PASSES, graph, PassSettings(plan(StaticExit(LAYERS - 1))))}
+    assert results["last_layer_queries"].applied == 0
+    assert "takes the tokens of the last layer apart" in results["last_layer_queries"].refusals[0].reason
+    assert results["last_token_logits"].applied == 1
+
+
+def test_refuses_a_last_layer_that_uses_more_than_its_own_stream():
+    graph = captured()
+    settings = PassSettings(plan())
+    annotate_layers(graph, settings)
+    attention = nodes_of(graph, SDPA)[-1]
+    other = nodes_of(graph, SDPA)[0]
+    following = next(iter(attention.users))
+    with graph.graph.inserting_before(following):
+        mixed = graph.graph.call_function(torch.ops.aten.add.Tensor, (attention, other))
+    mixed.meta["val"], graph.layer_of[mixed] = attention.meta["val"], LAYERS - 1
+    following.replace_input_with(attention, mixed)
+    result = last_layer_queries(graph, settings)
+    assert result.applied == 0
+    assert f"also uses {other.name}" in result.refusals[0].reason
