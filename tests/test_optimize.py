@@ -208,6 +208,15 @@ def test_masks_of_all_columns_so_far():
     assert torch.equal(*results)
 
 
+def test_float64_from_the_start():
+    """transformers normalizes and rotates in float32 even then: no reason to refuse the model."""
+    model = tiny().double()
+    fast = optimize(model, plan(), compile=False)
+    embeds = chunk("ttttt")[0].double()
+    with torch.no_grad():
+        torch.testing.assert_close(fast(inputs_embeds=embeds).logits, model(inputs_embeds=embeds).logits)
+
+
 def test_bfloat16():
     model = tiny().to(torch.bfloat16)
     args = chunk(*BATCHES["mixed"], seed=3)

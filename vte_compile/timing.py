@@ -104,8 +104,6 @@ def phases(model: Any, embeds: Tensor, visual_mask: Tensor, decode_tokens: int) 
         for _ in range(decode_tokens):
             model(input_ids=token, past_key_values=cache, use_cache=True)
         cache.crop(-decode_tokens)
-        for layer in cache.layers:  # crop leaves views, which compiled graphs do not take
-            layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
 
     exit_layer = getattr(first, "exit_layer", None)
     return Phases(prefill, decode, -1 if exit_layer is None else int(exit_layer[0]))

@@ -117,7 +117,8 @@ class ExitCache(DynamicCache):
             )
         if count:
             for layer in self._filled:
-                layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
+                # Contiguous, as compiled graphs expect their inputs.
+                layer.keys, layer.values = (x[:, :, :-count].contiguous() for x in (layer.keys, layer.values))
             self.next_positions = self.next_positions - count
             self._columns -= count
             self._decoded -= count

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _TOKENS = 7
 # Largest difference of logits, relative to the largest logit.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# In float64 models, transformers still normalizes and rotates in float32.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 def verify_prefill(model: PreTrainedModel, runner: DecoderRunner) -> None:
