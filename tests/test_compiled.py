@@ -82,7 +82,7 @@ def test_no_compilation_after_warm_up(models):
 def test_another_plan_compiles_nothing_new(models):
     fast, _, oracle = models
     before = compilations(fast)
-    for exits in [[StaticExit(0)], [gate(0, NEVER), StaticExit(1)], [gate(2, -NEVER)], []]:
+    for exits in [[StaticExit(0)], [gate(0, NEVER), StaticExit(1)], [gate(1, -NEVER)], []]:
         inputs = inputs_of("tvvttt", "vttvtt")
         want = Oracle(oracle.model, plan(*exits)).generate(*[inputs[n] for n in NAMES], max_new_tokens=4)
         tokens = optimize(fast, plan(*exits)).generate(**inputs, **GREEDY)
