@@ -8,6 +8,8 @@ What is counted:
   savings that such kernels never spent. (torch.utils.flop_counter counts S^2.)
 - lm_head for one token: generation needs no other logits.
 - The gates that are asked: those up to the exit.
+- Layers as wholes: that optimize() spares the last layer most of its work where only the last token's logits are
+  wanted is no saving of an exit.
 
 Not counted: norms, rotations, activations, softmax, the token embedding (no multiplications, or under a percent), and
 everything before the decoder, which an exit does not change.
