@@ -16,12 +16,12 @@ import torch
 from torch import fx
 
 from vte_compile.passes.manager import PassResult, PassSettings, Refusal
+from vte_compile.passes.residual import SDPA
 
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
 
 aten = torch.ops.aten
-_SDPA = aten.scaled_dot_product_attention.default
 Index = tuple[Any, ...]
 _EXACT = (torch.bool, torch.int32, torch.int64)
 """Dtypes in which positions are what sympy takes them for."""
@@ -39,7 +39,7 @@ def plain_causal(graph: DecoderGraph, settings: PassSettings) -> PassResult:
     """Drop the masks of attentions that are plain causal; ``applied`` counts the attentions."""
     result = PassResult("plain_causal")
     for node in list(graph.graph.nodes):
-        if node.target is not _SDPA or _argument(node, 3, "attn_mask") is None:
+        if node.target is not SDPA or _argument(node, 3, "attn_mask") is None:
             continue
         refusal = _refuse(node)
         if refusal is not None:

@@ -31,7 +31,8 @@ from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vte_compile import GateExit, Plan, StaticExit, optimize
-from vte_compile.fingerprint import Fingerprint, find_decoder
+from vte_compile.families.decoder import find_decoder
+from vte_compile.fingerprint import Fingerprint
 from vte_compile.oracle import embed
 
 ASSETS = Path(__file__).parents[2] / "vte_compile" / "demo" / "assets"

@@ -182,7 +182,7 @@ class DecoderRunner:
                 rows.append(self._row(*row, None if cache.is_empty else cache.row(b), last))
             previous = row
         exit_layer = torch.tensor([-1 if r is None else r.exit_layer for r in rows], device=embeds.device)
-        logits = self._lay_out(rows, real, tokens, last, embeds)
+        logits = self._lay_out(rows, real, tokens, last)
         kv = [cache.row(b) if r is None else r.kv for b, r in enumerate(rows)]
         cache.replace(kv, tokens, torch.tensor(next_positions, device=embeds.device), exit_layer)
         return RunnerOutput(logits, exit_layer)
@@ -200,7 +200,7 @@ class DecoderRunner:
         return _RowOutput(output.logits, output.kv, output.exit_layer, kept)
 
     @staticmethod
-    def _lay_out(rows: list[_RowOutput | None], real: list[Tensor], tokens: int, last: bool, like: Tensor) -> Tensor:
+    def _lay_out(rows: list[_RowOutput | None], real: list[Tensor], tokens: int, last: bool) -> Tensor:
         """Logits of all rows, as the chunk was laid out."""
         first = next(r for r in rows if r is not None).logits
         logits = first.new_zeros(len(rows), 1 if last else tokens, first.shape[-1])
