@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The public interface: a change here is a change for users.
 PUBLIC_NAMES = [
+    "CoAttention",
     "GateExit",
     "KeptAdapter",
     "Oracle",

@@ -169,7 +169,7 @@ def test_files_of_version_1_are_read(tmp_path: Path) -> None:
 
     def older(root: Any) -> None:
         root["schema_version"] = 1
-        del root["skips"], root["adapters"]
+        del root["skips"], root["adapters"], root["co_attention"]
 
     edit(tmp_path, older)
     plan = Plan.from_pretrained(tmp_path)
@@ -284,7 +284,7 @@ def test_altered_files_never_raise_anything_else(data: st.DataObject) -> None:
 
 def test_file_says_what_it_holds(saved: Path) -> None:
     root = json.loads((saved / "vte_plan.json").read_text())
-    assert root["schema_version"] == 2
+    assert root["schema_version"] == 3
     assert [entry["layer"] for entry in root["skips"]] == [0, 2, 3]
     assert root["skips"][1]["adapter"] is None
     assert root["skips"][0]["adapter"]["router"] == {"kind": "static", "weights": [0.25, 0.75]}

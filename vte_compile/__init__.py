@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from vte_compile.optimizer import optimize
     from vte_compile.oracle import Oracle
     from vte_compile.plan import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
+    from vte_compile.plan_co_attention import CoAttention
 
 __all__ = [
+    "CoAttention",
     "GateExit",
     "KeptAdapter",
     "Oracle",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "CoAttention": "vte_compile.plan_co_attention",
     "GateExit": "vte_compile.plan",
     "KeptAdapter": "vte_compile.plan",
     "Oracle": "vte_compile.oracle",

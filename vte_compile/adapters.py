@@ -294,8 +294,14 @@ def apply_pia(pia: PIA, x: Tensor, w: Tensor, p: Tensor) -> Tensor:
     Prefill takes the w and p of this x; decode and later chunks take those of the prompt.
     """
     wide = x.to(_dtype(pia, x))
+    return (wide + pia_term(pia, wide, w, p)).to(x.dtype)
+
+
+def pia_term(pia: PIA, x: Tensor, w: Tensor, p: Tensor) -> Tensor:
+    """PIA(x) - x, which is what METER calls PIA; as :func:`apply_pia` else."""
+    wide = x.to(_dtype(pia, x))
     z = 0.5 * (p.to(wide)[:, None] + _linear(pia.down, wide))
-    return (wide + _experts(pia, z, w.to(wide))).to(x.dtype)
+    return _experts(pia, z, w.to(wide)).to(x.dtype)
 
 
 def apply_plain(adapter: PlainAdapter, x: Tensor, w: Tensor) -> Tensor:
@@ -323,12 +329,23 @@ def fold(adapter: Adapter, w: Tensor, p: Tensor | None = None) -> tuple[Tensor, 
     m1, m = adapter.down.weight.double(), adapter.down.bias.double()
     if p is not None:
         m1, m = 0.5 * m1, 0.5 * (m + p.to(m))
-    w = w.to(m)
-    m2, bias = m.new_zeros(adapter.hidden_size, adapter.width), m.new_zeros(adapter.hidden_size)
+    m2, bias = fold_experts(adapter, w)
+    return torch.eye(adapter.hidden_size).to(m) + m2 @ m1, m2 @ m + bias
+
+
+def fold_experts(adapter: Adapter, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Both experts of one prompt, with weights w [2], as one linear layer of z, without groups.
+
+    Returns:
+        M2 = s * (w0 * B + w1 * D) [C, D], block-diagonal, and s * (w0 * bB + w1 * bD) [C]; float64, on the adapter's
+        device.
+    """
+    m2 = torch.zeros(adapter.hidden_size, adapter.width, dtype=torch.float64, device=adapter.down.weight.device)
+    w, bias = w.to(m2), m2.new_zeros(adapter.hidden_size)
     for share, up in ((w[0], adapter.up0), (w[1], adapter.up1)):
         m2 = m2 + adapter.scale * share * torch.block_diag(*up.weight.double().chunk(adapter.groups))
         bias = bias + adapter.scale * share * up.bias.double()
-    return torch.eye(adapter.hidden_size).to(m) + m2 @ m1, m2 @ m + bias
+    return m2, bias
 
 
 def fold_into(weight: Tensor, R: Tensor, b: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:

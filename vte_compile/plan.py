@@ -2,7 +2,8 @@
 
 After which decoder layers visual tokens leave, with the gates of DyVTE (arXiv 2411.19628, section on the
 "hyper-network"); which attentions are skipped, and which adapters take their place or stand before those that are kept
-(EAS, arXiv 2403.15226; vte_compile/adapters.py). The files a plan is stored in: vte_compile/plan_files.py.
+(EAS, arXiv 2403.15226; vte_compile/adapters.py). What is done to co-attention layers: vte_compile/plan_co_attention.py.
+The files a plan is stored in: vte_compile/plan_files.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 
 from vte_compile.adapters import PIA, Adapter, PlainAdapter
 from vte_compile.errors import PlanError, PlanMismatchError
+from vte_compile.families.co_attention import CoAttentionSpec, find_co_attention
 from vte_compile.fingerprint import Fingerprint, decoder_facts
+from vte_compile.plan_co_attention import CoAttention
 from vte_compile.plan_fields import check_pair, check_values, finite, float_tensor, integer
 
 
@@ -152,6 +155,8 @@ class Plan:
         skips: in any order; kept as a tuple sorted by layer. At most one per layer.
         adapters: of attentions that are kept; in any order; kept as a tuple sorted by layer. At most one per layer,
             and none on a skipped layer.
+        co_attention: what to do to the co-attention layers of a model that has them and no decoder (BridgeTower); in
+            any order; kept as a tuple, the text side's first, each side sorted by level. At most one per layer.
 
     Raises:
         PlanError: parts contradict each other or the fingerprint; the message names the part by its sorted index.
@@ -161,11 +166,13 @@ class Plan:
     fingerprint: Fingerprint | None = None
     skips: Sequence[SkippedAttention] = ()
     adapters: Sequence[KeptAdapter] = ()
+    co_attention: Sequence[CoAttention] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exits", _sorted_parts("exits", self.exits, GateExit, StaticExit))
         object.__setattr__(self, "skips", _sorted_parts("skips", self.skips, SkippedAttention))
         object.__setattr__(self, "adapters", _sorted_parts("adapters", self.adapters, KeptAdapter))
+        object.__setattr__(self, "co_attention", _sorted_parts("co_attention", self.co_attention, CoAttention))
         if self.fingerprint is not None and not isinstance(self.fingerprint, Fingerprint):
             raise PlanError(f"fingerprint: expected a Fingerprint or None, got {type(self.fingerprint).__name__}")
         for index, (below, exit_) in enumerate(pairwise(self.exits), 1):
@@ -194,7 +201,12 @@ class Plan:
         gates = {f"exits[{i}].w1": exit_ for i, exit_ in enumerate(self.exits) if isinstance(exit_, GateExit)}
         pias = {f"skips[{i}].adapter": skip.adapter for i, skip in enumerate(self.skips) if skip.adapter is not None}
         plain = {f"adapters[{i}].adapter": kept.adapter for i, kept in enumerate(self.adapters)}
-        parts: dict[str, GateExit | Adapter] = {**gates, **pias, **plain}
+        co_attention = {
+            f"co_attention[{i}].{name}": adapter
+            for i, part in enumerate(self.co_attention)
+            for name, adapter in part.adapters()
+        }
+        parts: dict[str, GateExit | Adapter] = {**gates, **pias, **plain, **co_attention}
         return {name: part.hidden_size for name, part in parts.items()}
 
     def _check_sizes(self, num_layers: int, hidden_size: int, error: type[PlanError]) -> None:
@@ -210,7 +222,7 @@ class Plan:
                 raise error(f"{name}: is for hidden size {size}, but the decoder's is {hidden_size}")
 
     def check(self, model: nn.Module) -> None:
-        """Make sure that the plan can be applied to `model`, a Hugging Face causal LM or MLLM.
+        """Make sure that the plan can be applied to `model`: a Hugging Face causal LM or MLLM, or a BridgeTower.
 
         Raises:
             PlanMismatchError: it cannot; the message names the field, and the plan's and the model's value.
@@ -218,14 +230,40 @@ class Plan:
         """
         if self.fingerprint is not None:
             self.fingerprint.check(model)
+        spec = find_co_attention(model)
+        if spec is not None:
+            self._check_co_attention(type(model).__name__, spec)
+            return
+        if self.co_attention:
+            raise PlanMismatchError(
+                f"co_attention[0]: {type(model).__name__} has no co-attention layers (only BridgeTower's are known)"
+            )
         facts = decoder_facts(model)
         self._check_sizes(facts.num_layers, facts.hidden_size, PlanMismatchError)
 
-    def describe(self) -> list[dict[str, Any]]:
-        """One row per exit, skip and adapter, in this order, for tables.
+    def _check_co_attention(self, model: str, spec: CoAttentionSpec) -> None:
+        for field in ("exits", "skips", "adapters"):
+            if getattr(self, field):
+                raise PlanMismatchError(
+                    f"{field}[0]: is for the layers of a decoder, but {model} has co-attention layers and none of a "
+                    "decoder: its parts are those of co_attention"
+                )
+        for index, part in enumerate(self.co_attention):
+            if part.level >= spec.levels:
+                raise PlanMismatchError(
+                    f"co_attention[{index}].level: {part.level} is out of range: {model} has {spec.levels} levels of "
+                    f"co-attention (0..{spec.levels - 1})"
+                )
+        for name, size in self._hidden_sizes().items():
+            if size != spec.hidden_size:
+                raise PlanMismatchError(f"{name}: is for hidden size {size}, but that of {model} is {spec.hidden_size}")
 
-        Columns: layer; kind ("gate", "static", "skip" or "adapter"); threshold, of a gate, else None; width, of the
-        gate or adapter, else None (a static exit, a training-free skip).
+    def describe(self) -> list[dict[str, Any]]:
+        """One row per exit, skip and adapter, in this order, then those of the co-attention layers, for tables.
+
+        Columns: layer (or level); kind ("gate", "static", "skip" or "adapter"; of co-attention such as "text self
+        skip"); threshold, of a gate, else None; width, of the gate or adapter, else None (a static exit, a
+        training-free skip).
         """
         rows: list[dict[str, Any]] = []
         for exit_ in self.exits:
@@ -237,6 +275,8 @@ class Plan:
             rows.append(_row(skip.layer, "skip", None, None if skip.adapter is None else skip.adapter.width))
         for kept in self.adapters:
             rows.append(_row(kept.layer, "adapter", None, kept.adapter.width))
+        for part in self.co_attention:
+            rows += [_row(part.level, kind, None, width) for kind, width in part.describe()]
         return rows
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -358,7 +398,7 @@ class Plan:
 
     def __repr__(self) -> str:
         made_for = "any model" if self.fingerprint is None else self.fingerprint.model_type
-        parts = [*self.exits, *self.skips, *self.adapters]
+        parts = [*self.exits, *self.skips, *self.adapters, *self.co_attention]
         return f"Plan({', '.join(map(repr, parts)) or 'no exits'}; for {made_for})"
 
 
@@ -371,11 +411,17 @@ def _sorted_parts(field: str, parts: object, *types: type) -> tuple[Any, ...]:
         if not isinstance(part, types):
             expected = " or ".join(type_.__name__ for type_ in types)
             raise PlanError(f"{field}[{index}]: expected a {expected}, got {type(part).__name__}")
-    ordered = tuple(sorted(parts, key=lambda part: part.layer))
+    ordered = tuple(sorted(parts, key=place))
     for index, (below, part) in enumerate(pairwise(ordered), 1):
-        if part.layer == below.layer:
-            raise PlanError(f"{field}[{index}].layer: layer {part.layer} already has {field}[{index - 1}]")
+        if place(part) == place(below):
+            name, where = ("level", f"{part.side} level") if isinstance(part, CoAttention) else ("layer", "layer")
+            raise PlanError(f"{field}[{index}].{name}: {where} {getattr(part, name)} already has {field}[{index - 1}]")
     return ordered
+
+
+def place(part: Exit | SkippedAttention | KeptAdapter | CoAttention) -> tuple[int, ...]:
+    """By what the parts of one kind are sorted."""
+    return part.place if isinstance(part, CoAttention) else (part.layer,)
 
 
 def _row(layer: int, kind: str, threshold: float | None, width: int | None) -> dict[str, Any]:

@@ -1,21 +1,23 @@
 """How a plan is stored: vte_plan.json says everything but the numbers, vte_plan.safetensors holds the weights.
 
-The JSON, schema version 2::
+The JSON, schema version 3::
 
-    {"schema_version": 2,
+    {"schema_version": 3,
      "tensors_sha256": SHA-256 of vte_plan.safetensors, hexadecimal,
      "fingerprint": null, or {"model_type", "num_layers", "hidden_size", "vocab_size",
                               "probe": [{"name", "shape", "values"}, ...]},
      "exits": [{"kind": "gate", "layer", "threshold", "width", "tensors": {"w1": tensor name, "w2": tensor name}},
                {"kind": "static", "layer"}, ...],
      "skips": [{"layer", "adapter": null or an adapter}, ...],
-     "adapters": [{"layer", "adapter": an adapter}, ...]}
+     "adapters": [{"layer", "adapter": an adapter}, ...],
+     "co_attention": [{"side": "text" or "image", "level", "skip_self": boolean, "skip_cross": boolean, "self_adapter",
+                       "cross_adapter", "ffn_adapter": each null or an adapter}, ...]}
 
     an adapter: {"width", "groups", "scale", "router", "tensors": {"down.weight": tensor name, "down.bias", ...}}
     a router: {"kind": "prompt", "temperature"}, its weights being the adapter's tensors "router.weight" and, where it
               has one, "router.bias"; or {"kind": "static", "weights": [w0, w1]}
 
-Version 1 has no skips and adapters, and is still read.
+Version 1 has no skips and adapters, version 2 no co_attention; both are still read.
 
 Plans come from strangers, so a reader accepts exactly this: an unknown, missing or ill-typed field is an error that
 names it, the files' names are fixed, and nothing is unpickled.
@@ -29,7 +31,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any, NoReturn, TypeVar
@@ -40,13 +42,14 @@ from torch import Tensor
 from vte_compile.adapters import PIA, Adapter, PlainAdapter, Projection, Router, StaticRouter
 from vte_compile.errors import InputError, PlanError
 from vte_compile.fingerprint import Fingerprint, Probe
-from vte_compile.plan import Exit, GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
+from vte_compile.plan import Exit, GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit, place
+from vte_compile.plan_co_attention import CoAttention
 from vte_compile.plan_fields import located
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 JSON_NAME = "vte_plan.json"
 TENSORS_NAME = "vte_plan.safetensors"
-AdapterT = TypeVar("AdapterT", PIA, PlainAdapter)
+AdapterT = TypeVar("AdapterT", bound=Adapter)
 
 
 def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
@@ -71,6 +74,7 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
         {"layer": kept.layer, "adapter": _adapter_to_json(kept.adapter, f"adapters.{kept.layer}", tensors)}
         for kept in plan.adapters
     ]
+    co_attention = [_co_attention_to_json(part, tensors) for part in plan.co_attention]
     tensor_bytes = safetensors.torch.save(tensors)
     described = {
         "schema_version": SCHEMA_VERSION,
@@ -79,6 +83,7 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
         "exits": exits,
         "skips": skips,
         "adapters": adapters,
+        "co_attention": co_attention,
     }
     folder.mkdir(parents=True, exist_ok=True)
     _write_atomically(folder / TENSORS_NAME, tensor_bytes)
@@ -107,21 +112,29 @@ def load_plan(folder_or_hub_id: str | os.PathLike[str], revision: str | None) ->
         root.fail("schema_version", f"there is no schema {short_repr(version)}; expected 1 to {SCHEMA_VERSION}")
     sha256 = root.take("tensors_sha256", str)
     fingerprint = root.take("fingerprint", dict, type(None))
-    described = {"exits": root.take("exits", list), "skips": [], "adapters": []}
+    described = {"exits": root.take("exits", list), "skips": [], "adapters": [], "co_attention": []}
     if version >= 2:
         described |= {name: root.take(name, list) for name in ("skips", "adapters")}
+    if version >= 3:
+        described["co_attention"] = root.take("co_attention", list)
     root.done(version)
     tensors = _load_tensors(_read(folder, TENSORS_NAME), sha256)
-    readers = {"exits": _exit_from_json, "skips": _skip_from_json, "adapters": _kept_from_json}
+    readers: dict[str, Callable[[object, str, dict[str, Tensor]], Any]] = {
+        "exits": _exit_from_json,
+        "skips": _skip_from_json,
+        "adapters": _kept_from_json,
+        "co_attention": _co_attention_from_json,
+    }
     parts: dict[str, list[Any]] = {name: [] for name in readers}
     for name, read in readers.items():
         for index, item in enumerate(described[name]):
             parts[name].append(read(item, f"{name}[{index}]", tensors))
-            if index and parts[name][index].layer <= parts[name][index - 1].layer:
+            if index and place(parts[name][index]) <= place(parts[name][index - 1]):
                 # A plan sorts its parts; in a file they have to be sorted, so that every error's index is the file's.
+                field = "level" if name == "co_attention" else "layer"
                 root.fail(
-                    f"{name}[{index}].layer",
-                    f"{parts[name][index].layer} is not above {parts[name][index - 1].layer}, the layer of "
+                    f"{name}[{index}].{field}",
+                    f"{_where(parts[name][index])} is not above {_where(parts[name][index - 1])}, the {field} of "
                     f"{name}[{index - 1}]",
                 )
     if tensors:  # named ones have been taken out
@@ -129,6 +142,10 @@ def load_plan(folder_or_hub_id: str | os.PathLike[str], revision: str | None) ->
     made_for = None if fingerprint is None else _fingerprint_from_json(fingerprint)
     with located(JSON_NAME, ": "):
         return Plan(fingerprint=made_for, **parts)
+
+
+def _where(part: Any) -> str:
+    return f"{part.side} {part.level}" if isinstance(part, CoAttention) else str(part.layer)
 
 
 def _fingerprint_to_json(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
@@ -206,6 +223,39 @@ def _kept_from_json(data: object, path: str, tensors: dict[str, Tensor]) -> Kept
     plain = _adapter_from_json(PlainAdapter, adapter, f"{path}.adapter", tensors)
     with located(f"{JSON_NAME}: {path}", "."):
         return KeptAdapter(layer, plain)
+
+
+def _co_attention_to_json(part: CoAttention, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """`part` but for its weights, which are put into `tensors`."""
+    return {
+        "side": part.side,
+        "level": part.level,
+        "skip_self": part.skip_self,
+        "skip_cross": part.skip_cross,
+        **{
+            name: _adapter_to_json(getattr(part, name), f"co_attention.{part.side}.{part.level}.{name}", tensors)
+            for name in ("self_adapter", "cross_adapter", "ffn_adapter")
+        },
+    }
+
+
+def _co_attention_from_json(data: object, path: str, tensors: dict[str, Tensor]) -> CoAttention:
+    fields = _Object(data, path)
+    side, level = fields.take("side", str), fields.take("level", int)
+    skip_self, skip_cross = fields.take("skip_self", bool), fields.take("skip_cross", bool)
+    kinds: dict[str, type[Adapter]] = {
+        "self_adapter": PIA if skip_self else PlainAdapter,
+        "cross_adapter": PIA if skip_cross else PlainAdapter,
+        "ffn_adapter": PlainAdapter,
+    }
+    described = {name: fields.take(name, dict, type(None)) for name in kinds}
+    fields.done()
+    adapters: dict[str, Any] = {
+        name: None if described[name] is None else _adapter_from_json(kind, described[name], f"{path}.{name}", tensors)
+        for name, kind in kinds.items()
+    }
+    with located(f"{JSON_NAME}: {path}", "."):
+        return CoAttention(side, level, skip_self, skip_cross, **adapters)
 
 
 def _adapter_to_json(adapter: Adapter | None, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any] | None:

@@ -1,0 +1,98 @@
+"""The co-attention layers of a model, found by structure: those of transformers' BridgeTower, and their parts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from vte_compile.errors import UnsupportedModelError
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+LAYER_LISTS = {"text": "cross_modal_text_layers", "image": "cross_modal_image_layers"}
+"""Where BridgeTowerModel keeps the layers of each side."""
+_PARTS = ("attention", "crossattention", "intermediate", "output")
+
+
+@dataclass(frozen=True)
+class CoAttentionSpec:
+    """Where a model's co-attention layers are."""
+
+    path: str
+    """Dotted name of the module that holds them, such as ``bridgetower``; empty if the model does itself."""
+    text: nn.ModuleList
+    image: nn.ModuleList
+
+    @property
+    def levels(self) -> int:
+        return len(self.text)
+
+    @property
+    def hidden_size(self) -> int:
+        first: Any = self.text[0]
+        return int(first.output.dense.out_features)
+
+    def layer(self, side: str, level: int) -> nn.Module:
+        """The layer of one side ("text" or "image") at one level."""
+        layers: nn.ModuleList = getattr(self, side)
+        return layers[level]
+
+
+def find_co_attention(model: nn.Module) -> CoAttentionSpec | None:
+    """Where `model` has co-attention layers; None if it has none.
+
+    Raises:
+        UnsupportedModelError: The layers are not those of BridgeTower.
+    """
+    for path, module in model.named_modules():
+        text, image = (getattr(module, name, None) for name in LAYER_LISTS.values())
+        if isinstance(text, nn.ModuleList) and isinstance(image, nn.ModuleList) and len(text) == len(image) > 0:
+            for side, layers in (("text", text), ("image", image)):
+                for level, layer in enumerate(layers):
+                    _check_parts(f"{side} level {level}", layer)
+            return CoAttentionSpec(path, text, image)
+    return None
+
+
+def _check_parts(where: str, layer: nn.Module) -> None:
+    children = {name for name, _ in layer.named_children()}
+    kind = type(layer).__name__
+    weights = {name.split(".")[0] for name, _ in (*layer.named_parameters(), *layer.named_buffers())}
+    if missing := [name for name in _PARTS if name not in children]:
+        raise UnsupportedModelError(
+            f"{where}: {kind} has no {', '.join(missing)}: not a co-attention layer of BridgeTower's form"
+        )
+    if extra := sorted(weights - set(_PARTS)):
+        raise UnsupportedModelError(
+            f"{where}: {kind} has {', '.join(extra)} besides {', '.join(_PARTS)}: not a co-attention layer of "
+            "BridgeTower's form"
+        )
+
+
+def with_layers(model: ModelT, spec: CoAttentionSpec, layers: Mapping[str, list[nn.Module]]) -> ModelT:
+    """A shallow copy of `model` with other co-attention layers: what it has else, modules and weights, it shares.
+
+    Args:
+        model: Not modified. Its own tables of submodules, weights and hooks are copied, so that what is set or hooked
+            on the copy stays there; likewise those of the module that holds the layers.
+        spec: Of `model`.
+        layers: The layers of each side, "text" and "image".
+    """
+    copied = _shallow_copy(model)
+    holder: nn.Module = copied
+    for name in filter(None, spec.path.split(".")):
+        holder._modules[name] = _shallow_copy(holder.get_submodule(name))
+        holder = holder.get_submodule(name)
+    for side, name in LAYER_LISTS.items():
+        holder._modules[name] = nn.ModuleList(layers[side])
+    return copied
+
+
+def _shallow_copy(module: ModelT) -> ModelT:
+    copied = copy.copy(module)
+    copied.__dict__.update({name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict)})
+    return copied
