@@ -1,16 +1,28 @@
 """Graph passes, one file each, and the pass manager; installed as `vte_compile.passes`.
 
-``PASSES`` is the one place that says which passes run, and in which order.
+``PASSES``, for decoders, and ``CO_ATTENTION_PASSES``, for co-attention layers, are the one place that says which passes
+run, and in which order.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from vte_compile.passes.annotate_layers import annotate_layers
 from vte_compile.passes.cleanup import cleanup
+from vte_compile.passes.fold_co_adapters import fold_co_adapters
 from vte_compile.passes.insert_exits import insert_exits
 from vte_compile.passes.last_layer_queries import last_layer_queries
 from vte_compile.passes.last_token_logits import last_token_logits
 from vte_compile.passes.manager import Pass, PassResult, PassSettings, Refusal, run_passes
 from vte_compile.passes.plain_causal import plain_causal
 from vte_compile.passes.skip_attention import skip_attention
+from vte_compile.passes.skip_co_attention import skip_co_attention
+
+if TYPE_CHECKING:
+    from vte_compile.co_attention_capture import CoAttentionGraph
+    from vte_compile.plan_co_attention import CoAttention
 
 PASSES: tuple[Pass, ...] = (
     annotate_layers,
@@ -22,4 +34,9 @@ PASSES: tuple[Pass, ...] = (
     cleanup,
 )
 
-__all__ = ["PASSES", "Pass", "PassResult", "PassSettings", "Refusal", "run_passes"]
+CO_ATTENTION_PASSES: tuple[Callable[[CoAttentionGraph, CoAttention], PassResult], ...] = (
+    fold_co_adapters,  # before skip_co_attention: both tell self from cross attention by there being two
+    skip_co_attention,
+)
+
+__all__ = ["CO_ATTENTION_PASSES", "PASSES", "Pass", "PassResult", "PassSettings", "Refusal", "run_passes"]

@@ -135,7 +135,12 @@ def _piece(graph: DecoderGraph, nodes: list[fx.Node]) -> Piece | None:
         examples += [mode.from_tensor(read().detach(), static_shapes=True) for read in parameters]
     module = fx.GraphModule({}, piece)
     return Piece(
-        module, _key(piece, examples), [n.name for n in inputs], parameters, [n.name for n in outputs], examples
+        module,
+        structure_key(piece, examples),
+        [n.name for n in inputs],
+        parameters,
+        [n.name for n in outputs],
+        examples,
     )
 
 
@@ -176,7 +181,7 @@ def _size_reader(
     return read
 
 
-def _key(piece: fx.Graph, examples: list[Tensor]) -> str:
+def structure_key(piece: fx.Graph, examples: list[Tensor]) -> str:
     """The piece as text, with nodes and symbols numbered by first appearance."""
     number = {node: f"%{i}" for i, node in enumerate(piece.nodes)}
     symbols: dict[Any, sympy.Symbol] = {}

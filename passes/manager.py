@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from vte_compile.errors import CaptureError
 
@@ -41,10 +41,22 @@ class PassResult:
     refusals: list[Refusal] = field(default_factory=list)
 
 
+class Traced(Protocol):
+    """What all graphs have that passes rewrite."""
+
+    @property
+    def phase(self) -> str:
+        """What was traced, as errors call it."""
+
+
 Pass = Callable[["DecoderGraph", PassSettings], PassResult]
+GraphT = TypeVar("GraphT", bound=Traced)
+SettingsT = TypeVar("SettingsT")
 
 
-def run_passes(passes: Sequence[Pass], graph: DecoderGraph, settings: PassSettings) -> list[PassResult]:
+def run_passes(
+    passes: Sequence[Callable[[GraphT, SettingsT], PassResult]], graph: GraphT, settings: SettingsT
+) -> list[PassResult]:
     """Run passes in order, in place.
 
     Raises:

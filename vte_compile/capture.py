@@ -138,7 +138,8 @@ AttentionInterface.register(_ATTENTION, _capture_attention)
 
 
 @contextlib.contextmanager
-def _attention(config: Any, implementation: str) -> Iterator[None]:
+def attention_implementation(config: Any, implementation: str) -> Iterator[None]:
+    """Let the modules of a config attend through another function of AttentionInterface, and then as before."""
     before = config._attn_implementation
     config._attn_implementation = implementation
     try:
@@ -201,7 +202,7 @@ def capture(spec: DecoderSpec, phase: Phase, *, batched: bool = False) -> Decode
     # In prefill the model masks by itself, and plain_causal proves what the mask is.
     implementation = "sdpa" if phase == "prefill" else _ATTENTION
     try:
-        with _attention(spec.config, implementation), evaluating(wrapper), torch.no_grad():
+        with attention_implementation(spec.config, implementation), evaluating(wrapper), torch.no_grad():
             exported = torch.export.export(wrapper, args, dynamic_shapes=dynamic_shapes, strict=False)
     except CaptureError:
         raise

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from vte_compile.co_attention_optimizer import optimize_co_attention
 from vte_compile.errors import InputError, PlanError, UnsupportedModelError
+from vte_compile.families.co_attention import find_co_attention
 from vte_compile.families.decoder import DecoderSpec, describe
 from vte_compile.families.inputs import decoder_inputs
 from vte_compile.plan import Plan
@@ -72,6 +74,9 @@ def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = 
             ``compile=True`` without a working compiler.
     """
     plan = _find_plan(model) if plan is None else plan
+    if find_co_attention(model) is not None:
+        _check_placement(model)
+        return optimize_co_attention(model, plan, compile)
     _refuse_adapters(plan)
     if issubclass(type(model), OptimizedModel):
         return _replan(model, plan, compile)
