@@ -15,6 +15,7 @@ from tiny_bridgetower import (
     inputs,
     layer_inputs,
     random_part,
+    run_layer,
     shared,
 )
 from tiny_models import tiny
@@ -24,25 +25,20 @@ from vte_compile.co_attention_oracle import OracleLayer, co_attention_oracle
 from vte_compile.errors import UnsupportedModelError
 
 
-def run(layer: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return layer(**given)[0]
-
-
 @pytest.mark.parametrize("side", ["text", "image"])
 @pytest.mark.parametrize("skip_cross", [False, True])
 @pytest.mark.parametrize("skip_self", [False, True])
 def test_golden_meter(skip_self: bool, skip_cross: bool, side: str) -> None:
     layer = OracleLayer(golden_layer(side), golden_part(side, skip_self, skip_cross))
     expected = golden()[f"self{int(skip_self)}_cross{int(skip_cross)}.{side}0.f64"]
-    torch.testing.assert_close(run(layer, golden_inputs(side)), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(run_layer(layer, golden_inputs(side)), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("side", ["text", "image"])
 def test_without_a_part_it_is_the_layer_itself(side: Any, masked: bool) -> None:
     layer, given = cross_layer().double(), layer_inputs(side, masked=masked, dtype=torch.float64)
-    torch.testing.assert_close(run(OracleLayer(layer, CoAttention(side, 0)), given), run(layer, given))
+    torch.testing.assert_close(run_layer(OracleLayer(layer, CoAttention(side, 0)), given), run_layer(layer, given))
 
 
 def test_training_free_skips_leave_norms_and_ffn() -> None:
@@ -50,7 +46,7 @@ def test_training_free_skips_leave_norms_and_ffn() -> None:
     with torch.no_grad():
         a = layer.attention.output.LayerNorm(given["hidden_states"])
         expected = layer.feed_forward_chunk(layer.crossattention.output.LayerNorm(a))
-    torch.testing.assert_close(run(OracleLayer(layer, CoAttention("text", 0, True, True)), given), expected)
+    torch.testing.assert_close(run_layer(OracleLayer(layer, CoAttention("text", 0, True, True)), given), expected)
 
 
 def test_whole_model() -> None:

@@ -14,7 +14,9 @@ from transformers import BridgeTowerConfig, BridgeTowerModel
 from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerBertCrossLayer
 
 from vte_compile.adapters import PIA, PlainAdapter, StaticRouter
+from vte_compile.co_attention_capture import CoAttentionGraph, capture_co_attention
 from vte_compile.plan_co_attention import CoAttention
+from vte_compile.runtime.co_attention import RewrittenCoAttentionLayer
 
 C, LEVELS, VOCAB = 32, 2, 50
 IMAGE_TOKENS = 10
@@ -22,15 +24,15 @@ IMAGE_TOKENS = 10
 STATIC = StaticRouter((1.0, 0.0))
 
 
-def bridgetower(kind: Any = BridgeTowerModel, **options: Any) -> Any:
+def bridgetower(kind: Any = BridgeTowerModel, hidden_size: int = C) -> Any:
     """A random BridgeTower model in eval mode; the same for the same arguments."""
-    text = {"vocab_size": VOCAB, "hidden_size": C, "num_hidden_layers": 3, "num_attention_heads": 4}
-    text |= {"intermediate_size": 48, "max_position_embeddings": 40, **options}
+    text = {"vocab_size": VOCAB, "hidden_size": hidden_size, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text |= {"intermediate_size": 48, "max_position_embeddings": 40}
     vision = {"hidden_size": 64, "num_hidden_layers": 3, "patch_size": 4, "image_size": 12}
     config = BridgeTowerConfig(
-        hidden_size=C, num_hidden_layers=LEVELS, num_attention_heads=4, text_config=text, vision_config=vision
+        hidden_size=hidden_size, num_hidden_layers=LEVELS, num_attention_heads=4, text_config=text, vision_config=vision
     )
-    config.contrastive_hidden_size = 16
+    config.contrastive_hidden_size, config.logit_scale_init_value = 16, 1.0
     torch.manual_seed(0)
     return randomized(kind(config).eval())
 
@@ -47,9 +49,9 @@ def randomized(module: Any) -> Any:
 
 
 @functools.cache
-def shared(kind: Any = BridgeTowerModel) -> Any:
+def shared(kind: Any = BridgeTowerModel, hidden_size: int = C) -> Any:
     """The same model for all tests that do not change it."""
-    return bridgetower(kind)
+    return bridgetower(kind, hidden_size)
 
 
 def inputs(batch: int = 2, tokens: int = 7, seed: int = 0, padded: int = 0) -> dict[str, Tensor]:
@@ -71,12 +73,14 @@ def random_part(
     skip_cross: bool = False,
     adapters: bool = True,
     dtype: torch.dtype = torch.float32,
+    hidden_size: int = C,
 ) -> CoAttention:
     """A part of a plan, with random adapters wherever one can be, or with none."""
 
     def adapter(skipped: bool, place: int) -> Any:
         kind = PIA if skipped else PlainAdapter
-        return random_adapter(kind, 10 * level + place, dtype=dtype, router=STATIC) if adapters else None
+        seed = 10 * level + place
+        return random_adapter(kind, seed, hidden_size, dtype=dtype, router=STATIC) if adapters else None
 
     return CoAttention(
         side, level, skip_self, skip_cross, adapter(skip_self, 0), adapter(skip_cross, 1), adapter(False, 2)
@@ -113,6 +117,32 @@ def layer_inputs(
         name = "attention_mask" if side == "text" else "encoder_attention_mask"
         given[name] = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
     return given
+
+
+# Graphs
+
+
+@functools.cache
+def _captured(dtype: torch.dtype) -> tuple[Any, CoAttentionGraph]:
+    layer = cross_layer().to(dtype)
+    return layer, capture_co_attention(layer)
+
+
+def captured(dtype: torch.dtype = torch.float64) -> tuple[Any, CoAttentionGraph]:
+    """``cross_layer()``, which tests must not change, and its graph to rewrite; traced once per session."""
+    layer, graph = _captured(dtype)
+    return layer, graph.clone(layer)
+
+
+def run_graph(graph: CoAttentionGraph, given: dict[str, Tensor]) -> Tensor:
+    """The graph as it stands, uncompiled."""
+    with torch.no_grad():
+        return RewrittenCoAttentionLayer(graph, [], None)(**given)[0]
+
+
+def run_layer(layer: Any, given: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return layer(**given)[0]
 
 
 # METER's golden data

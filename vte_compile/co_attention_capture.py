@@ -205,7 +205,8 @@ def _description(layer: nn.Module) -> list[Any]:
         }
         weights = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         shapes = [(key, weight.shape, weight.dtype, weight.device) for key, weight in weights]
-        described.append((name, type(module), settings, shapes))
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]  # tracing runs them
+        described.append((name, type(module), settings, shapes, hooks))
     return described
 
 

@@ -31,6 +31,7 @@ def optimize_co_attention(model: ModelT, plan: Plan, compile: bool | None) -> Mo
 
     The result shares all modules and weights with the model but its co-attention layers, and in these all weights that
     the plan leaves as they are. It holds nothing of deleted attentions, nor of weights that adapters were folded into.
+    In its outputs, the ``attentions`` of these layers are None.
 
     Raises:
         InputError: The model is an optimized one.
