@@ -233,7 +233,11 @@ def test_passes_tell_what_they_did(caplog: pytest.LogCaptureFixture) -> None:
 def test_copies_and_pickles() -> None:
     fast, given = shared_fast(), inputs(tokens=1)  # of one token, which runs uncompiled
     expected = run(fast, **given)["pooler_output"]
-    assert torch.equal(run(copy.deepcopy(fast), **given)["pooler_output"], expected)
+    copied = copy.deepcopy(fast)
+    assert torch.equal(run(copied, **given)["pooler_output"], expected)
+    compilers = {id(m._compiler) for m in copied.modules() if isinstance(m, RewrittenCoAttentionLayer)}
+    assert len(compilers) == 1  # so that equal layers still compile once
+    assert id(fast.cross_modal_text_layers[0]._compiler) not in compilers
     layer = pickle.loads(pickle.dumps(fast.cross_modal_image_layers[0]))
     given = layer_inputs("image", 2, 3, 1)
     assert torch.equal(run_layer(layer, given), run_layer(fast.cross_modal_image_layers[0], given))
@@ -253,6 +257,14 @@ def test_result_can_be_exported() -> None:
         got = exported.module()(**given).pooler_output
     expected = run(co_attention_oracle(shared(), MIXED), **given)["pooler_output"]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_can_be_exported_strictly() -> None:
+    layer, given = shared_fast().cross_modal_text_layers[0], layer_inputs("text")
+    with torch.no_grad():
+        exported = torch.export.export(layer, (), given, strict=True)
+    oracle = co_attention_oracle(shared(), MIXED).cross_modal_text_layers[0]
+    torch.testing.assert_close(run_layer(exported.module(), given), run_layer(oracle, given), rtol=1e-4, atol=1e-5)
 
 
 # Compiled

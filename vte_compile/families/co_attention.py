@@ -34,7 +34,7 @@ class CoAttentionSpec:
     @property
     def hidden_size(self) -> int:
         first: Any = self.text[0]
-        return int(first.output.dense.out_features)
+        return len(first.output.dense.weight)
 
     def layer(self, side: str, level: int) -> nn.Module:
         """The layer of one side ("text" or "image") at one level."""

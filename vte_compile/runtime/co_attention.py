@@ -50,8 +50,13 @@ class RewrittenCoAttentionLayer(nn.Module):
         self._compiler = compiler
         names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
         paths = {placeholder_of(path): path for path in graph.weights}
-        self._whole = _Program(graph.module, [paths.get(name, name) for name in names])
-        self._programs = {self._whole.masks: self._whole}
+        program = _Program(graph.module, [paths.get(name, name) for name in names])
+        self._masks = program.masks
+        """Those that the kept attentions take."""
+        self._programs = {program.masks: program}
+        for mask in program.masks:
+            fewer = [known.without(mask) for known in self._programs.values()]
+            self._programs.update({known.masks: known for known in fewer})
         self._functions: dict[_Key, Function] = {}
         for path, tensor in graph.weights.items():
             owner: nn.Module = self
@@ -84,20 +89,9 @@ class RewrittenCoAttentionLayer(nn.Module):
         given = (hidden_states, encoder_hidden_states, attention_mask, encoder_attention_mask)
         values: dict[str, Any] = dict(zip(INPUTS, given, strict=True))
         _check_shapes(values)
-        program = self._program([mask for mask in MASKS if values[mask] is not None])
+        program = self._programs[tuple(mask for mask in self._masks if values[mask] is not None)]
         arguments = [values[n].contiguous() if n in INPUTS else self.get_parameter(n) for n in program.arguments]
         return self._function(program, arguments, values)(*arguments)[0], None, None
-
-    def _program(self, masks: list[str]) -> _Program:
-        """The program for calls with these masks; those of deleted attentions do not matter."""
-        wanted = tuple(mask for mask in self._whole.masks if mask in masks)
-        if wanted not in self._programs:
-            program = self._whole
-            for mask in self._whole.masks:
-                if mask not in wanted:
-                    program = program.without(mask)
-            self._programs[wanted] = program
-        return self._programs[wanted]
 
     def _function(self, program: _Program, arguments: list[Tensor], values: dict[str, Any]) -> Function:
         """The program, compiled if it can be."""
@@ -119,9 +113,7 @@ class RewrittenCoAttentionLayer(nn.Module):
         return self._functions[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles compile anew: compiled functions can be neither.
-        compiler = None if self._compiler is None else PieceCompiler()
-        return {**self.__dict__, "_functions": {}, "_compiler": compiler}
+        return {**self.__dict__, "_functions": {}}  # which can be neither copied nor pickled
 
 
 def _check_shapes(values: dict[str, Any]) -> None:

@@ -58,6 +58,9 @@ class PieceCompiler:
     def __init__(self) -> None:
         self._functions: dict[str, Function] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_functions": {}}  # compiled functions can be neither copied nor pickled: copies compile anew
+
     @property
     def compilations(self) -> int:
         """How many distinct pieces were compiled so far."""
