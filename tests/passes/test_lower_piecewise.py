@@ -37,7 +37,7 @@ from vte_compile.kernels.exit_gate import exit_gate, static_exit
 from vte_compile.kernels.token_exit import token_exit
 from vte_compile.oracle import Oracle
 from vte_compile.passes import PASSES, PassSettings, run_passes
-from vte_compile.passes.lower_piecewise import ExitPoint, Piece, _key, lower_piecewise
+from vte_compile.passes.lower_piecewise import ExitPoint, Piece, lower_piecewise, structure_key
 from vte_compile.plan import StaticExit
 from vte_compile.runtime.program import Program, VisualTokens
 
@@ -289,7 +289,7 @@ def test_keys_number_symbols_all_at_once():
         graph = fx.Graph()
         graph.output(tuple(graph.placeholder(name) for name in "ab"))
         shapes = [(size(expression), 4) for expression in expressions]
-        return _key(
+        return structure_key(
             graph,
             [
                 SimpleNamespace(dtype=torch.float32, device="cpu", shape=shape, stride=lambda: (4, 1))
