@@ -15,12 +15,12 @@ import torch
 from torch import fx
 
 from vte_compile.passes.manager import Refusal
+from vte_compile.passes.residual import SDPA
 
 if TYPE_CHECKING:
     from vte_compile.co_attention_capture import CoAttentionGraph
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)

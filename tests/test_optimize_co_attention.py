@@ -160,6 +160,14 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got["pooler_output"], expected["pooler_output"], rtol=tolerance, atol=tolerance)
 
 
+def test_autocast() -> None:
+    given = inputs(padded=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, got = run(co_attention_oracle(shared(), MIXED), **given), run(shared_fast(), **given)
+    assert got["text_features"].dtype == expected["text_features"].dtype
+    torch.testing.assert_close(got["pooler_output"], expected["pooler_output"], rtol=0.1, atol=0.1)
+
+
 # What is shared, and what is gone
 
 

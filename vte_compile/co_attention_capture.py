@@ -22,10 +22,10 @@ from transformers import AttentionInterface
 
 from vte_compile.capture import attention_implementation, evaluating
 from vte_compile.errors import CaptureError
+from vte_compile.passes.residual import SDPA
 
 INPUTS = ("hidden_states", "encoder_hidden_states", "attention_mask", "encoder_attention_mask")
 MASKS = INPUTS[2:]
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 _ATTENTION = "vte_capture_co_attention"
 # Any sizes do that are neither 0 nor 1 and differ, so that no two are taken for one.

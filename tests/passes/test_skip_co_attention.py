@@ -10,8 +10,9 @@ from tiny_bridgetower import captured, cross_layer, layer_inputs, random_part, r
 from torch import nn
 
 from vte_compile import CoAttention
-from vte_compile.co_attention_capture import SDPA, CoAttentionGraph, capture_co_attention
+from vte_compile.co_attention_capture import CoAttentionGraph, capture_co_attention
 from vte_compile.co_attention_oracle import OracleLayer
+from vte_compile.passes.residual import SDPA
 from vte_compile.passes.skip_co_attention import skip_co_attention
 
 aten = torch.ops.aten

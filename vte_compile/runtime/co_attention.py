@@ -95,10 +95,11 @@ class RewrittenCoAttentionLayer(nn.Module):
 
     def _function(self, program: _Program, arguments: list[Tensor], values: dict[str, Any]) -> Function:
         """The program, compiled if it can be."""
-        # While the model itself is traced or compiled, it is the graph that should be seen.
-        if self._compiler is None or torch.compiler.is_compiling():
-            return program.module
         hidden = values["hidden_states"]
+        # While the model itself is traced or compiled, it is the graph that should be seen; and autocast, which
+        # chooses the dtype op by op, sees nothing of what is compiled.
+        if self._compiler is None or torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type):
+            return program.module
         # Sizes 0 and 1 are other programs to Inductor. One row is common; the others run uncompiled.
         if not len(hidden) or min(hidden.shape[1], values["encoder_hidden_states"].shape[1]) < 2:
             return program.module
