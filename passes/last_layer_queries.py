@@ -77,7 +77,7 @@ def _cut_skipped(graph: DecoderGraph, layer: int) -> Refusal | None:
     whole: set[fx.Node] = set()
     for node in reversed(own):
         # Means over channels, of norms, are of each token.
-        if node.target is aten.mean.dim and node.args[1] == [1] or any(user in whole for user in node.users):
+        if (node.target is aten.mean.dim and node.args[1] == [1]) or any(user in whole for user in node.users):
             whole.add(node)
     entering = _entering(graph, layer)
     rest = [n for n in own if n not in whole and any(_size(s) == length for s in n.meta["val"].shape)]
