@@ -81,6 +81,16 @@ class DecoderGraph:
             prompt_state=list(self.prompt_state),
         )
 
+    def rebound(self, spec: DecoderSpec) -> DecoderGraph:
+        """A copy that refers to the weights of `spec`: the same decoder, of which some weights were freed."""
+        wrapper = _DecoderWithHead(spec)
+        other = replace(self.clone(), spec=spec)
+        other.parameters = {target: _reader(wrapper, other.module, target) for target in self.parameters}
+        for target, read in other.parameters.items():
+            path, _, name = target.rpartition(".")
+            setattr(other.module.get_submodule(path), name, read())
+        return other
+
     def placeholder(self, name: str) -> fx.Node:
         return next(n for n in self.graph.nodes if n.op == "placeholder" and n.name == name)
 

@@ -125,7 +125,7 @@ def _free(fast: Any) -> Any:
         decoder = own_submodule(fast, spec.path)
         decoder.add_module("folded_adapters", runner.folded)
     fast._vte_spec = replace(spec, decoder=decoder, freed=freed)
-    fast._vte_runner = DecoderRunner(fast._vte_spec, runner.plan, runner.compiler, runner.folded)
+    fast._vte_runner = runner.rebound(fast._vte_spec)
     for report in runner.folded.reports.values():
         logger.info("optimize: %s", report)
     return fast

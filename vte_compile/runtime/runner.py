@@ -75,6 +75,12 @@ class DecoderRunner:
         other._captures, other._lock = self._captures, self._lock
         return other
 
+    def rebound(self, spec: DecoderSpec) -> DecoderRunner:
+        """The same runner of the same decoder, of which some weights were freed."""
+        other = DecoderRunner(spec, self.plan, self.compiler, self.folded)
+        other._captures = {key: graph.rebound(spec) for key, graph in self._captures.items()}
+        return other
+
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of a model rebuild their programs: those are bound to this model's weights.
         return {
