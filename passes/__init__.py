@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vte_compile.passes.annotate_layers import annotate_layers
 from vte_compile.passes.cleanup import cleanup
+from vte_compile.passes.fold_adapters import fold_adapters
 from vte_compile.passes.fold_co_adapters import fold_co_adapters
 from vte_compile.passes.insert_exits import insert_exits
 from vte_compile.passes.last_layer_queries import last_layer_queries
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 PASSES: tuple[Pass, ...] = (
     annotate_layers,
+    fold_adapters,  # before skip_attention: a PIA reads what the attention that goes would read
     skip_attention,
     plain_causal,  # before insert_exits, so that a mask it drops need not be cut at every exit
     insert_exits,

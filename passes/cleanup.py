@@ -1,4 +1,4 @@
-"""cleanup: drop assertions and dead nodes, lint, recompile, and check every shape with and without an exit."""
+"""cleanup: drop assertions, dead nodes and unread weights, lint, recompile, check shapes with and without an exit."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ def cleanup(graph: DecoderGraph, settings: PassSettings) -> PassResult:
     graph.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     alive = set(graph.graph.nodes)
     graph.layer_of = {node: layer for node, layer in graph.layer_of.items() if node in alive}
+    used = {n.target for n in alive if n.op == "get_attr"}
+    graph.parameters = {target: read for target, read in graph.parameters.items() if target in used}
+    # A graph module made of another takes only what its graph refers to.
+    graph.module = fx.GraphModule(graph.module, graph.graph)
     graph.graph.lint()
     graph.module.recompile()
     exits = [n for n in graph.graph.nodes if n.target is token_exit._opoverload]

@@ -10,10 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from vte_compile.adapters import PlainAdapter, StaticRouter, fold, fold_into
+from vte_compile.adapters import PlainAdapter, StaticRouter
+from vte_compile.folding import LinearLayer, affine, blend, fold_linear, rounding_error
 from vte_compile.passes.manager import PassResult, Refusal
 from vte_compile.passes.post_norm import Sublayer, find_sublayers
 
@@ -27,7 +25,7 @@ class FoldResult(PassResult):
     """What was folded, and what rounding it to the model's dtype cost."""
 
     rounding: dict[str, float] = field(default_factory=dict)
-    """By path of the folded weight or bias: the largest rounding error, as a share of its largest magnitude."""
+    """By path of the folded weight or bias: relative, in the Frobenius norm."""
 
 
 def fold_co_adapters(graph: CoAttentionGraph, part: CoAttention) -> FoldResult:
@@ -52,23 +50,19 @@ def fold_co_adapters(graph: CoAttentionGraph, part: CoAttention) -> FoldResult:
 
 def _fold(graph: CoAttentionGraph, sublayer: Sublayer, adapter: PlainAdapter, result: FoldResult) -> None:
     assert isinstance(adapter.router, StaticRouter)
-    R, b = fold(adapter, torch.tensor(adapter.router.weights))
+    parts = affine(adapter)
     for linear in sublayer.first:
         _, *nodes = linear.args
         weight_path, bias_path = (_path(graph, node) for node in nodes)
-        weight, bias = graph.weights[weight_path].detach(), graph.weights[bias_path].detach()
-        folded, shift = fold_into(weight, R, b)
-        for path, exact, before in ((weight_path, folded, weight), (bias_path, bias.double() + shift, bias)):
-            rounded = exact.to(before.dtype)
-            graph.weights[path] = rounded
-            result.rounding[path] = _share(rounded, exact)
+        weight, bias = graph.weights[weight_path], graph.weights[bias_path]
+        folded = fold_linear(parts, LinearLayer(weight, bias))
+        for path, experts, before in ((weight_path, folded.base, weight), (bias_path, folded.const, bias)):
+            exact = blend(adapter.router, experts)
+            graph.weights[path] = exact.to(before.dtype)
+            result.rounding[path] = rounding_error([exact], before.dtype)
 
 
 def _path(graph: CoAttentionGraph, node: Any) -> str:
     path = graph.path_of(node)
     assert path is not None
     return path
-
-
-def _share(rounded: Tensor, exact: Tensor) -> float:
-    return float((rounded.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300))

@@ -1,11 +1,14 @@
-"""last_layer_queries: where only the last token's logits are wanted, the last layer asks for that token alone.
+"""last_layer_queries: where only the last token's logits are wanted, the last layers ask for that token alone.
 
-Its keys and values are those of all tokens, for the cache; its query, its attention, its residual stream and its FFN
-are needed for the last token only. Lossless, and about three quarters of one layer's prefill.
+The last layer that attends needs keys and values of all tokens, for the cache, but its query, attention, residual
+stream and FFN for the last token only. Layers above it, whose attentions are skipped, need nothing else either: but for
+what adapters want to know of the prompt, which is a mean over all tokens. Lossless; about three quarters of one layer's
+prefill, and all of each skipped layer's.
 """
 
 from __future__ import annotations
 
+import operator
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -22,23 +25,37 @@ aten = torch.ops.aten
 
 
 def last_layer_queries(graph: DecoderGraph, settings: PassSettings) -> PassResult:
-    """Cut the last layer to its last token, keys and values excepted; ``applied`` is 1 or 0."""
+    """Cut the last layers to the last token, keys, values and means excepted; ``applied`` counts the layers."""
     result = PassResult("last_layer_queries")
     if not settings.last_token_logits or graph.phase == "decode":
         return result
-    layer = graph.spec.num_layers - 1
+    for layer in reversed(range(graph.spec.num_layers)):
+        attends = layer in graph.kv_layers
+        refusal = _cut_attention(graph, layer) if attends else _cut_skipped(graph, layer)
+        if refusal is not None:
+            result.refusals.append(refusal)
+            break
+        result.applied += 1
+        if attends or layer == 0 or not _enters_as_last_token(graph, layer):
+            break
+    return result
+
+
+def _length(graph: DecoderGraph) -> Any:
+    return _size(graph.placeholder("inputs_embeds").meta["val"].shape[1])
+
+
+def _cut_attention(graph: DecoderGraph, layer: int) -> Refusal | None:
     found = residual_add(graph, layer)
     if isinstance(found, Refusal):
-        result.refusals.append(found)
-        return result
+        return found
     add, stream = found
     attention = next(n for n in graph.graph.nodes if n.target is SDPA and graph.layer_of.get(n) == layer)
-    length = _size(graph.placeholder("inputs_embeds").meta["val"].shape[1])
+    length = _length(graph)
     behind = _behind(graph, attention, layer)
     refusal = _refuse(behind, add, stream, attention, length, layer)
     if refusal is not None:
-        result.refusals.append(refusal)
-        return result
+        return refusal
     _cut(graph, attention, 0, 2)
     if len(attention.args) > 3 and attention.args[3] is not None:
         _cut(graph, attention, 3, 2)
@@ -46,11 +63,67 @@ def last_layer_queries(graph: DecoderGraph, settings: PassSettings) -> PassResul
         query, key, value = attention.args[:3]
         attention.args = (query, key, value, None, 0.0, False)
     _cut(graph, add, add.args.index(stream), 1)
-    for node in behind:
+    _shorten(behind, length)
+    _join_cuts(graph, layer)
+    return None
+
+
+def _cut_skipped(graph: DecoderGraph, layer: int) -> Refusal | None:
+    """A layer without attention: tokens meet in the mean over the prompt only, if it has one."""
+    length = _length(graph)
+    own = [n for n in graph.graph.nodes if graph.layer_of.get(n) == layer and n.meta.get("val") is not None]
+    if taken := [n for n in own if isinstance(n.meta["val"], list)]:
+        return Refusal(f"{taken[0].name} takes the tokens of the layer apart.", taken[0].name, layer)
+    whole: set[fx.Node] = set()
+    for node in reversed(own):
+        # Means over channels, of norms, are of each token.
+        if (node.target is aten.mean.dim and node.args[1] == [1]) or any(user in whole for user in node.users):
+            whole.add(node)
+    entering = _entering(graph, layer)
+    rest = [n for n in own if n not in whole and any(_size(s) == length for s in n.meta["val"].shape)]
+    inputs = dict.fromkeys(n for node in rest for n in node.all_input_nodes if n not in rest)
+    long = [n for n in inputs if any(_size(s) == length for s in getattr(n.meta.get("val"), "shape", ()))]
+    if others := [n for n in long if n is not entering and n not in whole]:
+        return Refusal(f"the layer also uses {others[0].name}.", others[0].name, layer)
+    for source in long:
+        first = next(n for n in rest if source in n.all_input_nodes)
+        last = _last(graph, source, 1, first)
+        for node in rest:
+            node.replace_input_with(source, last)
+    _shorten(rest, length)
+    _join_cuts(graph, layer)
+    return None
+
+
+def _entering(graph: DecoderGraph, layer: int) -> fx.Node:
+    return graph.streams[layer - 1] if layer else graph.placeholder("inputs_embeds")
+
+
+def _enters_as_last_token(graph: DecoderGraph, layer: int) -> bool:
+    """Whether a layer that was cut reads the last token of the stream only, and no exit stands before it."""
+    entering = _entering(graph, layer)
+    own = [n for n in entering.users if graph.layer_of.get(n) == layer]
+    return entering.target is not operator.getitem and all(_is_cut(n) for n in own)
+
+
+def _is_cut(node: fx.Node) -> bool:
+    return node.target is aten.slice.Tensor and node.args[1:] == (1, -1, sys.maxsize)
+
+
+def _join_cuts(graph: DecoderGraph, layer: int) -> None:
+    """The stream behind a layer that was cut is one token long: what cut it above goes."""
+    stream = graph.streams[layer]
+    for user in list(stream.users):
+        if _is_cut(user):
+            user.replace_all_uses_with(stream)
+            graph.graph.erase_node(user)
+            del graph.layer_of[user]
+
+
+def _shorten(nodes: list[fx.Node], length: Any) -> None:
+    for node in nodes:
         node.args = fx.node.map_arg(node.args, lambda n: 1 if _size(n.meta.get("val")) == length else n)
         node.meta["val"] = _shortened(node.meta["val"], length)
-    result.applied = 1
-    return result
 
 
 def _behind(graph: DecoderGraph, attention: fx.Node, layer: int) -> list[fx.Node]:
@@ -68,7 +141,7 @@ def _refuse(
 ) -> Refusal | None:
     for node in behind[1:]:
         if isinstance(node.meta.get("val"), list):
-            return Refusal(f"{node.name} takes the tokens of the last layer apart.", node.name, layer)
+            return Refusal(f"{node.name} takes the tokens of the layer apart.", node.name, layer)
         for source in node.all_input_nodes:
             known = source in behind or source.op == "get_attr" or (node is add and source is stream)
             if not known and _size(source.meta.get("val")) != length:
@@ -84,11 +157,15 @@ def _refuse(
 def _cut(graph: DecoderGraph, node: fx.Node, argument: int, dim: int) -> None:
     """Keep the last position of one of a node's arguments."""
     source: Any = node.args[argument]
-    with graph.graph.inserting_before(node):
+    node.update_arg(argument, _last(graph, source, dim, node))
+
+
+def _last(graph: DecoderGraph, source: fx.Node, dim: int, before: fx.Node) -> fx.Node:
+    with graph.graph.inserting_before(before):
         last = graph.graph.call_function(aten.slice.Tensor, (source, dim, -1, sys.maxsize))
     last.meta["val"] = source.meta["val"].narrow(dim, 0, 1)
-    graph.layer_of[last] = graph.layer_of[node]
-    node.update_arg(argument, last)
+    graph.layer_of[last] = graph.layer_of[before]
+    return last
 
 
 def _size(value: Any) -> Any:

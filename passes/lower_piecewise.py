@@ -21,6 +21,7 @@ from vte_compile.kernels.token_exit import token_exit, unpack_dims
 
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
+    from vte_compile.passes.fold_adapters import PromptValue
 
 Parameter = Callable[[], Tensor]
 _EXIT_OPS = (exit_gate._opoverload, static_exit._opoverload, token_exit._opoverload)
@@ -60,9 +61,13 @@ class PiecewiseGraph:
     inputs: list[str]
     steps: list[Piece | ExitPoint]
     outputs: list[str]
-    """logits, then key and value of each layer that has them."""
+    """logits, then key and value of each layer that has them, then what adapters know of the prompt (in prefill)."""
     kv: list[int | None]
     """For each layer, where its key and value are among the pairs of ``outputs``; None where attention is skipped."""
+    prompt_state: list[PromptValue]
+    """What adapters know of the prompt: prefill's last outputs, the other phases' last inputs."""
+    weights: frozenset[str]
+    """Names of the weights that are read (see ``DecoderGraph.parameters``)."""
 
 
 def lower_piecewise(graph: DecoderGraph) -> PiecewiseGraph:
@@ -87,7 +92,8 @@ def lower_piecewise(graph: DecoderGraph) -> PiecewiseGraph:
             steps.append(exits[layer])
     placeholders = [n.name for n in nodes if n.op == "placeholder" and n.name != "visual_mask"]
     kv = [graph.kv_layers.index(i) if i in graph.kv_layers else None for i in range(graph.spec.num_layers)]
-    return PiecewiseGraph(placeholders, steps, [n.name for n in results], kv)
+    weights = frozenset(str(n.target) for n in nodes if n.op == "get_attr")
+    return PiecewiseGraph(placeholders, steps, [n.name for n in results], kv, graph.prompt_state, weights)
 
 
 def _exit_point(graph: DecoderGraph, marker: fx.Node) -> ExitPoint:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from vte_compile.errors import CaptureError
+from vte_compile.folded_weights import FoldedWeights
 
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
@@ -20,6 +21,10 @@ class PassSettings:
     plan: Plan
     last_token_logits: bool = True
     """Compute the logits of the last token only."""
+    one_prompt: bool = True
+    """All rows of a batch come from one prompt, so adapters know the same of each."""
+    folded: FoldedWeights = field(default_factory=FoldedWeights)
+    """Filled by fold_adapters; the same object for all graphs of a model."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A pre-norm block is h = x + attention(norm(x)); out = h + ffn(norm(h)). Without its attention it is
 out = x + ffn(norm(x)): every use of h becomes x, and the rest is dead. That holds whatever norms stand on the
-attention's branch.
+attention's branch, and with a PIA too, since fold_adapters gave the FFN another input than norm(h).
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ def skip_attention(graph: DecoderGraph, settings: PassSettings) -> PassResult:
     """
     result = PassResult("skip_attention")
     for skip in settings.plan.skips:
+        if skip.adapter is not None and skip.layer not in graph.adapted:
+            result.refusals.append(Refusal("its adapter could not be put into the graph.", "", skip.layer))
+            continue
         residual = residual_add(graph, skip.layer)
         if isinstance(residual, Refusal):
             result.refusals.append(residual)

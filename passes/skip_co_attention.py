@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from vte_compile.adapters import PIA, StaticRouter, fold_experts
+from vte_compile.adapters import PIA, StaticRouter
+from vte_compile.folding import affine, blend
 from vte_compile.passes.manager import PassResult, Refusal
 from vte_compile.passes.post_norm import Sublayer, find_sublayers
 
@@ -61,13 +62,14 @@ def _insert_pia(
     graph: CoAttentionGraph, sublayer: Sublayer, pia: PIA, path: str, hidden: fx.Node, source: fx.Node
 ) -> None:
     assert isinstance(pia.router, StaticRouter)
-    up, up_bias = fold_experts(pia, torch.tensor(pia.router.weights))
+    parts = affine(pia)
+    assert parts.pool is not None
     merged = {
-        "pool.weight": 0.5 * pia.pool.weight.double(),
-        "pool.bias": 0.5 * (pia.down.bias.double() + pia.pool.bias.double()),
-        "down.weight": 0.5 * pia.down.weight.double(),
-        "up.weight": up,
-        "up.bias": up_bias,
+        "pool.weight": parts.pool[0],
+        "pool.bias": parts.pool[1],
+        "down.weight": parts.down,
+        "up.weight": blend(pia.router, parts.up),
+        "up.bias": blend(pia.router, parts.offset),
     }
     like = next(iter(graph.weights.values()))
     nodes = {name: graph.add_weight(f"{path}.pia.{name}", value.to(like)) for name, value in merged.items()}

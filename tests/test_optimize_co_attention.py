@@ -235,7 +235,7 @@ def test_passes_tell_what_they_did(caplog: pytest.LogCaptureFixture) -> None:
         "image level 0": [2, 1],
         "image level 1": [0, 0],
     }
-    assert "text level 0: rounding folded weights moved them by up to" in caplog.text
+    assert "text level 0: rounding folded weights has a relative error of up to" in caplog.text
 
 
 def test_copies_and_pickles() -> None:
@@ -354,6 +354,11 @@ def test_wrong_plans_are_refused() -> None:
         optimize(shared(), Plan([StaticExit(0)]))
     with pytest.raises(VTEError):
         Oracle(shared(), Plan([StaticExit(0)]))
+
+
+def test_unfolded_adapters_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^fold=False: adapters of co-attention layers are always folded"):
+        vte_compile.optimize(shared(), MIXED, compile=False, fold=False)
 
 
 def test_optimized_model_is_for_inference_and_not_for_saving(tmp_path: Path) -> None:

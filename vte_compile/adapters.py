@@ -329,23 +329,12 @@ def fold(adapter: Adapter, w: Tensor, p: Tensor | None = None) -> tuple[Tensor, 
     m1, m = adapter.down.weight.double(), adapter.down.bias.double()
     if p is not None:
         m1, m = 0.5 * m1, 0.5 * (m + p.to(m))
-    m2, bias = fold_experts(adapter, w)
-    return torch.eye(adapter.hidden_size).to(m) + m2 @ m1, m2 @ m + bias
-
-
-def fold_experts(adapter: Adapter, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Both experts of one prompt, with weights w [2], as one linear layer of z, without groups.
-
-    Returns:
-        M2 = s * (w0 * B + w1 * D) [C, D], block-diagonal, and s * (w0 * bB + w1 * bD) [C]; float64, on the adapter's
-        device.
-    """
-    m2 = torch.zeros(adapter.hidden_size, adapter.width, dtype=torch.float64, device=adapter.down.weight.device)
-    w, bias = w.to(m2), m2.new_zeros(adapter.hidden_size)
+    w = w.to(m)
+    m2, bias = m.new_zeros(adapter.hidden_size, adapter.width), m.new_zeros(adapter.hidden_size)
     for share, up in ((w[0], adapter.up0), (w[1], adapter.up1)):
         m2 = m2 + adapter.scale * share * torch.block_diag(*up.weight.double().chunk(adapter.groups))
         bias = bias + adapter.scale * share * up.bias.double()
-    return m2, bias
+    return torch.eye(adapter.hidden_size).to(m) + m2 @ m1, m2 @ m + bias
 
 
 def fold_into(weight: Tensor, R: Tensor, b: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:

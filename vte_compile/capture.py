@@ -17,7 +17,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vte_compile.errors import CaptureError
 from vte_compile.families.decoder import DecoderSpec
+from vte_compile.module_tree import with_stand_ins
+
+if TYPE_CHECKING:
+    from vte_compile.passes.fold_adapters import PromptValue
 
 Phase = Literal["prefill", "extend", "decode"]
 Parameter = Callable[[], Tensor]
@@ -54,6 +58,11 @@ class DecoderGraph:
     """Layers with keys and values; skip_attention takes some away."""
     streams: list[fx.Node] = field(default_factory=list)
     """Filled by annotate_layers: the residual stream behind each layer."""
+    adapted: set[int] = field(default_factory=set)
+    """Filled by fold_adapters: the layers that have their adapter."""
+    prompt_state: list[PromptValue] = field(default_factory=list)
+    """Filled by fold_adapters: what adapters know of the prompt. Prefill's outputs behind the keys and values, and the
+    last inputs of the other graphs."""
 
     @property
     def graph(self) -> fx.Graph:
@@ -68,7 +77,19 @@ class DecoderGraph:
             module=fx.GraphModule(self.module, graph),
             parameters=dict(self.parameters),
             kv_layers=list(self.kv_layers),
+            adapted=set(self.adapted),
+            prompt_state=list(self.prompt_state),
         )
+
+    def rebound(self, spec: DecoderSpec) -> DecoderGraph:
+        """A copy that refers to the weights of `spec`: the same decoder, of which some weights were freed."""
+        wrapper = _DecoderWithHead(spec)
+        other = replace(self.clone(), spec=spec)
+        other.parameters = {target: _reader(wrapper, other.module, target) for target in self.parameters}
+        for target, read in other.parameters.items():
+            path, _, name = target.rpartition(".")
+            setattr(other.module.get_submodule(path), name, read())
+        return other
 
     def placeholder(self, name: str) -> fx.Node:
         return next(n for n in self.graph.nodes if n.op == "placeholder" and n.name == name)
@@ -167,6 +188,8 @@ class _DecoderWithHead(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.decoder, self.lm_head = spec.decoder, spec.lm_head
+        if spec.freed:
+            self.decoder = with_stand_ins(spec.decoder, spec.freed, spec.lm_head.get_parameter("weight"))
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, past: list[Tensor], kv_start: list[Tensor]

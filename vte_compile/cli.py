@@ -18,6 +18,7 @@ from vte_compile.errors import InputError, VTEError
 from vte_compile.version import __version__
 
 if TYPE_CHECKING:
+    from vte_compile.folded_weights import FoldReport
     from vte_compile.plan import Plan
 
 
@@ -159,8 +160,12 @@ def optimize(
             refused.add_row(phase, name, layer, _plain(refusal.node), _plain(refusal.reason))
         console.print(refused)
     console.print(_plan_table(fast.plan))
+    if fast.fold_reports:
+        console.print(_fold_table(fast.fold_reports))
     if out is not None:
-        fast.save_pretrained(out)
+        # The model as it came: an optimized one lacks what its plan deletes.
+        loaded.save_pretrained(out)
+        fast.plan.save_pretrained(out)
         try:
             load_processor(model).save_pretrained(out)
         except InputError:
@@ -352,6 +357,16 @@ def _plan_table(plan: Plan) -> Table | str:
     for row in rows:
         threshold = "" if row["threshold"] is None else f"{row['threshold']:g}"
         table.add_row(str(row["layer"]), row["kind"], threshold, "" if row["width"] is None else str(row["width"]))
+    return table
+
+
+def _fold_table(reports: list[FoldReport]) -> Table:
+    headings = ("layer", "kind", "one prompt", "many prompts", "rounding", "MB", "why")
+    table = Table(*headings, title="Adapters: their form in prefill / decode", title_justify="left")
+    for report in reports:
+        one, many = (f"{forms.prompt} / {forms.step}" for forms in (report.one_prompt, report.many_prompts))
+        size, error = f"{report.added_bytes / 1e6:.1f}", f"{report.rounding_error:.1e}"
+        table.add_row(str(report.layer), report.kind, one, many, error, size, report.one_prompt.reason)
     return table
 
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound="PreTrainedModel")
 
 
-def optimize_co_attention(model: ModelT, plan: Plan, compile: bool | None) -> ModelT:
+def optimize_co_attention(model: ModelT, plan: Plan, compile: bool | None, fold: bool) -> ModelT:
     """See :func:`vte_compile.optimize`.
 
     The result shares all modules and weights with the model but its co-attention layers, and in these all weights that
@@ -34,7 +34,7 @@ def optimize_co_attention(model: ModelT, plan: Plan, compile: bool | None) -> Mo
     In its outputs, the ``attentions`` of these layers are None.
 
     Raises:
-        InputError: The model is an optimized one.
+        InputError: The model is an optimized one; or not to fold was asked for.
         PlanMismatchError: The plan does not fit the model.
         UnsupportedModelError: A layer is not of the form that the plan's part is for.
         CaptureError: A layer could not be traced or compiled.
@@ -45,6 +45,8 @@ def optimize_co_attention(model: ModelT, plan: Plan, compile: bool | None) -> Mo
         raise InputError(
             "model: is optimized already, and what its plan deletes or folds is gone: optimize the original model."
         )
+    if not fold:
+        raise InputError("fold=False: adapters of co-attention layers are always folded, which costs nothing.")
     plan.check(model)
     parameter = next(model.parameters())
     compiler = PieceCompiler() if find_backend(parameter.device, compile) else None
@@ -78,12 +80,12 @@ def _rewrite(graph: CoAttentionGraph, part: CoAttention) -> list[PassResult]:
                 f"{refusal.reason}"
             )
         if isinstance(result, FoldResult) and result.rounding:
-            path, share = max(result.rounding.items(), key=lambda item: item[1])
+            path, error = max(result.rounding.items(), key=lambda item: item[1])
             logger.info(
-                "optimize: %s level %d: rounding folded weights moved them by up to %.1e of the largest (%s)",
+                "optimize: %s level %d: rounding folded weights has a relative error of up to %.1e (%s)",
                 part.side,
                 part.level,
-                share,
+                error,
                 path,
             )
     return results

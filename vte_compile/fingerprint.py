@@ -124,7 +124,8 @@ class Fingerprint:
     def check(self, model: nn.Module) -> None:
         """Make sure that `model` is the model the plan was made for.
 
-        Probed parameters whose values cannot be read now (meta device, offloaded, quantized) are not compared.
+        Probed parameters whose values cannot be read now (meta device, offloaded, quantized, or freed by optimize())
+        are not compared.
 
         Raises:
             PlanMismatchError: it is not; the message gives each difference as plan's value, model's value.
@@ -137,8 +138,10 @@ class Fingerprint:
             if getattr(self, name) != value
         ]
         if not differences:  # weights of differently shaped decoders differ anyway
-            parameters = dict(find_decoder(model).named_parameters())
-            differences = [found for probe in self.probe if (found := _compare(probe, parameters))]
+            decoder = find_decoder(model)
+            parameters = dict(decoder.named_parameters())
+            probes = [probe for probe in self.probe if not _is_freed(probe.name, decoder)]
+            differences = [found for probe in probes if (found := _compare(probe, parameters))]
         if differences:
             raise PlanMismatchError(
                 f"fingerprint: this plan is for another model ({'; '.join(differences)}); {_REMEDY}"
@@ -197,6 +200,15 @@ def _sample(parameter: Tensor) -> tuple[float, ...] | None:
         return None
     flat = parameter.detach().reshape(-1)
     return tuple(flat[_positions(flat.numel()).to(flat.device)].double().tolist())
+
+
+def _is_freed(name: str, decoder: nn.Module) -> bool:
+    """Whether a module has a parameter of this name that is None."""
+    path, _, last = name.rpartition(".")
+    try:
+        return decoder.get_submodule(path)._parameters.get(last, decoder) is None
+    except AttributeError:
+        return False
 
 
 def _compare(probe: Probe, parameters: Mapping[str, Tensor]) -> str | None:

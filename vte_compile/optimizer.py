@@ -7,7 +7,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +21,8 @@ from vte_compile.errors import InputError, PlanError, UnsupportedModelError
 from vte_compile.families.co_attention import find_co_attention
 from vte_compile.families.decoder import DecoderSpec, describe
 from vte_compile.families.inputs import decoder_inputs
+from vte_compile.folded_weights import FoldedWeights, FoldReport
+from vte_compile.module_tree import own_submodule, shallow_copy, without_parameters
 from vte_compile.plan import Plan
 from vte_compile.plan_files import JSON_NAME
 from vte_compile.runtime.cache import ExitCache
@@ -50,11 +52,15 @@ class CausalLMOutputWithExit(CausalLMOutputWithPast):
     """[B] int64: the layer after which each row's visual tokens left in this call; -1 = never."""
 
 
-def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = None) -> ModelT:
-    """Let a model's visual tokens leave its decoder where a plan says so.
+def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = None, fold: bool = True) -> ModelT:
+    """Let a model's visual tokens leave its decoder, and skip attentions, where a plan says so.
 
-    The result is a new object of the model's class that shares its weights: forward(), generate(), state_dict(), .to()
-    and so on work as before. The model itself is not modified. Outputs also carry ``exit_layer``.
+    The result is a new object of the model's class that shares its weights: forward(), generate(), .to() and so on work
+    as before. The model itself is not modified. Outputs also carry ``exit_layer``.
+
+    Weights that the rewritten decoder does not read, those of skipped attentions and of layers into which adapters were
+    folded, are no parameters of the result: they are freed when the model itself goes (``model = optimize(model,
+    plan)``). Folded weights are parameters of it; ``fold_reports`` says what was folded, and how exactly.
 
     Args:
         model: A causal language model or LLaVA-type MLLM of transformers, on one device. An optimized model gives
@@ -62,6 +68,8 @@ def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = 
         plan: What to do. None: the plan saved beside the model's checkpoint if there is one, else only what is
             lossless (a log message says which).
         compile: Whether the graphs run through Inductor. None: if its compiler is there (a warning says if it is not).
+        fold: Fold adapters into the weights behind them. False: apply them unfolded, which costs time at every token,
+            but no second copy of weights and no rounding of folded ones.
 
     Returns:
         The optimized model. For a language model alone, pass ``visual_mask`` ([batch, tokens] bool) to its forward() or
@@ -76,34 +84,61 @@ def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = 
     plan = _find_plan(model) if plan is None else plan
     if find_co_attention(model) is not None:
         _check_placement(model)
-        return optimize_co_attention(model, plan, compile)
-    _refuse_adapters(plan)
+        return optimize_co_attention(model, plan, compile, fold)
     if issubclass(type(model), OptimizedModel):
-        return _replan(model, plan, compile)
+        return _replan(model, plan, compile, fold)
     spec = describe(model)
     _check_placement(model)
     plan.check(model)
     compiler = PieceCompiler() if find_backend(spec.device, compile) else None
-    runner = DecoderRunner(spec, plan, compiler)
+    runner = DecoderRunner(spec, plan, compiler, FoldedWeights(fold))
     verify_prefill(model, runner)
-    return _wrap(model, spec, runner)
+    return _free(_wrap(model, spec, runner))
 
 
-def _refuse_adapters(plan: Plan) -> None:
-    fields = [f"skips[{i}].adapter" for i, skip in enumerate(plan.skips) if skip.adapter is not None]
-    if fields or plan.adapters:
-        field = fields[0] if fields else "adapters"
-        raise PlanError(f"{field}: optimize() cannot apply adapters yet; vte_compile.Oracle runs them, without speed")
-
-
-def _replan(model: Any, plan: Plan, compile: bool | None) -> Any:
+def _replan(model: Any, plan: Plan, compile: bool | None, fold: bool) -> Any:
     """An optimized model for another plan, with what the first one traced and compiled."""
-    if compile not in (None, model._vte_runner.compiler is not None):
+    runner: DecoderRunner = model._vte_runner
+    if compile not in (None, runner.compiler is not None):
         raise InputError(f"compile={compile}: a new plan cannot change that: optimize the original model.")
     plan.check(model)
-    again = _shallow_copy(model)
-    again._vte_runner = model._vte_runner.with_plan(plan)
-    return again
+    again = shallow_copy(model)
+    again.generation_config = copy.deepcopy(model.generation_config)
+    if runner.spec.freed or runner.folded.reports:
+        if (*plan.skips, *plan.adapters) != (*runner.plan.skips, *runner.plan.adapters) or fold != runner.folded.fold:
+            raise PlanError(
+                "skips, adapters: this optimized model has no weights left for other ones than its own plan's (reuse "
+                "those objects to change only exits): optimize the original model."
+            )
+        again._vte_runner = runner.with_plan(plan, runner.folded)
+        return again
+    again._vte_runner = runner.with_plan(plan, FoldedWeights(fold))
+    return _free(again)
+
+
+def _free(fast: Any) -> Any:
+    """Take away the weights that the rewritten decoder does not read, and add those it has instead."""
+    runner: DecoderRunner = fast._vte_runner
+    if not (runner.plan.skips or runner.plan.adapters):
+        return fast
+    names = runner.unused_weights()
+    spec = fast._vte_spec
+    freed = {name: _tensor(spec.decoder, name).shape for name in names}
+    fast = without_parameters(fast, [f"{spec.path}.{name}" for name in names])
+    decoder = fast.get_submodule(spec.path)
+    if runner.folded.reports:
+        decoder = own_submodule(fast, spec.path)
+        decoder.add_module("folded_adapters", runner.folded)
+    fast._vte_spec = replace(spec, decoder=decoder, freed=freed)
+    fast._vte_runner = runner.rebound(fast._vte_spec)
+    for report in runner.folded.reports.values():
+        logger.info("optimize: %s", report)
+    return fast
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(path), last)
 
 
 def _find_plan(model: PreTrainedModel) -> Plan:
@@ -132,20 +167,13 @@ def _check_placement(model: nn.Module) -> None:
 def _wrap(model: ModelT, spec: DecoderSpec, runner: DecoderRunner) -> ModelT:
     """A shallow copy of the model, of a subclass that carries the same name."""
     base = type(model)
-    fast = _shallow_copy(model)
+    fast: Any = shallow_copy(model)
+    fast.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     signature = inspect.signature(base.forward)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     fast.__class__ = type(base.__name__, (OptimizedModel, base), {**names, "forward": _forward_like(signature)})
     fast.training = False  # of this object; the shared modules stay as they are
     fast._vte_spec, fast._vte_runner = spec, runner
-    return fast
-
-
-def _shallow_copy(model: Any) -> Any:
-    """The same submodules and weights, but tables of its own: what is set or hooked on the copy stays there."""
-    fast = copy.copy(model)
-    fast.__dict__.update({name: copy.copy(value) for name, value in vars(model).items() if isinstance(value, dict)})
-    fast.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return fast
 
 
@@ -187,6 +215,11 @@ class OptimizedModel:
     def plan(self) -> Plan:
         """The plan that was applied."""
         return self._vte_runner.plan
+
+    @property
+    def fold_reports(self) -> list[FoldReport]:
+        """What became of each adapter of the plan, by layer."""
+        return [report for _, report in sorted(self._vte_runner.folded.reports.items())]
 
     def _vte_forward(self, arguments: Mapping[str, Any]) -> CausalLMOutputWithExit | tuple[Any, ...]:
         """The model's forward, for inference.
@@ -318,7 +351,16 @@ class OptimizedModel:
         return result
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Save the model as it was before, and the plan beside it, where optimize() finds it."""
+        """Save the model as it was before, and the plan beside it, where optimize() finds it.
+
+        Raises:
+            InputError: The model has no longer the weights it had before: some were freed or folded.
+        """
+        if self._vte_spec.freed:
+            raise InputError(
+                f"save_pretrained: {len(self._vte_spec.freed)} weights were freed or folded (the plan skips attentions "
+                "or has adapters): save the original model, and the plan beside it with plan.save_pretrained(folder)."
+            )
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         self.plan.save_pretrained(save_directory)
 

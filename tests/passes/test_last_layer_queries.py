@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from helpers import (
     ALWAYS,
     LAYERS,
+    C,
     assert_close,
     captured,
     embeddings,
@@ -18,13 +21,15 @@ from helpers import (
     random_kv,
     run_graph,
 )
+from tiny_models import random_adapter
 
+from vte_compile.adapters import PIA
 from vte_compile.passes import PASSES, PassSettings, run_passes
 from vte_compile.passes.annotate_layers import annotate_layers
 from vte_compile.passes.cleanup import cleanup
 from vte_compile.passes.insert_exits import insert_exits
 from vte_compile.passes.last_layer_queries import last_layer_queries
-from vte_compile.plan import StaticExit
+from vte_compile.plan import Plan, SkippedAttention, StaticExit
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -82,7 +87,7 @@ def test_refuses_an_exit_behind_the_last_layer():
     graph = captured()
     results = {r.name: r for r in run_passes(PASSES, graph, PassSettings(plan(StaticExit(LAYERS - 1))))}
     assert results["last_layer_queries"].applied == 0
-    assert "takes the tokens of the last layer apart" in results["last_layer_queries"].refusals[0].reason
+    assert "takes the tokens of the layer apart" in results["last_layer_queries"].refusals[0].reason
     assert results["last_token_logits"].applied == 1
 
 
@@ -100,3 +105,55 @@ def test_refuses_a_last_layer_that_uses_more_than_its_own_stream():
     result = last_layer_queries(graph, settings)
     assert result.applied == 0
     assert f"also uses {other.name}" in result.refusals[0].reason
+
+
+def skipping(*layers, adapter=False):
+    def pia(layer):
+        return random_adapter(PIA, layer, hidden_size=C) if adapter else None
+
+    return Plan(skips=[SkippedAttention(layer, pia(layer)) for layer in layers])
+
+
+@pytest.mark.parametrize("phase", ["prefill", "extend"])
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("layers", [(2,), (1, 2), (0, 1, 2)])
+def test_skipped_layers_at_the_end(phase, adapter, layers):
+    """Without attention the last token is all they need, but for the means that adapters of a prompt are after."""
+    graph, whole = captured(phase), captured(phase)
+    eas = skipping(*layers, adapter=adapter)
+    settings = PassSettings(eas)
+    results = {r.name: r for r in run_passes(PASSES, graph, settings)}
+    assert results["last_layer_queries"].refusals == []
+    kept = LAYERS - len(layers)
+    means = adapter and phase == "prefill"
+    assert results["last_layer_queries"].applied == (1 if means else min(len(layers) + 1, LAYERS))
+    run_passes(PASSES, whole, PassSettings(eas, last_token_logits=False, folded=settings.folded))
+    past = random_kv((9, 5, 2)[:kept]) if phase == "extend" else []
+    inputs = [embeddings(6), positions(6, 9), *past]
+    if adapter and phase == "extend":
+        prefill = captured("prefill")
+        run_passes(PASSES, prefill, settings)
+        inputs += run_graph(prefill, embeddings(5, seed=1), positions(5))[1 + 2 * kept :]
+    got, want = run_graph(graph, *inputs), run_graph(whole, *inputs)
+    assert_close(got[0], want[0][:, -1:])
+    assert_close(got[1:], want[1:])
+    linears = [n for n in nodes_of(graph, torch.ops.aten.linear.default) if graph.layer_of[n] in layers[-1:]]
+    assert linears
+    assert {n.meta["val"].shape[1] for n in linears if n.meta["val"].ndim == 3} == {1}
+    # One cut, where the last token is first all that counts.
+    cuts = [n for n in nodes_of(graph, torch.ops.aten.slice.Tensor) if n.args[2:] == (-1, sys.maxsize)]
+    assert len({graph.layer_of[n] for n in cuts if graph.layer_of[n] < LAYERS}) <= 1
+
+
+def test_an_exit_before_a_skipped_layer_is_asked_with_all_tokens():
+    graph = captured()
+    results = run_passes(PASSES, graph, PassSettings(Plan(exits=[gate(1, ALWAYS)], skips=[SkippedAttention(2)])))
+    assert {r.name: r.applied for r in results}["last_layer_queries"] == 1
+    assert graph.streams[1].meta["val"].shape[1] == graph.placeholder("inputs_embeds").meta["val"].shape[1]
+    whole = captured()
+    settings = PassSettings(Plan(exits=[gate(1, ALWAYS)], skips=[SkippedAttention(2)]), last_token_logits=False)
+    run_passes(PASSES, whole, settings)
+    inputs = [embeddings(6), positions(6), layout("tvvttt")]
+    got, want = run_graph(graph, *inputs), run_graph(whole, *inputs)
+    assert want[0].shape[1] == 4
+    assert_close(got[0], want[0][:, -1:])

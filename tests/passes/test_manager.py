@@ -51,7 +51,8 @@ def test_a_real_pass_that_fails():
     graph = captured()
     next(n for n in graph.graph.nodes if n.name == "position_ids")._rename("renamed")
     with pytest.raises(
-        CaptureError, match=r"insert_exits failed on the prefill .*annotate_layers, skip_attention, plain_causal\)"
+        CaptureError,
+        match=r"insert_exits failed on the prefill .*annotate_layers, fold_adapters, skip_attention, plain_causal\)",
     ):
         run_passes(PASSES, graph, PassSettings(plan(StaticExit(0))))
 
@@ -60,6 +61,7 @@ def test_the_order_of_the_passes():
     names = [run.__name__ for run in PASSES]
     assert names == [
         "annotate_layers",
+        "fold_adapters",
         "skip_attention",
         "plain_causal",
         "insert_exits",
@@ -69,7 +71,7 @@ def test_the_order_of_the_passes():
     ]
     results = run_passes(PASSES, captured(), PassSettings(plan(StaticExit(0))))
     assert [r.name for r in results] == names
-    assert [r.applied for r in results][:6] == [LAYERS, 0, LAYERS, 1, 1, 1]
+    assert [r.applied for r in results][:7] == [LAYERS, 0, 0, LAYERS, 1, 1, 1]
 
 
 def test_settings_and_refusals_cannot_change():

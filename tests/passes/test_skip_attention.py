@@ -28,7 +28,6 @@ from tiny_models import random_adapter
 from vte_compile import GateExit, Oracle, Plan, SkippedAttention, optimize
 from vte_compile.adapters import PIA
 from vte_compile.capture import capture
-from vte_compile.errors import PlanError
 from vte_compile.families.decoder import describe
 from vte_compile.passes import PASSES, PassSettings, run_passes
 from vte_compile.passes.annotate_layers import annotate_layers
@@ -60,6 +59,8 @@ def test_nothing_of_a_skipped_attention_is_left(family, layers):
     assert (results["skip_attention"].applied, results["skip_attention"].refusals) == (len(layers), [])
     assert len(nodes_of(graph, aten.scaled_dot_product_attention.default)) == LAYERS - len(layers)
     weights = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
+    assert weights == set(graph.parameters)
+    assert weights == {n for n, _ in (*graph.module.named_parameters(), *graph.module.named_buffers())}
     for layer in range(LAYERS):
         kept = {w for w in weights if w.startswith(f"decoder.layers.{layer}.self_attn.")}
         assert bool(kept) == (layer not in layers)
@@ -77,8 +78,8 @@ def test_nothing_of_a_skipped_attention_is_left(family, layers):
 @pytest.mark.parametrize("layers", [(0,), (LAYERS - 1,)])
 def test_past_of_a_skipped_layer_is_no_input(phase, batched, layers):
     graph = captured(phase, batched)
-    results = run_passes(PASSES, graph, PassSettings(skipping(*layers)))
-    assert results[1].applied == 1
+    results = {r.name: r for r in run_passes(PASSES, graph, PassSettings(skipping(*layers)))}
+    assert results["skip_attention"].applied == 1
     names = {n.name for n in graph.graph.nodes if n.op == "placeholder"}
     for layer in range(LAYERS):
         assert (f"past_key_{layer}" in names) == (f"past_value_{layer}" in names) == (layer not in layers)
@@ -144,15 +145,18 @@ def test_the_whole_branch_goes_whatever_is_on_it():
     layer = model.model.layers[1]
     layer.self_attn = Less(layer.self_attn)
     graph = capture(describe(model), "prefill")
-    results = run_passes(PASSES, graph, PassSettings(skipping(1)))
-    assert (results[1].applied, results[1].refusals) == (1, [])
+    results = {r.name: r for r in run_passes(PASSES, graph, PassSettings(skipping(1)))}
+    assert (results["skip_attention"].applied, results["skip_attention"].refusals) == (1, [])
     assert len(nodes_of(graph, aten.scaled_dot_product_attention.default)) == LAYERS - 1
 
 
-def test_adapters_are_refused_so_far():
-    plan = Plan(skips=[SkippedAttention(0, random_adapter(PIA, hidden_size=C))])
-    with pytest.raises(PlanError, match=r"skips\[0\]\.adapter"):
-        optimize(shared(), plan, compile=False)
+def test_a_skip_whose_adapter_is_not_there_is_refused():
+    graph = captured()
+    plan = Plan(skips=[SkippedAttention(0, random_adapter(PIA, hidden_size=C)), SkippedAttention(1)])
+    annotate_layers(graph, PassSettings(plan))
+    result = skip_attention(graph, PassSettings(plan))
+    assert result.applied == 1
+    assert [(r.layer, r.reason) for r in result.refusals] == [(0, "its adapter could not be put into the graph.")]
 
 
 rows = st.lists(st.sampled_from(["ttvvtttt", "tvvvvtt", "ttttt", "vtt", "tvtvvtttt"]), min_size=1, max_size=3)

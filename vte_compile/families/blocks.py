@@ -17,13 +17,17 @@ from torch import Tensor, nn
 
 from vte_compile.errors import UnsupportedModelError
 
-# The names that transformers gives the four parts in Llama, Mistral, Qwen, Gemma, InternLM3 and their relatives.
-_PARTS = {
-    "input_norm": "input_layernorm",
-    "attention": "self_attn",
-    "post_norm": "post_attention_layernorm",
-    "mlp": "mlp",
-}
+# The names of the four parts in transformers (Llama, Mistral, Qwen, Gemma, InternLM3 and their relatives), and in
+# InternLM2's own code.
+_NAMES = (
+    {
+        "input_norm": "input_layernorm",
+        "attention": "self_attn",
+        "post_norm": "post_attention_layernorm",
+        "mlp": "mlp",
+    },
+    {"input_norm": "attention_norm", "attention": "attention", "post_norm": "ffn_norm", "mlp": "feed_forward"},
+)
 # Norms of transformers compute in float32 even so.
 _TOLERANCE = 1e-5
 
@@ -45,17 +49,19 @@ def block_parts(layer: nn.Module) -> BlockParts:
         UnsupportedModelError: a part is missing, or there is more.
     """
     children = dict(layer.named_children())
-    missing = [name for name in _PARTS.values() if name not in children]
+    # Of the names that fit best, so that the message tells what is missing.
+    names = min(_NAMES, key=lambda names: sum(name not in children for name in names.values()))
+    missing = [name for name in names.values() if name not in children]
     if missing:
         raise UnsupportedModelError(f"{type(layer).__name__} has no {', '.join(missing)}: not a block of pre-norm form")
     weights = [name for name, _ in (*layer.named_parameters(), *layer.named_buffers())]
-    extra = sorted({first for first in (name.split(".")[0] for name in weights) if first not in _PARTS.values()})
+    extra = sorted({first for first in (name.split(".")[0] for name in weights) if first not in names.values()})
     if extra:
         raise UnsupportedModelError(
-            f"{type(layer).__name__} has {', '.join(extra)} besides {', '.join(_PARTS.values())}: not a block of "
+            f"{type(layer).__name__} has {', '.join(extra)} besides {', '.join(names.values())}: not a block of "
             "pre-norm form"
         )
-    return BlockParts(**{part: children[name] for part, name in _PARTS.items()})
+    return BlockParts(**{part: children[name] for part, name in names.items()})
 
 
 @torch.no_grad()

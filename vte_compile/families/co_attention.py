@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vte_compile.errors import UnsupportedModelError
+from vte_compile.module_tree import own_submodule, shallow_copy
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -82,17 +82,8 @@ def with_layers(model: ModelT, spec: CoAttentionSpec, layers: Mapping[str, list[
         spec: Of `model`.
         layers: The layers of each side, "text" and "image".
     """
-    copied = _shallow_copy(model)
-    holder: nn.Module = copied
-    for name in filter(None, spec.path.split(".")):
-        holder._modules[name] = _shallow_copy(holder.get_submodule(name))
-        holder = holder.get_submodule(name)
+    copied = shallow_copy(model)
+    holder = own_submodule(copied, spec.path) if spec.path else copied
     for side, name in LAYER_LISTS.items():
         holder._modules[name] = nn.ModuleList(layers[side])
-    return copied
-
-
-def _shallow_copy(module: ModelT) -> ModelT:
-    copied = copy.copy(module)
-    copied.__dict__.update({name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict)})
     return copied

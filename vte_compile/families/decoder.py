@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class DecoderSpec:
     """The decoder's own (text) config."""
     visual_token_ids: tuple[int, ...]
     """Placeholder ids whose embeddings are replaced by visual features; empty for a language model alone."""
+    freed: Mapping[str, torch.Size] = field(default_factory=dict)
+    """Shapes of the weights, by their name in the decoder, that it has no more, because no graph reads them."""
 
     @property
     def num_layers(self) -> int:

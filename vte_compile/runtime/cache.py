@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vte_compile.errors import InputError
+from vte_compile.runtime.prompt_state import PromptState
 
 RowKV = list[tuple[Tensor, Tensor] | None]
 """Keys and values of each layer; None where attention is skipped."""
@@ -30,6 +31,8 @@ class ExitCache(DynamicCache):
     """[B] int64: the position of each row's next token."""
     exit_layer: Tensor | None
     """[B] int64: where the visual tokens left in the latest chunk that was no decode step; -1 = never."""
+    prompt_state: PromptState | None
+    """What adapters know of each row's prompt; None without adapters, and in an empty cache."""
     _columns: int
     _decoded: int
 
@@ -40,7 +43,7 @@ class ExitCache(DynamicCache):
             cache.__class__ = cls
             cache.layers = []
             cache._columns = cache._decoded = 0  # type: ignore[attr-defined]
-            cache.exit_layer = None  # type: ignore[attr-defined]
+            cache.exit_layer = cache.prompt_state = None  # type: ignore[attr-defined]
         assert isinstance(cache, ExitCache)
         return cache
 
@@ -141,12 +144,14 @@ class ExitCache(DynamicCache):
         self.next_positions = self.next_positions[rows]
         if self.exit_layer is not None:
             self.exit_layer = self.exit_layer[rows]
+        if self.prompt_state is not None:
+            self.prompt_state = self.prompt_state.select(rows)
 
     def reset(self) -> None:
         """Forget everything."""
         self.layers = []
         self._columns = self._decoded = 0
-        self.exit_layer = None
+        self.exit_layer = self.prompt_state = None
 
 
 def _align_end(rows: Sequence[Tensor], length: int) -> Tensor:

@@ -41,6 +41,8 @@ class ProgramOutput:
     kv: list[tuple[Tensor, Tensor] | None]
     """Keys and values of each layer, past included; None where attention is skipped."""
     exit_layer: int = -1
+    prompt_state: list[Tensor] = field(default_factory=list)
+    """What adapters know of the prompt; of prefill only."""
 
 
 @dataclass
@@ -68,6 +70,8 @@ class Program:
     def __init__(self, lowered: PiecewiseGraph, passes: list[PassResult], compiler: PieceCompiler | None) -> None:
         self.passes = passes
         """What the passes did and refused on the way here."""
+        self.prompt_state = lowered.prompt_state
+        """What adapters know of the prompt: the last outputs of prefill, the last inputs of other phases."""
         slots: dict[str, int] = {}
 
         def slot(names: Sequence[str]) -> list[int]:
@@ -121,10 +125,12 @@ class Program:
                 values[i] = result
             for i in freed:
                 values[i] = None
-        logits, *kv = [values[i] for i in self._outputs]
+        logits, *rest = [values[i] for i in self._outputs]
         assert logits is not None
-        pairs = list(zip(kv[::2], kv[1::2], strict=True))
-        return ProgramOutput(logits, [None if i is None else pairs[i] for i in self._kv], exit_layer)  # type: ignore[misc]
+        count = 2 * sum(i is not None for i in self._kv)
+        pairs = list(zip(rest[:count:2], rest[1:count:2], strict=True))
+        kv = [None if i is None else pairs[i] for i in self._kv]
+        return ProgramOutput(logits, kv, exit_layer, rest[count:])  # type: ignore[arg-type]
 
 
 def _lengths(piece: Piece) -> list[tuple[int, int]]:

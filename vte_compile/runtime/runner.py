@@ -5,24 +5,32 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vte_compile.adapters import Router
 from vte_compile.capture import DecoderGraph, Phase, capture
-from vte_compile.errors import InputError
+from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec
+from vte_compile.folded_weights import FoldedWeights
 from vte_compile.passes import PASSES, PassResult, PassSettings, run_passes
 from vte_compile.passes.lower_piecewise import PiecewiseGraph, lower_piecewise
 from vte_compile.plan import Plan
 from vte_compile.runtime.cache import ExitCache, RowKV
 from vte_compile.runtime.inductor import PieceCompiler
 from vte_compile.runtime.program import Program, VisualTokens
+from vte_compile.runtime.prompt_state import PromptState
 
 logger = logging.getLogger(__name__)
-_Key = tuple[Phase, bool, bool, torch.dtype, torch.device]
-"""Phase, batched, logits of the last token only, and the weights' dtype and device."""
+# What these refuse is something the user asked for.
+_ASKED_FOR = ("insert_exits", "fold_adapters", "skip_attention")
+_RowInput = tuple[Tensor, Tensor, Tensor]
+"""One row without padding: embeddings [n, C], visual mask [n], positions [n]."""
+_Key = tuple[Phase, bool, bool, bool, torch.dtype, torch.device]
+"""Phase, batched, logits of the last token only, all rows from one prompt, and the weights' dtype and device."""
 
 
 @dataclass
@@ -42,39 +50,57 @@ class _RowOutput:
     exit_layer: int
     kept: Tensor
     """[n] int64: which of the row's tokens the logits belong to."""
+    prompt_state: list[Tensor]
+    """What adapters know of the row's prompt; of prefill only."""
 
 
 class DecoderRunner:
     """A decoder's programs, built when first needed and rebuilt when the model moved to another dtype or device."""
 
-    def __init__(self, spec: DecoderSpec, plan: Plan, compiler: PieceCompiler | None) -> None:
+    def __init__(
+        self, spec: DecoderSpec, plan: Plan, compiler: PieceCompiler | None, folded: FoldedWeights | None = None
+    ) -> None:
         self.spec, self.plan, self.compiler = spec, plan, compiler
+        self.folded = FoldedWeights() if folded is None else folded
+        adapters = [part.adapter for parts in (plan.adapters, plan.skips) for part in parts if part.adapter is not None]
+        self._routed = any(isinstance(adapter.router, Router) for adapter in adapters)
         self._captures: dict[tuple[Any, ...], DecoderGraph] = {}
         self._graphs: dict[_Key, tuple[PiecewiseGraph, list[PassResult]]] = {}
         self._programs: dict[_Key, Program] = {}
         self._lock = threading.RLock()
 
-    def with_plan(self, plan: Plan) -> DecoderRunner:
+    def with_plan(self, plan: Plan, folded: FoldedWeights | None = None) -> DecoderRunner:
         """A runner of the same decoder for another plan, which shares what was traced and compiled."""
-        other = DecoderRunner(self.spec, plan, self.compiler)
+        other = DecoderRunner(self.spec, plan, self.compiler, folded)
         other._captures, other._lock = self._captures, self._lock
+        return other
+
+    def rebound(self, spec: DecoderSpec) -> DecoderRunner:
+        """The same runner of the same decoder, of which some weights were freed."""
+        other = DecoderRunner(spec, self.plan, self.compiler, self.folded)
+        other._captures = {key: graph.rebound(spec) for key, graph in self._captures.items()}
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of a model rebuild their programs: those are bound to this model's weights.
-        return {"spec": self.spec, "plan": self.plan, "compile": self.compiler is not None}
+        return {
+            "spec": self.spec,
+            "plan": self.plan,
+            "compile": self.compiler is not None,
+            "folded": self.folded,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         compiler = PieceCompiler() if state["compile"] else None
-        self.__init__(state["spec"], state["plan"], compiler)  # type: ignore[misc]
+        self.__init__(state["spec"], state["plan"], compiler, state["folded"])  # type: ignore[misc]
 
-    def program(self, phase: Phase, *, batched: bool = False, last: bool = True) -> Program:
+    def program(self, phase: Phase, *, batched: bool = False, last: bool = True, one_prompt: bool = True) -> Program:
         """The program of one phase; ``last``: with the logits of the last token only.
 
         Raises:
             CaptureError: The decoder could not be traced or rewritten.
         """
-        key = (phase, batched, last or phase == "decode", self.spec.dtype, self.spec.device)
+        key = (phase, batched, last or phase == "decode", one_prompt, self.spec.dtype, self.spec.device)
         with self._lock:
             if key not in self._programs:
                 self._programs[key] = Program(*self._lowered(key), self.compiler)
@@ -82,20 +108,39 @@ class DecoderRunner:
 
     def uncompiled_prefill(self) -> Program:
         """The prefill program without Inductor, to look at its numbers before compiling anything."""
-        return Program(*self._lowered(("prefill", False, True, self.spec.dtype, self.spec.device)), None)
+        return Program(*self._lowered(("prefill", False, True, True, self.spec.dtype, self.spec.device)), None)
+
+    def unused_weights(self) -> list[str]:
+        """Names in the decoder of the layers' weights that the model's forward reads and the rewritten graphs do not.
+
+        Raises:
+            UnsupportedModelError: An adapter of the plan could not be applied.
+        """
+        weights: set[str] = set()
+        for one_prompt in (True, False) if self._routed else (True,):
+            lowered, results = self._lowered(("prefill", False, True, one_prompt, self.spec.dtype, self.spec.device))
+            weights |= lowered.weights
+            for refusal in (r for result in results if result.name == "fold_adapters" for r in result.refusals):
+                raise UnsupportedModelError(f"layer {refusal.layer}: its adapter cannot apply: {refusal.reason}")
+        captured = self._captures["prefill", False, self.spec.dtype, self.spec.device]
+        # The same tensor may have several names (tied weights): it is unused if none of them is used.
+        used = {id(captured.parameters[name]()) for name in captured.parameters.keys() & weights}
+        read = {id(read()) for read in captured.parameters.values()}
+        decoder = self.spec.decoder
+        named = (*decoder.named_parameters(remove_duplicate=False), *decoder.named_buffers(remove_duplicate=False))
+        return [name for name, value in named if name.startswith("layers.") and id(value) in read - used]
 
     def _lowered(self, key: _Key) -> tuple[PiecewiseGraph, list[PassResult]]:
         if key not in self._graphs:
-            phase, batched, last, *where = key
+            phase, batched, last, one_prompt, *where = key
             traced = (phase, batched, *where)
             if traced not in self._captures:
                 self._captures[traced] = capture(self.spec, phase, batched=batched)
             graph = self._captures[traced].clone()
-            results = run_passes(PASSES, graph, PassSettings(self.plan, last_token_logits=last))
+            results = run_passes(PASSES, graph, PassSettings(self.plan, last, one_prompt, self.folded))
             for result in results:
                 for refusal in result.refusals:
-                    # A refused exit or skip is something the user asked for.
-                    level = logging.WARNING if result.name in ("insert_exits", "skip_attention") else logging.DEBUG
+                    level = logging.WARNING if result.name in _ASKED_FOR else logging.DEBUG
                     logger.log(
                         level,
                         "%s refused in the %s graph, layer %s: %s",
@@ -140,8 +185,10 @@ class DecoderRunner:
         attending = [i for i, layer in enumerate(cache.layers) if layer.is_initialized]
         past = [t for i in attending for t in (cache.layers[i].keys, cache.layers[i].values)]
         starts = [cache.starts[i] for i in attending] if batch > 1 else []
-        program = self.program("decode", batched=batch > 1)
-        output = program.run([embeds.contiguous(), positions.contiguous(), *past, *starts])
+        state = cache.prompt_state
+        program = self.program("decode", batched=batch > 1, one_prompt=state is None or state.one_prompt)
+        known = [] if state is None else state.values
+        output = program.run([embeds.contiguous(), positions.contiguous(), *past, *starts, *known])
         cache.append(output.kv)
         return RunnerOutput(output.logits, torch.full((batch,), -1, device=embeds.device))
 
@@ -160,13 +207,12 @@ class DecoderRunner:
             raise InputError(f"attention_mask: row {empty[0]} has no token.")
         if not any(len(columns) for columns in real):
             raise InputError("attention_mask: no row has a token.")
-        rows: list[_RowOutput | None] = []
+        inputs: list[tuple[Tensor, Tensor, Tensor] | None] = []
         next_positions = []
-        previous: tuple[Tensor, ...] | None = None
         for b in range(batch):
             start = 0 if cache.is_empty else int(cache.next_positions[b])
             if not len(real[b]):
-                rows.append(None)
+                inputs.append(None)
                 next_positions.append(start)
                 continue
             positions = (
@@ -175,29 +221,51 @@ class DecoderRunner:
                 else position_ids.expand(batch, -1)[b, real[b]]
             )
             next_positions.append(int(positions.max()) + 1)
-            row = (embeds[b, real[b]], visual_mask[b, real[b]], positions)
-            if cache.is_empty and previous is not None and _equal(row, previous):
-                rows.append(rows[-1])  # beams and multiple samples start as copies of one prompt
-            else:
-                rows.append(self._row(*row, None if cache.is_empty else cache.row(b), last))
-            previous = row
+            inputs.append((embeds[b, real[b]], visual_mask[b, real[b]], positions))
+        rows = self._prompts(inputs, cache, last) if cache.is_empty else self._continue(inputs, cache, last)
         exit_layer = torch.tensor([-1 if r is None else r.exit_layer for r in rows], device=embeds.device)
         logits = self._lay_out(rows, real, tokens, last)
         kv = [cache.row(b) if r is None else r.kv for b, r in enumerate(rows)]
         cache.replace(kv, tokens, torch.tensor(next_positions, device=embeds.device), exit_layer)
         return RunnerOutput(logits, exit_layer)
 
-    def _row(
-        self, embeds: Tensor, visual_mask: Tensor, positions: Tensor, past: RowKV | None, last: bool
-    ) -> _RowOutput:
+    def _prompts(self, inputs: list[_RowInput | None], cache: ExitCache, last: bool) -> list[_RowOutput | None]:
+        """Prefill, and what adapters will want to know of it."""
+        # Beams and multiple samples start as copies of one prompt, one behind the other.
+        copies = [a is not None and b is not None and _equal(a, b) for a, b in pairwise(inputs)]
+        one_prompt = not self._routed or all(copies)
+        program = self.program("prefill", last=last, one_prompt=one_prompt)
+        rows: list[_RowOutput | None] = []
+        for row, copied in zip(inputs, [False, *copies], strict=True):
+            assert row is not None
+            rows.append(rows[-1] if copied else self._row(program, row, []))
+        if program.prompt_state:
+            states = [row.prompt_state for row in rows if row is not None]
+            cache.prompt_state = PromptState.of_rows(program.prompt_state, states, one_prompt)
+        return rows
+
+    def _continue(self, inputs: list[_RowInput | None], cache: ExitCache, last: bool) -> list[_RowOutput | None]:
+        """A chunk of rows that have a past."""
+        state = cache.prompt_state
+        program = self.program("extend", last=last, one_prompt=state is None or state.one_prompt)
+        rows: list[_RowOutput | None] = []
+        for b, row in enumerate(inputs):
+            if row is None:
+                rows.append(None)
+                continue
+            past = [t.contiguous() for pair in cache.row(b) if pair is not None for t in pair]
+            known = [] if state is None else state.select(torch.tensor([b])).values
+            rows.append(self._row(program, row, [*past, *known]))
+        return rows
+
+    def _row(self, program: Program, row: _RowInput, past: list[Tensor]) -> _RowOutput:
+        embeds, visual_mask, positions = row
         visual = VisualTokens.find(visual_mask) if self.plan.exits else None
-        program = self.program("prefill" if past is None else "extend", last=last)
-        flat = [] if past is None else [t.contiguous() for pair in past if pair is not None for t in pair]
-        output = program.run([embeds[None], positions[None], *flat], visual)
+        output = program.run([embeds[None], positions[None], *past], visual)
         kept = torch.arange(len(embeds), device=embeds.device)
         if visual is not None and output.exit_layer >= 0:
             kept = visual.keep
-        return _RowOutput(output.logits, output.kv, output.exit_layer, kept)
+        return _RowOutput(output.logits, output.kv, output.exit_layer, kept, output.prompt_state)
 
     @staticmethod
     def _lay_out(rows: list[_RowOutput | None], real: list[Tensor], tokens: int, last: bool) -> Tensor:
