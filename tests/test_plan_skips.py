@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_plan import edit, put_tensors, setter
 from tiny_models import DATA, LAYERS, C, gate, random_adapter, tiny
 
-from vte_compile import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit, optimize
+from vte_compile import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
 from vte_compile.adapters import PIA, PlainAdapter, Router, StaticRouter
 from vte_compile.errors import PlanError, PlanMismatchError
 from vte_compile.fingerprint import Fingerprint
@@ -141,19 +141,6 @@ def test_widths_and_layers_are_checked_against_the_model() -> None:
         Plan(skips=[skip(0, **SMALL)]).check(model)
     with pytest.raises(PlanMismatchError, match=r"^adapters\[0\]\.adapter: is for hidden size 8"):
         Plan(adapters=[kept(0, **SMALL)]).check(model)
-
-
-@pytest.mark.parametrize(
-    ("plan", "field"),
-    [
-        (Plan(skips=[SkippedAttention(0), skip(1)]), r"skips\[1\]\.adapter"),
-        (Plan(adapters=[kept(1)]), "adapters"),
-    ],
-    ids=["pia", "plain"],
-)
-def test_optimize_refuses_what_it_cannot_apply(plan: Plan, field: str) -> None:
-    with pytest.raises(PlanError, match=rf"^{field}: optimize\(\) cannot apply adapters yet"):
-        optimize(tiny(), plan, compile=False)
 
 
 # Files

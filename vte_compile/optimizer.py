@@ -65,6 +65,7 @@ def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = 
     Args:
         model: A causal language model or LLaVA-type MLLM of transformers, on one device. An optimized model gives
             another for the new plan, which shares what was traced and compiled (``compile`` is then left as it was).
+            Or a BridgeTower, whose co-attention layers are rewritten (vte_compile/co_attention_optimizer.py).
         plan: What to do. None: the plan saved beside the model's checkpoint if there is one, else only what is
             lossless (a log message says which).
         compile: Whether the graphs run through Inductor. None: if its compiler is there (a warning says if it is not).
