@@ -237,6 +237,11 @@ def test_greedy_drops_a_layer_that_others_made_useless():
     assert thresholds_within(data, ALPHA).isfinite().tolist() == [True, False]
 
 
+def test_thresholds_are_float32_numbers(train, policies):
+    for thresholds in (thresholds_within(train, ALPHA), thresholds_for_speedup(train, 3.0), policies):
+        assert torch.equal(thresholds, as_stored(thresholds))
+
+
 def test_greedy_is_deterministic(train):
     assert torch.equal(thresholds_within(train, ALPHA), thresholds_within(train, ALPHA))
     assert torch.equal(thresholds_for_speedup(train, 1.2), thresholds_for_speedup(train, 1.2))

@@ -131,8 +131,8 @@ def _search(train: ExitOutcomes, may_change: int, budget: float) -> Tensor:
 
 def _levels(margins: Tensor) -> Tensor:
     """Thresholds to try, falling: quantiles of the margins [n], and one below all; none if there are no margins."""
-    values = as_stored(_spread(margins, _LEVELS)).unique().flip(0)
-    return torch.cat([values, values[-1:] - 1])
+    values = _spread(margins, _LEVELS).unique().flip(0)
+    return as_stored(torch.cat([values, values[-1:] - 1]))
 
 
 def _best_step(
