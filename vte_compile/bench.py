@@ -63,7 +63,7 @@ def bench(
     forced = range(layers) if every_layer else sorted({max(layers * part // 4 - 1, 0) for part in (1, 2, 3)})
     models: dict[str, Any] = {"original": model, _BASELINE: vte_compile.optimize(planned, Plan())}
     models |= {f"exit {k}": vte_compile.optimize(planned, Plan([StaticExit(k)])) for k in forced}
-    if planned.plan.exits:
+    if planned.plan.exits or planned.plan.skips or planned.plan.adapters:
         models["plan"] = planned
 
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +87,8 @@ def bench(
     rows = []
     base_flops = prefill_flops(model.config, seq, visual, -1)
     for name, case in cases.items():
-        flops = prefill_flops(model.config, seq, visual, case.exit_layer, getattr(models[name], "plan", None))
+        applied = getattr(models[name], "plan", None)
+        flops = prefill_flops(model.config, seq, visual, case.exit_layer, applied)
         time_ratio, flop_ratio = prefill[name].median_s / prefill[_BASELINE].median_s, flops / base_flops
         rows.append(
             {
@@ -96,7 +97,7 @@ def bench(
                 "prefill": asdict(prefill[name]),
                 "decode": asdict(decode[name].scaled(1 / decode_tokens)),
                 "prefill_flops": flops,
-                "kv_bytes": kv_bytes(model.config, seq, visual, case.exit_layer, model.dtype),
+                "kv_bytes": kv_bytes(model.config, seq, visual, case.exit_layer, model.dtype, applied),
                 "time_ratio": time_ratio,
                 "flop_ratio": flop_ratio,
                 "quotient": time_ratio / flop_ratio,
