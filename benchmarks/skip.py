@@ -10,8 +10,8 @@ static one at half depth.
 
 Prefill is bound by arithmetic: a quotient of 1 says that its time falls exactly as FLOPs do. Decode is bound by memory:
 its time is compared with the bytes a step reads, the decoder's matrices, lm_head and the keys and values of the prompt.
-`weight bytes` are those of all parameters the model holds, which are more: the embedding, the vision tower, and
-whatever was deleted from the graph but not from the model.
+`weight bytes` are those of all parameters the optimized model holds, the embedding and the vision tower among them;
+`prompt bytes` are what the cache holds for adapters, such as weights blended for this prompt.
 
 The adapters are PIAs of random weights, with a router per prompt or a static one, folded into the weights of the FFN or
 computed as they are; the last column compares them with the same skips without adapters.
@@ -60,8 +60,7 @@ class Case:
 
     name: str
     plan: Plan
-    fold: bool | None = None
-    """Whether its adapters are folded; None: it has none."""
+    fold: bool = True
     without_adapters: str | None = None
     """The case that differs in nothing else."""
 
@@ -87,10 +86,8 @@ def main(
         cases += with_adapters(layers, hidden, model.dtype)
     models: dict[str, Any] = {BASELINE: torch.compile(model)}
     without = optimize(model, Plan())
-    for case in cases:
-        # Shares with the first one what was traced and compiled.
-        options = {} if case.fold is None else {"fold": case.fold}
-        models[case.name] = optimize(without, case.plan, **options)
+    # These share with the first one what was traced and compiled.
+    models |= {case.name: optimize(without, case.plan, fold=case.fold) for case in cases}
     timed = {name: phases(candidate, embeds, visual_mask, decode_tokens) for name, candidate in models.items()}
     prefill, decode = measure(timed, runs, model.device)
     decode = {name: summary.scaled(1 / decode_tokens) for name, summary in decode.items()}
@@ -99,8 +96,7 @@ def main(
     rows = []
     for case in [Case(BASELINE, Plan()), *cases]:
         exit_layer = timed[case.name].exit_layer
-        fold = case.fold is not False
-        kv = held_kv_bytes(timed[case.name])
+        kv, known = held_bytes(timed[case.name])
         rows.append(
             {
                 "case": case.name,
@@ -109,10 +105,11 @@ def main(
                 "prefill": asdict(prefill[case.name]),
                 "decode": asdict(decode[case.name]),
                 "kv_bytes": kv,
+                "prompt_bytes": known,
                 "weight_bytes": sum(p.nbytes for p in models[case.name].parameters()),
-                "read_bytes": weight_bytes(model.config, case.plan, model.dtype, fold) + kv,
-                "prefill_flops": prefill_flops(*where, exit_layer, case.plan, fold),
-                "decode_flops": decode_flops(*where, exit_layer, plan=case.plan, fold=fold),
+                "read_bytes": weight_bytes(model.config, case.plan, model.dtype, case.fold) + kv,
+                "prefill_flops": prefill_flops(*where, exit_layer, case.plan, case.fold),
+                "decode_flops": decode_flops(*where, exit_layer, plan=case.plan, fold=case.fold),
             }
         )
     compare(rows, {case.name: case.without_adapters for case in cases})
@@ -192,11 +189,14 @@ def measure(timed: dict[str, Phases], runs: int, device: torch.device) -> tuple[
     return prefill, decode
 
 
-def held_kv_bytes(phase: Phases) -> int:
-    """Bytes of the keys and values after prefill, in the cache itself."""
+def held_bytes(phase: Phases) -> tuple[int, int]:
+    """What the cache holds after prefill: bytes of keys and values, and of what adapters know of the prompt."""
     output: Any = phase.prefill()
-    layers = [layer for layer in output.past_key_values.layers if layer.is_initialized]
-    return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+    cache = output.past_key_values
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    state = getattr(cache, "prompt_state", None)
+    kv = sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+    return kv, sum(value.nbytes for value in state.values) if state is not None else 0
 
 
 def compare(rows: list[dict[str, Any]], without_adapters: dict[str, str | None]) -> None:
@@ -218,9 +218,16 @@ def show(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     for phase, title, cost in (("prefill", "prefill", "FLOPs"), ("decode", "decode, per token", "bytes")):
         columns = ("median\nms", "min, max\nms", "time", cost, f"time/\n{cost}", "to no\nadapter")
         console.print(_table(title, columns, {row["case"]: _times(row[phase]) for row in rows}))
-    columns = ("KV\nMiB", "weights\nMiB", "read per\ntoken MiB", "prefill\nGFLOPs", "decode\nGFLOPs")
-    keys = {"kv_bytes": 2**20, "weight_bytes": 2**20, "read_bytes": 2**20, "prefill_flops": 1e9, "decode_flops": 1e9}
-    amounts = {row["case"]: [f"{row[key] / unit:.2f}" for key, unit in keys.items()] for row in rows}
+    columns = ("KV\nMiB", "prompt\nMiB", "weights\nMiB", "read per\ntoken MiB", "prefill\nGFLOPs", "decode\nGFLOPs")
+    units = {
+        "kv_bytes": 2**20,
+        "prompt_bytes": 2**20,
+        "weight_bytes": 2**20,
+        "read_bytes": 2**20,
+        "prefill_flops": 1e9,
+        "decode_flops": 1e9,
+    }
+    amounts = {row["case"]: [f"{row[key] / unit:.2f}" for key, unit in units.items()] for row in rows}
     console.print(_table("amounts", columns, amounts))
 
 

@@ -33,7 +33,7 @@ def test_cases(skip):
     assert len(by_name) == len(cases) == 12
     assert [len(case.plan.skips) for case in cases] == 2 * [0, 4, 6, 8] + 4 * [6]
     assert [len(case.plan.exits) for case in cases] == 4 * [0] + 4 * [1] + 4 * [0]
-    assert [case.fold for case in cases] == 8 * [None] + 2 * [True, False]
+    assert [case.fold for case in cases] == 8 * [True] + 2 * [True, False]
     for case in cases[8:]:
         plain = by_name[case.without_adapters]
         assert [skip.layer for skip in case.plan.skips] == [skip.layer for skip in plain.plan.skips]

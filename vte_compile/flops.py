@@ -11,7 +11,9 @@ What is counted:
 - Layers as wholes: that optimize() spares the last layer most of its work where only the last token's logits are
   wanted is no saving of a plan.
 - A skipped attention: nothing, neither its four matrices nor its pairs nor its keys and values.
-- Adapters, unfolded: `down`, `up0` and `up1` per token. Folded into the weights behind them: nothing per token.
+- Adapters, unfolded: `down`, `up0` and `up1` per token, as grouped as they are (optimize() multiplies by dense ones).
+  Folded: nothing per token. That is the `constant` and the `blended` form of vte_compile/adapter_costs.py, which the
+  rows of one prompt get; `low_rank`, which rows of several prompts may get, is not counted.
 - Adapters, once per prompt: the router and a PIA's `pool`, each of the prompt's mean. A folded PIA also moves the
   biases of gate and up: [2 F, D] by [D] for each expert (once for both where the router is static).
 
