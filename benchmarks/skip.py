@@ -73,7 +73,7 @@ def main(
     dtype: DtypeOption = "float32",
     threads: ThreadsOption = 0,
     runs: int = 7,
-    decode_tokens: Annotated[int, typer.Option(help="Decode steps in each run.")] = 16,
+    decode_tokens: Annotated[int, typer.Option(help="Decode steps in each run.")] = 8,
     adapters: Annotated[bool, typer.Option(help="Also time skips with adapters.")] = True,
     json_file: JsonOption = None,
 ) -> None:
