@@ -12,55 +12,58 @@ runs the text alone, and `parts_quotient` compares an exit with as many layers o
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
+from common import (
+    BASELINE,
+    DtypeOption,
+    HiddenOption,
+    JsonOption,
+    SeqOption,
+    ThreadsOption,
+    VisualOption,
+    build_model,
+    build_prompt,
+    write_report,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vte_compile import GateExit, Plan, optimize
-from vte_compile.environment import environment
 from vte_compile.flops import prefill_flops
 from vte_compile.timing import Phases, Summary, interleaved
 
-IMAGE_TOKEN = 31_999
-PREFIX = 35  # text tokens before the image, as in LLaVA-1.5
 GATE_WIDTH = 256
 NEVER, ALWAYS = 1e9, -1e9
-BASELINE, TEXT_ONLY = "torch.compile", "same, text alone"
+TEXT_ONLY = "same, text alone"
 
 
 def main(
-    hidden: Annotated[int, typer.Option(help="Hidden size; heads have 64.")] = 1024,
+    hidden: HiddenOption = 1024,
     layers: int = 16,
-    seq: Annotated[int, typer.Option(help="Tokens of the prompt, visual ones included.")] = 700,
-    visual: Annotated[int, typer.Option(help="Visual tokens of the prompt.")] = 576,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+    seq: SeqOption = 700,
+    visual: VisualOption = 576,
+    dtype: DtypeOption = "float32",
+    threads: ThreadsOption = 0,
     runs: int = 15,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the results there.")] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Time prefill without and with a forced exit, side by side with torch.compile and eager."""
     logging.basicConfig(level=logging.WARNING)
-    if threads:
-        torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(hidden, layers, visual, getattr(torch, dtype), device)
-    embeds = 0.02 * torch.randn(1, seq, hidden, device=device, dtype=model.dtype)
-    visual_mask = torch.zeros(1, seq, dtype=torch.bool, device=device)
-    visual_mask[:, PREFIX : PREFIX + visual] = True
-    cases, plans = build_cases(model, embeds, visual_mask)
+    model = build_model(hidden, layers, visual, dtype, threads)
+    cases, plans = build_cases(model, *build_prompt(model, seq, visual))
     with tqdm(total=len(cases) * (runs + 2), desc="prefill", unit="run") as bar:
         times = interleaved(
-            {name: case.prefill for name, case in cases.items()}, runs, warmup=2, device=device, after_each=bar.update
+            {name: case.prefill for name, case in cases.items()},
+            runs,
+            warmup=2,
+            device=model.device,
+            after_each=bar.update,
         )
     rows = []
     for name, case in cases.items():
@@ -78,26 +81,7 @@ def main(
     settings = {"hidden": hidden, "layers": layers, "seq": seq, "visual": visual, "dtype": dtype, "runs": runs}
     show(rows, settings)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(_report(rows, settings), indent=2) + "\n")
-
-
-def build_model(hidden: int, layers: int, visual: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """A LLaVA with random weights; its vision tower is never run, so a tiny one does."""
-    torch.manual_seed(0)
-    text = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        vocab_size=IMAGE_TOKEN + 1,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1, projection_dim=64
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, image_seq_length=visual)
-    return LlavaForConditionalGeneration(config).to(device=device, dtype=dtype).eval()
+        write_report(json_file, "prefill.py", settings, rows)
 
 
 def build_cases(model: Any, embeds: Tensor, visual_mask: Tensor) -> tuple[dict[str, Phases], dict[str, Plan]]:
@@ -173,13 +157,6 @@ def show(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         parts = f"{row['parts_quotient']:.3f}" if "parts_quotient" in row else ""
         table.add_row(row["case"], *milliseconds, *ratios, parts)
     Console().print(table)
-
-
-def _report(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    machine = environment()
-    versions = machine.pop("versions")
-    command = "python benchmarks/prefill.py " + " ".join(sys.argv[1:])
-    return {"command": command, "settings": settings, "machine": machine, "versions": versions, "cases": rows}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from vte_compile import GateExit, Plan, StaticExit
+from vte_compile import GateExit, Plan, SkippedAttention, StaticExit
 from vte_compile.cli import app
 from vte_compile.errors import PlanMismatchError
 from vte_compile.fingerprint import Fingerprint
@@ -227,6 +227,17 @@ def test_bench(llava: Path, plan: Path, tmp_path: Path) -> None:
         for phase in ("prefill", "decode"):
             assert 0 < case[phase]["min_s"] <= case[phase]["median_s"] <= case[phase]["max_s"]
         assert case["quotient"] == pytest.approx(case["time_ratio"] / case["flop_ratio"])
+
+
+def test_bench_of_a_plan_that_skips(llava: Path, tmp_path: Path) -> None:
+    Plan(skips=[SkippedAttention(1)]).save_pretrained(tmp_path)
+    file = tmp_path / "bench.json"
+    sizes = ("--seq", 40, "--visual", 30, "--runs", 1, "--decode-tokens", 1)
+    run("bench", llava, "--plan", tmp_path, *sizes, "--json", file, "--no-compile")
+    cases = {case["case"]: case for case in json.loads(file.read_text())["cases"]}
+    attention = 40 * 2 * 4 * C * C + 40 * 41 // 2 * 4 * C
+    assert cases["no exit"]["prefill_flops"] - cases["plan"]["prefill_flops"] == attention
+    assert cases["plan"]["kv_bytes"] * LAYERS == cases["no exit"]["kv_bytes"] * (LAYERS - 1)
 
 
 def test_an_error_is_one_line(llama: Path, plan: Path) -> None:

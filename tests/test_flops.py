@@ -1,14 +1,19 @@
-"""FLOPs and KV bytes: against torch's own counter while a model runs, with and without exits, and by hand."""
+"""FLOPs and bytes: against torch's own counter while a model runs, with and without exits and skips, and by hand."""
+
+import copy
 
 import pytest
 import torch
+from tiny_models import random_adapter
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, MixtralConfig, Starcoder2Config
 
 import vte_compile
-from vte_compile import GateExit, Plan, StaticExit
+from vte_compile import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
+from vte_compile.adapters import PIA, PlainAdapter, StaticRouter, apply_pia, apply_plain, route
 from vte_compile.errors import InputError, UnsupportedModelError
-from vte_compile.flops import decode_flops, gate_flops, kv_bytes, prefill_flops
+from vte_compile.flops import decode_flops, gate_flops, kv_bytes, prefill_flops, weight_bytes
 
 LAYERS, C, HEADS, KV_HEADS, D, VOCAB = 4, 32, 4, 2, 12, 50  # heads that do not fill the hidden size, grouped queries
 SEQ, VISUAL = 23, 13
@@ -47,7 +52,7 @@ def counted(run):
     """FLOPs that torch counted: of linear layers (mm), and of everything in batches (attention and rotations)."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
-    counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    counts = {str(op): n for op, n in counter.get_flop_counts().get("Global", {}).items()}
     batched = counts.pop("aten.bmm", 0)
     attention = sum(counts.pop(op) for op in list(counts) if "attention" in op)
     return sum(counts.values()), batched + attention
@@ -114,6 +119,129 @@ def test_gates_up_to_the_exit_are_counted():
     assert prefill_flops(CONFIG, SEQ, VISUAL, 2, plan) - prefill_flops(CONFIG, SEQ, VISUAL, 2) == 2 * one
     # No gate is asked in a prompt without visual tokens.
     assert prefill_flops(CONFIG, SEQ, 0, -1, plan) == prefill_flops(CONFIG, SEQ, 0, -1)
+
+
+class WithoutAttention(nn.Module):
+    """A decoder block whose attention is gone."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.norm, self.mlp = layer.post_attention_layernorm, layer.mlp
+
+    def forward(self, hidden_states, **_):
+        return hidden_states + self.mlp(self.norm(hidden_states))
+
+
+SKIPS = Plan(skips=[SkippedAttention(1), SkippedAttention(3)])
+
+
+@pytest.fixture(scope="module")
+def skipping(model):
+    """The model without the attentions that SKIPS skips, all weights of them included."""
+    model = copy.deepcopy(model)
+    for skip in SKIPS.skips:
+        model.model.layers[skip.layer] = WithoutAttention(model.model.layers[skip.layer])
+    return model
+
+
+def matrix_bytes(model):
+    """Of all matrices but the token embedding."""
+    return sum(p.nbytes for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name)
+
+
+def test_skipped_attentions_cost_nothing(skipping):
+    inputs = {**prompt()}
+    del inputs["visual_mask"]
+    linear, batched = counted(lambda: skipping(**inputs))
+    kept = LAYERS - len(SKIPS.skips)
+    assert prefill_flops(CONFIG, SEQ, VISUAL, -1, SKIPS) - kept * SEQ * (SEQ + 1) // 2 * PAIR == linear
+    assert batched - kept * SEQ**2 * PAIR in (0, SEQ * D)
+
+    cache = skipping(**inputs).past_key_values
+    linear, batched = counted(lambda: skipping(input_ids=torch.tensor([[1]]), past_key_values=cache))
+    decode = decode_flops(CONFIG, SEQ, VISUAL, -1, plan=SKIPS)
+    assert decode - kept * (SEQ + 1) * PAIR == linear
+    assert batched - kept * (SEQ + 1) * PAIR in (0, D)
+
+
+@pytest.mark.parametrize("exit_layer", [-1, 1, 2])
+def test_skips_and_an_exit(exit_layer):
+    """By hand: what a skip saves is an attention's, of the tokens that its layer sees."""
+    attention = 2 * 2 * C * (HEADS + KV_HEADS) * D
+    seen = [lengths(exit_layer)[skip.layer] for skip in SKIPS.skips]
+    saved = prefill_flops(CONFIG, SEQ, VISUAL, exit_layer) - prefill_flops(CONFIG, SEQ, VISUAL, exit_layer, SKIPS)
+    assert saved == sum(n * attention + n * (n + 1) // 2 * PAIR for n in seen)
+    where = (CONFIG, SEQ, VISUAL, exit_layer)
+    saved = decode_flops(*where, tokens=2) - decode_flops(*where, tokens=2, plan=SKIPS)
+    assert saved == sum(2 * attention + (n + 1 + n + 2) * PAIR for n in seen)
+
+
+@pytest.mark.parametrize("exit_layer", [-1, 1])
+def test_kv_bytes_of_a_plan_that_skips(traced, exit_layer):
+    exits = [StaticExit(1)] if exit_layer == 1 else []
+    fast = vte_compile.optimize(traced, Plan(exits, skips=SKIPS.skips))
+    layers = [layer for layer in fast(**prompt()).past_key_values.layers if layer.is_initialized]
+    held = sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+    assert kv_bytes(CONFIG, SEQ, VISUAL, exit_layer, torch.float32, SKIPS) == held
+
+
+def test_weight_bytes(model, skipping):
+    assert weight_bytes(CONFIG, None, torch.float32) == matrix_bytes(model)
+    assert weight_bytes(CONFIG, SKIPS, torch.float32) == matrix_bytes(skipping)
+    assert weight_bytes(CONFIG, SKIPS, torch.bfloat16) == matrix_bytes(skipping) // 2
+
+
+WIDTH = 6
+PIA_BIASES = 2 * 2 * CONFIG.intermediate_size * WIDTH  # of gate and up, for one expert
+
+
+@pytest.mark.parametrize(
+    ("kind", "router", "folded"),
+    [
+        (PIA, None, 2 * PIA_BIASES),
+        (PIA, StaticRouter((0.25, 0.75)), PIA_BIASES),
+        (PlainAdapter, None, 0),
+        (PlainAdapter, StaticRouter((0.25, 0.75)), 0),
+    ],
+)
+def test_adapters(kind, router, folded):
+    """Unfolded, against torch's counter; folded, nothing per token is left."""
+    adapter = random_adapter(kind, hidden_size=C, width=WIDTH, router=router)
+    if kind is PIA:
+        without, plan = Plan(skips=[SkippedAttention(2)]), Plan(skips=[SkippedAttention(2, adapter)])
+    else:
+        without, plan = Plan(), Plan(adapters=[KeptAdapter(2, adapter)])
+    x, mean = torch.randn(1, SEQ, C), torch.randn(1, C)
+    w, p = route(adapter.router, x), torch.randn(1, WIDTH)
+
+    def apply(x):
+        return sum(counted(lambda: apply_pia(adapter, x, w, p) if kind is PIA else apply_plain(adapter, x, w)))
+
+    once = sum(counted(lambda: route(adapter.router, mean[None])))
+    if kind is PIA:
+        once += sum(counted(lambda: mean @ adapter.pool.weight.mT))
+    where = (CONFIG, SEQ, VISUAL, -1)
+    base = prefill_flops(*where, without)
+    assert prefill_flops(*where, plan, fold=False) - base == apply(x) + once
+    assert prefill_flops(*where, plan) - base == folded + once
+    decode = decode_flops(*where, tokens=3, plan=without)
+    assert decode_flops(*where, tokens=3, plan=plan, fold=False) - decode == 3 * apply(x[:, :1])
+    assert decode_flops(*where, tokens=3, plan=plan) == decode
+    # An exit below the adapter takes tokens from it.
+    left = prefill_flops(CONFIG, SEQ, VISUAL, 1, plan, fold=False) - prefill_flops(CONFIG, SEQ, VISUAL, 1, without)
+    assert left == apply(x[:, VISUAL:]) + once
+    assert kv_bytes(*where, torch.float32, plan) == kv_bytes(*where, torch.float32, without)
+
+    read = sum(projection.weight.nbytes for name, projection in adapter.projections().items() if name != "pool")
+    weights = weight_bytes(CONFIG, without, torch.float32)
+    assert weight_bytes(CONFIG, plan, torch.float32, fold=False) - weights == read
+    assert weight_bytes(CONFIG, plan, torch.float32) == weights
+
+
+def test_a_plan_for_more_layers():
+    plan = Plan(skips=[SkippedAttention(LAYERS)])
+    with pytest.raises(InputError, match="layer 4, but the decoder only 4"):
+        prefill_flops(CONFIG, 10, 5, -1, plan)
 
 
 def test_config_of_an_mllm_means_its_decoder():

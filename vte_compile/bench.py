@@ -58,12 +58,14 @@ def bench(
         raise InputError(
             f"seq={seq}, visual={visual}: expected at least one visual token, and text behind the last one."
         )
-    planned: Any = vte_compile.optimize(model, plan, compile=compile)
-    layers = planned._vte_spec.num_layers
+    # First, since it has the weights of all others: a plan that skips or folds leaves none for other plans.
+    without: Any = vte_compile.optimize(model, Plan(), compile=compile)
+    planned: Any = vte_compile.optimize(without, plan)
+    layers = without._vte_spec.num_layers
     forced = range(layers) if every_layer else sorted({max(layers * part // 4 - 1, 0) for part in (1, 2, 3)})
-    models: dict[str, Any] = {"original": model, _BASELINE: vte_compile.optimize(planned, Plan())}
-    models |= {f"exit {k}": vte_compile.optimize(planned, Plan([StaticExit(k)])) for k in forced}
-    if planned.plan.exits:
+    models: dict[str, Any] = {"original": model, _BASELINE: without}
+    models |= {f"exit {k}": vte_compile.optimize(without, Plan([StaticExit(k)])) for k in forced}
+    if planned.plan.exits or planned.plan.skips or planned.plan.adapters:
         models["plan"] = planned
 
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +89,8 @@ def bench(
     rows = []
     base_flops = prefill_flops(model.config, seq, visual, -1)
     for name, case in cases.items():
-        flops = prefill_flops(model.config, seq, visual, case.exit_layer, getattr(models[name], "plan", None))
+        applied = getattr(models[name], "plan", None)
+        flops = prefill_flops(model.config, seq, visual, case.exit_layer, applied)
         time_ratio, flop_ratio = prefill[name].median_s / prefill[_BASELINE].median_s, flops / base_flops
         rows.append(
             {
@@ -96,7 +99,7 @@ def bench(
                 "prefill": asdict(prefill[name]),
                 "decode": asdict(decode[name].scaled(1 / decode_tokens)),
                 "prefill_flops": flops,
-                "kv_bytes": kv_bytes(model.config, seq, visual, case.exit_layer, model.dtype),
+                "kv_bytes": kv_bytes(model.config, seq, visual, case.exit_layer, model.dtype, applied),
                 "time_ratio": time_ratio,
                 "flop_ratio": flop_ratio,
                 "quotient": time_ratio / flop_ratio,
@@ -111,6 +114,6 @@ def bench(
         "decode_tokens": decode_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "compiled": planned._vte_runner.compiler is not None,
+        "compiled": without._vte_runner.compiler is not None,
     }
     return {"machine": found, "versions": found["versions"], "settings": settings, "cases": rows}

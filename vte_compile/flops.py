@@ -1,4 +1,4 @@
-"""FLOPs and KV bytes of a decoder, from its config: what an exit saves, before anything is run.
+"""FLOPs and bytes of a decoder, from its config: what a plan saves, before anything is run.
 
 What is counted:
 
@@ -9,10 +9,16 @@ What is counted:
 - lm_head for one token: generation needs no other logits.
 - The gates that are asked: those up to the exit.
 - Layers as wholes: that optimize() spares the last layer most of its work where only the last token's logits are
-  wanted is no saving of an exit.
+  wanted is no saving of a plan.
+- A skipped attention: nothing, neither its four matrices nor its pairs nor its keys and values.
+- Adapters, unfolded: `down`, `up0` and `up1` per token, as grouped as they are (optimize() multiplies by dense ones).
+  Folded: nothing per token. That is the `constant` and the `blended` form of vte_compile/adapter_costs.py, which the
+  rows of one prompt get; `low_rank`, which rows of several prompts may get, is not counted.
+- Adapters, once per prompt: the router and a PIA's `pool`, each of the prompt's mean. A folded PIA also moves the
+  biases of gate and up: [2 F, D] by [D] for each expert (once for both where the router is static).
 
-Not counted: norms, rotations, activations, softmax, the token embedding (no multiplications, or under a percent), and
-everything before the decoder, which an exit does not change.
+Not counted: norms, rotations, activations, softmax, means, adding biases, blending the weights of two folded experts,
+the token embedding (no matrix products, or under a percent), and everything before the decoder, which no plan changes.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from vte_compile.errors import InputError, UnsupportedModelError
 if TYPE_CHECKING:
     import torch
 
+    from vte_compile.adapters import Adapter
     from vte_compile.plan import Plan
 
 # Decoders whose MLP or attention has other matrices than those counted here.
@@ -43,13 +50,16 @@ class _Sizes:
     vocabulary: int
 
     @classmethod
-    def of(cls, config: Any) -> _Sizes:
+    def of(cls, config: Any, plan: Plan | None) -> _Sizes:
         text = config.get_text_config(decoder=True)
         for field in _UNCOUNTED_FIELDS:
             if getattr(text, field, None):
                 raise UnsupportedModelError(f"{text.model_type}: FLOPs of a decoder with {field} are not known.")
         if text.model_type in _UNGATED_TYPES:
             raise UnsupportedModelError(f"{text.model_type}: FLOPs of a decoder without a gated MLP are not known.")
+        parts = [*plan.exits, *plan.skips, *plan.adapters] if plan is not None else []
+        if too_high := [part.layer for part in parts if part.layer >= text.num_hidden_layers]:
+            raise InputError(f"plan: has layer {max(too_high)}, but the decoder only {text.num_hidden_layers} layers.")
         heads = text.num_attention_heads
         return cls(
             layers=text.num_hidden_layers,
@@ -62,20 +72,24 @@ class _Sizes:
         )
 
     @property
-    def linear(self) -> int:
-        """Per token and layer."""
-        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_size
-        return 2 * (attention + 3 * self.hidden * self.intermediate)
+    def attention(self) -> int:
+        """Weights of q, k, v and o of a layer."""
+        return 2 * self.hidden * (self.heads + self.kv_heads) * self.head_size
+
+    @property
+    def mlp(self) -> int:
+        """Weights of gate, up and down of a layer."""
+        return 3 * self.hidden * self.intermediate
 
     @property
     def pair(self) -> int:
-        """Per (query, key) pair and layer."""
+        """FLOPs per (query, key) pair and layer."""
         return 4 * self.heads * self.head_size
 
     @property
     def lm_head(self) -> int:
-        """Per token."""
-        return 2 * self.hidden * self.vocabulary
+        """Weights of it."""
+        return self.hidden * self.vocabulary
 
     def lengths(self, seq: int, visual: int, exit_layer: int) -> list[int]:
         """How many prompt tokens each layer sees."""
@@ -87,7 +101,9 @@ class _Sizes:
         return [seq] * before + [seq - visual] * (self.layers - before)
 
 
-def prefill_flops(config: Any, seq: int, visual: int, exit_layer: int, plan: Plan | None = None) -> int:
+def prefill_flops(
+    config: Any, seq: int, visual: int, exit_layer: int, plan: Plan | None = None, fold: bool = True
+) -> int:
     """FLOPs of the decoder's prefill of one prompt, up to the logits of its last token.
 
     Args:
@@ -95,24 +111,39 @@ def prefill_flops(config: Any, seq: int, visual: int, exit_layer: int, plan: Pla
         seq: Tokens of the prompt, visual ones included.
         visual: How many of them are visual.
         exit_layer: They leave after this layer; -1 = never.
-        plan: Adds its gates up to the exit, which were asked to decide it.
+        plan: Takes away the attentions it skips; adds its adapters, and its gates up to the exit, which were asked to
+            decide it.
+        fold: Whether adapters are folded into weights.
 
     Raises:
-        InputError: Contradicting numbers.
+        InputError: Contradicting numbers, or a plan for more layers.
         UnsupportedModelError: A decoder of another form, such as a mixture of experts.
     """
-    sizes = _Sizes.of(config)
+    sizes = _Sizes.of(config, plan)
     lengths = sizes.lengths(seq, visual, exit_layer)
-    layers = sum(n * sizes.linear + n * (n + 1) // 2 * sizes.pair for n in lengths)
-    return layers + sizes.lm_head + (gate_flops(plan, exit_layer) if plan is not None and visual else 0)
+    flops = 2 * sum(n * weights for n, weights in zip(lengths, _weights(sizes, plan, fold), strict=True))
+    flops += sum(n * (n + 1) // 2 for n in _kept(lengths, plan)) * sizes.pair + 2 * sizes.lm_head
+    if plan is not None:
+        flops += sum(_flops_per_prompt(adapter, sizes, fold) for _, adapter in _adapters(plan))
+        flops += gate_flops(plan, exit_layer) if visual else 0
+    return flops
 
 
-def decode_flops(config: Any, seq: int, visual: int, exit_layer: int, tokens: int = 1) -> int:
-    """FLOPs of ``tokens`` decode steps after a prompt; arguments and errors as in :func:`prefill_flops`."""
-    sizes = _Sizes.of(config)
+def decode_flops(
+    config: Any,
+    seq: int,
+    visual: int,
+    exit_layer: int,
+    tokens: int = 1,
+    plan: Plan | None = None,
+    fold: bool = True,
+) -> int:
+    """FLOPs of ``tokens`` decode steps after a prompt; other arguments and errors as in :func:`prefill_flops`."""
+    sizes = _Sizes.of(config, plan)
     # Step t, counted from 1, attends to the prompt, as far as the layer kept it, and to the t tokens behind it.
-    keys = sum(n * tokens + tokens * (tokens + 1) // 2 for n in sizes.lengths(seq, visual, exit_layer))
-    return tokens * (sizes.layers * sizes.linear + sizes.lm_head) + keys * sizes.pair
+    lengths = _kept(sizes.lengths(seq, visual, exit_layer), plan)
+    keys = sum(n * tokens + tokens * (tokens + 1) // 2 for n in lengths)
+    return 2 * tokens * (sum(_weights(sizes, plan, fold)) + sizes.lm_head) + keys * sizes.pair
 
 
 def gate_flops(plan: Plan, exit_layer: int) -> int:
@@ -123,7 +154,52 @@ def gate_flops(plan: Plan, exit_layer: int) -> int:
     return sum(2 * gate.width * (2 * gate.hidden_size + 2) for gate in gates)
 
 
-def kv_bytes(config: Any, seq: int, visual: int, exit_layer: int, dtype: torch.dtype) -> int:
+def kv_bytes(config: Any, seq: int, visual: int, exit_layer: int, dtype: torch.dtype, plan: Plan | None = None) -> int:
     """Bytes of the keys and values of one prompt after prefill; arguments and errors as in :func:`prefill_flops`."""
-    sizes = _Sizes.of(config)
-    return 2 * sizes.kv_heads * sizes.head_size * dtype.itemsize * sum(sizes.lengths(seq, visual, exit_layer))
+    sizes = _Sizes.of(config, plan)
+    lengths = _kept(sizes.lengths(seq, visual, exit_layer), plan)
+    return 2 * sizes.kv_heads * sizes.head_size * dtype.itemsize * sum(lengths)
+
+
+def weight_bytes(config: Any, plan: Plan | None, dtype: torch.dtype, fold: bool = True) -> int:
+    """Bytes of the matrices that a decode step reads: the linear layers of the decoder, what an unfolded plan adds per
+    token, and lm_head, all of one dtype. Not norms and biases, nor the token embedding, of which a step reads one row.
+
+    Arguments and errors as in :func:`prefill_flops`.
+    """
+    sizes = _Sizes.of(config, plan)
+    return dtype.itemsize * (sum(_weights(sizes, plan, fold)) + sizes.lm_head)
+
+
+def _weights(sizes: _Sizes, plan: Plan | None, fold: bool) -> list[int]:
+    """Weights of each layer's matrices that every token meets."""
+    weights = [sizes.attention + sizes.mlp] * sizes.layers
+    if plan is not None:
+        for skip in plan.skips:
+            weights[skip.layer] -= sizes.attention
+        for layer, adapter in () if fold else _adapters(plan):
+            weights[layer] += sum(p.weight.numel() for p in (adapter.down, adapter.up0, adapter.up1))
+    return weights
+
+
+def _kept(lengths: list[int], plan: Plan | None) -> list[int]:
+    """The lengths of the layers that keep their attention."""
+    skipped = {skip.layer for skip in plan.skips} if plan is not None else set()
+    return [n for layer, n in enumerate(lengths) if layer not in skipped]
+
+
+def _adapters(plan: Plan) -> list[tuple[int, Adapter]]:
+    """All adapters, with their layers."""
+    pias = [(skip.layer, skip.adapter) for skip in plan.skips if skip.adapter is not None]
+    return [*pias, *((kept.layer, kept.adapter) for kept in plan.adapters)]
+
+
+def _flops_per_prompt(adapter: Adapter, sizes: _Sizes, fold: bool) -> int:
+    from vte_compile.adapters import PIA, Router
+
+    routed = isinstance(adapter.router, Router)
+    weights = 2 * adapter.hidden_size if routed else 0
+    if isinstance(adapter, PIA):
+        biases = (2 if routed else 1) * 2 * sizes.intermediate * adapter.width if fold else 0
+        weights += adapter.pool.weight.numel() + biases
+    return 2 * weights

@@ -153,9 +153,10 @@ class Evaluation:
         right = [a.text == q.answer for a, q in zip(configuration.answers, self.questions, strict=True)]
         same = self.agrees(configuration)
         flops = [self._flops(a, configuration) for a in configuration.answers]
-        dtype = configuration.model.dtype
+        dtype, plan = configuration.model.dtype, getattr(configuration.model, "plan", None)
         kv = [
-            kv_bytes(self.config, a.prompt_tokens, a.visual_tokens, a.exit_layer, dtype) for a in configuration.answers
+            kv_bytes(self.config, a.prompt_tokens, a.visual_tokens, a.exit_layer, dtype, plan)
+            for a in configuration.answers
         ]
         result: dict[str, Any] = {
             "name": configuration.name,
@@ -222,8 +223,8 @@ class Evaluation:
     def _flops(self, answer: Answer, configuration: Configuration) -> tuple[int, int]:
         """Of prefill, and of decoding the answer: the first token comes out of prefill."""
         where = (self.config, answer.prompt_tokens, answer.visual_tokens, answer.exit_layer)
-        prefill = prefill_flops(*where, plan=getattr(configuration.model, "plan", None))
-        return prefill, decode_flops(*where, tokens=len(answer.tokens) - 1)
+        plan = getattr(configuration.model, "plan", None)
+        return prefill_flops(*where, plan=plan), decode_flops(*where, tokens=len(answer.tokens) - 1, plan=plan)
 
     def _histogram(self, answers: Sequence[Answer]) -> dict[str, int]:
         """How many samples left after each layer; "-1": never."""
