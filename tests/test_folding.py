@@ -1,4 +1,4 @@
-"""fold_linear against the reference formulas and the golden data: folded with each expert, then weighed by the router."""
+"""fold_linear against the reference formulas and golden data: folded with each expert, then weighed by the router."""
 
 from __future__ import annotations
 
