@@ -1,4 +1,4 @@
-"""fold_adapters: every form in every phase gives the oracle's numbers, with the weights, values and products it says."""
+"""fold_adapters: each form in each phase gives the oracle's numbers, with the weights, values and products it says."""
 
 from __future__ import annotations
 
