@@ -134,7 +134,7 @@ EXITS = {"none": [], "never": [gate(1, NEVER)]}
 EXITS |= {f"gate {layer}": [gate(layer, ALWAYS)] for layer in range(LAYERS)}
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=9, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     forms=st.tuples(*[st.sampled_from(list(MADE))] * LAYERS),
     exits=st.sampled_from(list(EXITS)),
@@ -346,6 +346,32 @@ def test_reset_forgets_the_prompt():
     assert cache.prompt_state is None
     ours, _ = assert_same(fast, oracle, inputs_of("tvt", seed=7), cache)
     assert ours is cache
+
+
+@functools.cache
+def cached_by(plan_of: str):
+    """A rewritten model for each plan that a cache may come from."""
+    adapters = {"PIA": [PARTS[0]], "plain": [PARTS[1]], "static": [skip(0, **STATIC)]}
+    return unfreed(lossless(), plan(*adapters.get(plan_of, [SkippedAttention(0)] if plan_of == "free" else [])))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        ("none", "free", "holds keys of layer 0, which does not attend in this plan"),
+        ("PIA", "none", "holds no keys of layer 0, which attends in this plan"),
+        ("free", "PIA", "holds nothing of adapters, this plan's adapters take other things"),
+        ("PIA", "free", r"holds what other adapters kept \(prompt_0_bias_0, prompt_0_bias_1, prompt_0_weight_0, .*\)"),
+        ("plain", "none", r"holds what other adapters kept \(prompt_1_bias_0"),
+        ("PIA", "static", r"holds what other adapters kept \(prompt_0_bias_0"),
+    ],
+)
+def test_cache_of_another_plan_is_refused(theirs, ours, message):
+    """Its tensors would be taken for something else."""
+    cache = cached_by(theirs)(**inputs_of("tvvtt")).past_key_values
+    for turn in ("t", "tt"):
+        with pytest.raises(InputError, match=f"^past_key_values {message}.*: pass a cache this model returned"):
+            cached_by(ours)(**inputs_of(turn, seed=1), past_key_values=cache)
 
 
 def test_without_adapters_nothing_is_kept():
