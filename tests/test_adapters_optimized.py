@@ -134,7 +134,7 @@ EXITS = {"none": [], "never": [gate(1, NEVER)]}
 EXITS |= {f"gate {layer}": [gate(layer, ALWAYS)] for layer in range(LAYERS)}
 
 
-@settings(max_examples=9, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     forms=st.tuples(*[st.sampled_from(list(MADE))] * LAYERS),
     exits=st.sampled_from(list(EXITS)),
@@ -162,10 +162,10 @@ def test_equals_the_oracle(forms, exits, fold, rows, copies, left, seed):
 @pytest.mark.parametrize("heads", [4, 1])
 def test_heads(heads):
     """As many heads of keys and values as of queries, and one."""
-    options = dict(num_hidden_layers=2, num_key_value_heads=heads)
-    fast, oracle = unfreed(lossless(**options), plan(*PARTS)), Oracle(shared(**options), plan(*PARTS))
+    options, changed = dict(num_hidden_layers=1, num_key_value_heads=heads), plan(kept(0))
+    fast, oracle = unfreed(lossless(**options), changed), Oracle(shared(**options), changed)
     caches = assert_same(fast, oracle, inputs_of("ttvvt", ".tttt"))
-    assert caches[0].layers[1].keys.shape[1] == heads
+    assert caches[0].layers[0].keys.shape[1] == heads
     assert_same(fast, oracle, inputs_of("t", "t", seed=1), *caches)
 
 
@@ -388,15 +388,15 @@ def test_llava():
     parts = [StaticExit(1), skip(0), kept(1), kept(3, **STATIC)]
     model = shared_model("llava")
     fast, oracle = optimize(model, plan(*parts), compile=False), Oracle(model, plan(*parts))
-    for layouts in (["..titt", "titttt"], ["tiitt"]):
-        ids, pixels, mask = image_prompt(*layouts)
-        prompt = (*embed(model, ids, pixels), mask)
-        tokens = fast.generate(input_ids=ids, pixel_values=pixels, attention_mask=mask, **GREEDY)
-        want = oracle.generate(*prompt, max_new_tokens=4)
-        assert tokens[:, -4:].tolist() == want.tokens
-        assert tokens.exit_layer.tolist() == want.exit_layer.tolist() == [1] * len(layouts)
-        out = fast(input_ids=ids, pixel_values=pixels, attention_mask=mask, logits_to_keep=1)
-        assert_relative(out.logits[:, 0], oracle.forward(*prompt).logits[:, -1])
+    ids, pixels, mask = image_prompt("......titt", "tiittt.")
+    prompt = (*embed(model, ids, pixels), mask)
+    tokens = fast.generate(input_ids=ids, pixel_values=pixels, attention_mask=mask, **GREEDY)
+    want = oracle.generate(*prompt, max_new_tokens=4)
+    assert tokens[:, -4:].tolist() == want.tokens
+    assert tokens.exit_layer.tolist() == want.exit_layer.tolist() == [1, 1]
+    out = fast(input_ids=ids, pixel_values=pixels, attention_mask=mask, logits_to_keep=1)
+    ends = [int(row.nonzero().max()) for row in mask]
+    assert_relative(out.logits[:, 0], oracle.forward(*prompt).logits[torch.arange(2), ends])
     names = dict(fast.named_parameters())
     assert "model.language_model.layers.0.self_attn.q_proj.weight" not in names
     assert "model.language_model.folded_adapters.layer_0.base_0" in names
@@ -413,20 +413,23 @@ def two_layers():
     return model, copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("fold", [True, False])
-def test_bfloat16(fold):
+def test_bfloat16():
     """Folded in float64 and rounded once: as near to the exact numbers as the unfolded model."""
     model, exact = two_layers()
-    fast = optimize(model.to(torch.bfloat16), plan(*PARTS), compile=False, fold=fold)
+    base = optimize(model.to(torch.bfloat16), Plan(), compile=False)
     inputs = inputs_of("tvvtt")
     want = Oracle(exact, plan(*PARTS)).forward(*inputs.values())
-    out = fast(**inputs | {"inputs_embeds": inputs["inputs_embeds"].bfloat16()})
-    assert out.logits.dtype == torch.bfloat16
-    assert_relative(out.logits.float(), want.logits, BFLOAT16)
-    for report in fast.fold_reports:
-        assert 1e-5 < report.rounding_error < 4e-3
-    wide = [n for n, p in fast.named_parameters() if "folded_adapters" in n and p.dtype == torch.float32]
-    assert {n.rsplit(".", 1)[1] for n in wide} == {"router_weight", "router_bias", "pool_weight", "pool_bias"}
+    for fold in (True, False):
+        fast = unfreed(base, plan(*PARTS), fold)
+        out = fast(**inputs | {"inputs_embeds": inputs["inputs_embeds"].bfloat16()})
+        assert out.logits.dtype == torch.bfloat16
+        assert_relative(out.logits.float(), want.logits, BFLOAT16)
+        for report in fast.fold_reports:
+            assert 1e-5 < report.rounding_error < 4e-3
+        dtypes = {n.split(".")[1]: p.dtype for n, p in fast._vte_runner.folded.named_parameters()}
+        wide = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+        assert wide == {"router_weight", "router_bias", "pool_weight", "pool_bias"}
+        assert {dtypes[name] for name in dtypes.keys() - wide} == {torch.bfloat16}
 
 
 def test_moved_after_optimizing():
@@ -436,7 +439,7 @@ def test_moved_after_optimizing():
     token = inputs_of("t", seed=1)
     want = Oracle(exact, plan(*PARTS)).forward(*inputs.values())
     then = Oracle(exact, plan(*PARTS)).forward(token["inputs_embeds"], cache=want.cache)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-5), (torch.bfloat16, BFLOAT16)):
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, BFLOAT16)):
         assert fast.to(dtype) is fast
         assert {p.dtype for p in fast.parameters()} == {dtype}
         out = fast(**inputs | {"inputs_embeds": inputs["inputs_embeds"].to(dtype)})
@@ -599,32 +602,32 @@ def test_freed_weights_are_gone_with_the_model(folding):
     gone = {name for name, reference in references.items() if reference() is None}
     assert gone == {f"model.{name}" for name in SKIPPED | BEHIND}
     # And nothing was still to be read from them.
-    cache = fast(**inputs).past_key_values
-    fast(**inputs_of("tt", seed=1), past_key_values=cache)
-    fast(**inputs_of("t", seed=2), past_key_values=cache)
-    fast(**inputs_of("tvvtt", "ttttt"))
+    fast(**inputs_of("t", seed=2), past_key_values=fast(**inputs).past_key_values)
+
+
+@functools.cache
+def training_free():
+    """A skip without an adapter."""
+    return optimize(lossless(), plan(SkippedAttention(1)))
 
 
 def test_skips_without_adapters_free_too():
-    model, _ = two_layers()
-    fast = optimize(model, plan(SkippedAttention(1)), compile=False)
+    fast = training_free()
     # The block keeps the norm in front of its FFN, and loses the one in front of its attention.
     attention = {f"layers.1.self_attn.{n}_proj.weight" for n in "qkvo"}
     assert set(fast._vte_spec.freed) == attention | {"layers.1.input_layernorm.weight"}
     assert not hasattr(fast.model, "folded_adapters")
-    assert_same(fast, Oracle(model, plan(SkippedAttention(1))), inputs_of("tvvtt"))
+    assert_same(fast, Oracle(shared(), plan(SkippedAttention(1))), inputs_of("tvvtt"))
 
 
 def test_exits_free_nothing():
-    model, _ = two_layers()
-    fast = optimize(model, plan(StaticExit(0)), compile=False)
+    fast = optimize(lossless(), plan(StaticExit(0)))
     assert not fast._vte_spec.freed
-    assert list(fast.state_dict()) == list(model.state_dict())
+    assert list(fast.state_dict()) == list(shared().state_dict())
 
 
 def test_unfolded_adapters_keep_what_is_behind_them():
-    model, _ = two_layers()
-    fast = optimize(model, plan(*PARTS), compile=False, fold=False)
+    fast = optimize(lossless(), plan(*PARTS), fold=False)
     assert set(fast._vte_spec.freed) == SKIPPED
     assert [(r.layer, r.kind, r.one_prompt.reason) for r in fast.fold_reports] == [
         (0, "PIA", "fold=False"),
@@ -633,30 +636,20 @@ def test_unfolded_adapters_keep_what_is_behind_them():
 
 
 def test_tied_weights(folding):
-    """Layers that share projections and an FFN: only the planned layer changes, and shared weights stay."""
+    """Layers that share modules: only the planned layers change, and weights go if none of their names is read."""
     model = tiny_decoder(num_hidden_layers=3)
     first, second, third = model.model.layers
     second.mlp = first.mlp
     third.self_attn.q_proj = first.self_attn.q_proj
     third.self_attn.k_proj.weight = second.self_attn.k_proj.weight
+    second.self_attn.v_proj = first.self_attn.v_proj
     fast, oracle = optimize(model, plan(*PARTS), compile=False), Oracle(model, plan(*PARTS))
-    # The FFN is read by layer 1, the query of layer 0 and the key of layer 1 by layer 2.
-    shared_ = {f"layers.0.mlp.{n}_proj.weight" for n in ("gate", "up")}
-    shared_ |= {"layers.0.self_attn.q_proj.weight", "layers.1.self_attn.k_proj.weight"}
-    assert set(fast._vte_spec.freed) == (SKIPPED | BEHIND) - shared_
+    # The FFN is read by layer 1, the query of layer 0 and the key of layer 1 by layer 2; the value by nobody.
+    read = {f"layers.0.mlp.{n}_proj.weight" for n in ("gate", "up")}
+    read |= {"layers.0.self_attn.q_proj.weight", "layers.1.self_attn.k_proj.weight"}
+    assert set(fast._vte_spec.freed) == (SKIPPED | BEHIND) - read
     caches = assert_same(fast, oracle, inputs_of("tvvtt"))
     assert_same(fast, oracle, inputs_of("t", seed=1), *caches)
-
-
-def test_tied_weights_of_skipped_layers_are_freed_together():
-    model = tiny_decoder(num_hidden_layers=3)
-    layers = model.model.layers
-    layers[2].self_attn.o_proj = layers[0].self_attn.o_proj
-    changed = plan(SkippedAttention(0), SkippedAttention(2))
-    fast = optimize(model, changed, compile=False)
-    names = {name for name in fast._vte_spec.freed if "o_proj" in name}
-    assert names == {"layers.0.self_attn.o_proj.weight", "layers.2.self_attn.o_proj.weight"}
-    assert_same(fast, Oracle(model, changed), inputs_of("tvvtt"))
 
 
 def test_save_pretrained_refuses_before_it_writes(tmp_path):
@@ -681,9 +674,8 @@ def test_other_skips_or_adapters_are_refused():
             optimize(fast, other)
     with pytest.raises(PlanError, match="optimize the original model"):
         optimize(fast, plan(*PARTS), fold=False)
-    training_free = optimize(two_layers()[0], plan(SkippedAttention(1)), compile=False)
     with pytest.raises(PlanError, match="optimize the original model"):
-        optimize(training_free, Plan())
+        optimize(training_free(), Plan())
 
 
 def test_other_exits_share_what_was_traced_and_folded(monkeypatch):

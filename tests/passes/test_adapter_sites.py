@@ -196,6 +196,18 @@ def test_ffn_input_read_elsewhere():
     assert refusal(site_before_ffn(graph, 1)) == f"{spy.name} reads the FFN's input besides its linear layers."
 
 
+def test_ffn_of_flattened_tokens():
+    """What reads its linear layers expects them flat, as the adapter's input is not."""
+    graph = annotated(captured())
+    linears = of_layer(graph, aten.linear.default)[4:6]
+    normed = linears[0].args[0]
+    flat = insert(graph, normed, aten.view.default, normed, [-1, C])
+    flat.meta["val"] = normed.meta["val"][0]
+    for linear in linears:
+        linear.update_arg(0, flat)
+    assert refusal(site_before_ffn(graph, 1)) == f"{flat.name}, the FFN's input, is no RMSNorm of the residual stream."
+
+
 def test_ffn_of_two_inputs():
     graph = annotated(captured())
     gate = of_layer(graph, aten.linear.default)[4]

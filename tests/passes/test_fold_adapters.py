@@ -208,7 +208,7 @@ def check_weights(graph, folded, layers, form) -> None:
     assert {f"{plain}{n}.weight" for n in ("input_layernorm", "post_attention_layernorm", "self_attn.o_proj")} <= names
 
 
-@pytest.mark.parametrize("name", ["constant", "blended", "low_rank", "unfolded"])
+@pytest.mark.parametrize("name", ["constant", "blended", "unfolded"])
 @pytest.mark.parametrize("family", ["qwen2", "gemma"])
 def test_families(family, name, forced):
     """Own biases of q, k and v; norms that multiply by 1 + weight, and one head of keys and values."""
