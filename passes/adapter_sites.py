@@ -62,7 +62,7 @@ def site_before_ffn(graph: DecoderGraph, layer: int) -> AdapterSite | Refusal:
     if len(inputs) != 1:
         return Refusal(f"{len(inputs)} inputs of linear layers behind the attention, expected 1.", add.name, layer)
     normed: Any = inputs.pop()
-    if others := [n for n in _users(normed) if n not in first]:
+    if others := _other_readers(graph, add, normed, first, layer):
         return Refusal(f"{others[0].name} reads the FFN's input besides its linear layers.", others[0].name, layer)
     gain = _rms_gain(graph, add, normed, layer)
     if gain is None:
@@ -87,6 +87,8 @@ def _attention_input(graph: DecoderGraph, layer: int) -> tuple[fx.Node, list[fx.
         reason = f"q, k and v are computed by linear layers of {len(inputs)} inputs, expected 1 (quantized weights?)."
         return Refusal(reason, attention.name, layer)
     source: Any = inputs.pop()
+    if source.meta["val"].ndim != 3:
+        return Refusal(f"q, k and v read {source.name}, which is not [B, T, C].", source.name, layer)
     if others := [n for n in _users(source) if n not in first]:
         return Refusal(f"{others[0].name} reads the attention's input besides q, k and v.", others[0].name, layer)
     return source, first
@@ -99,6 +101,21 @@ def _own(graph: DecoderGraph, layer: int) -> list[fx.Node]:
 def _users(node: fx.Node) -> list[fx.Node]:
     """Users that compute something: torch.export also leaves assertions."""
     return [user for user in node.users if user.meta.get("val") is not None]
+
+
+def _other_readers(
+    graph: DecoderGraph, add: fx.Node, normed: fx.Node, first: list[fx.Node], layer: int
+) -> list[fx.Node]:
+    """What reads the norm behind `add`, its output or a view of that, besides the linear layers that read `normed`."""
+    behind = _descendants(graph, add, layer)
+    between = {normed}
+    for node in reversed([n for n in _own(graph, layer) if n in behind]):
+        if any(user in between for user in node.users):
+            between.add(node)
+    # The stream itself is also read by the FFN's residual addition.
+    stream = {add, *(n for n in add.users if n.target in _CASTS)}
+    inside = [n for n in _own(graph, layer) if n in between and n not in stream]
+    return [user for node in inside for user in _users(node) if user not in between and user not in first]
 
 
 def _descendants(graph: DecoderGraph, node: fx.Node, layer: int) -> set[fx.Node]:
@@ -176,6 +193,8 @@ def _rms_gain(graph: DecoderGraph, stream: fx.Node, normed: fx.Node, layer: int)
     try:
         actual = evaluate(normed)
     except _Unknown:
+        return None
+    if actual.shape != x.shape:
         return None
     unit = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True))
     for weight in weights.values():

@@ -18,7 +18,8 @@ from vte_compile.passes.manager import PassResult, PassSettings
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+# Where modules are shared, torch.export names the layers as the decoder takes them: layers.slice(None, 3, None).0
+_LAYER = re.compile(r"(?:^|\.)layers\.(?:slice\([^)]*\)\.)?(\d+)(?:\.|$)")
 
 
 def annotate_layers(graph: DecoderGraph, settings: PassSettings) -> PassResult:

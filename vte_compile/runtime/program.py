@@ -72,6 +72,8 @@ class Program:
         """What the passes did and refused on the way here."""
         self.prompt_state = lowered.prompt_state
         """What adapters know of the prompt: the last outputs of prefill, the last inputs of other phases."""
+        self.attends = [i is not None for i in lowered.kv]
+        """Of each layer: whether it has keys and values."""
         slots: dict[str, int] = {}
 
         def slot(names: Sequence[str]) -> list[int]:

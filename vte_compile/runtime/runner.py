@@ -17,6 +17,7 @@ from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.passes import PASSES, PassResult, PassSettings, run_passes
+from vte_compile.passes.fold_adapters import PromptValue
 from vte_compile.passes.lower_piecewise import PiecewiseGraph, lower_piecewise
 from vte_compile.plan import Plan
 from vte_compile.runtime.cache import ExitCache, RowKV
@@ -187,6 +188,7 @@ class DecoderRunner:
         starts = [cache.starts[i] for i in attending] if batch > 1 else []
         state = cache.prompt_state
         program = self.program("decode", batched=batch > 1, one_prompt=state is None or state.one_prompt)
+        _check_cache(cache, program)
         known = [] if state is None else state.values
         output = program.run([embeds.contiguous(), positions.contiguous(), *past, *starts, *known])
         cache.append(output.kv)
@@ -248,6 +250,7 @@ class DecoderRunner:
         """A chunk of rows that have a past."""
         state = cache.prompt_state
         program = self.program("extend", last=last, one_prompt=state is None or state.one_prompt)
+        _check_cache(cache, program)
         rows: list[_RowOutput | None] = []
         for b, row in enumerate(inputs):
             if row is None:
@@ -279,6 +282,22 @@ class DecoderRunner:
                 else:
                     target[positions[row.kept]] = row.logits[0]
         return logits
+
+
+def _check_cache(cache: ExitCache, program: Program) -> None:
+    """Refuse the cache of a model with other skips or adapters: its tensors would be taken for something else."""
+    remedy = "pass a cache this model returned, or an empty one"
+    for layer, (held, attends) in enumerate(zip(cache.layers, program.attends, strict=True)):
+        if held.is_initialized != attends:
+            has, does = ("no ", "attends") if attends else ("", "does not attend")
+            raise InputError(f"past_key_values holds {has}keys of layer {layer}, which {does} in this plan: {remedy}.")
+    kinds = [] if cache.prompt_state is None else list(cache.prompt_state.kinds)
+    if kinds != program.prompt_state:
+        raise InputError(f"past_key_values holds {_named(kinds)}, this plan's adapters take other things: {remedy}.")
+
+
+def _named(kinds: list[PromptValue]) -> str:
+    return f"what other adapters kept ({', '.join(kind.name for kind in kinds)})" if kinds else "nothing of adapters"
 
 
 def _equal(row: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
