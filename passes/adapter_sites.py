@@ -42,6 +42,9 @@ def site_before_attention(graph: DecoderGraph, layer: int) -> AdapterSite | Refu
     found = _attention_input(graph, layer)
     if isinstance(found, Refusal):
         return found
+    add = _plain_add(graph, layer)
+    if isinstance(add, Refusal):
+        return add
     source, readers = found
     return AdapterSite(layer, source, readers, None, _weights(graph, readers))
 
@@ -51,11 +54,10 @@ def site_before_ffn(graph: DecoderGraph, layer: int) -> AdapterSite | Refusal:
     found = _attention_input(graph, layer)
     if isinstance(found, Refusal):
         return found
-    residual = residual_add(graph, layer)
-    if isinstance(residual, Refusal):
-        return residual
+    add = _plain_add(graph, layer)
+    if isinstance(add, Refusal):
+        return add
     source, _ = found
-    add, _ = residual
     behind = _descendants(graph, add, layer)
     first = _first_linears(graph, [n for n in _own(graph, layer) if n in behind])
     inputs = {n.args[0] for n in first}
@@ -68,6 +70,24 @@ def site_before_ffn(graph: DecoderGraph, layer: int) -> AdapterSite | Refusal:
     if gain is None:
         return Refusal(f"{normed.name}, the FFN's input, is no RMSNorm of the residual stream.", normed.name, layer)
     return AdapterSite(layer, source, first, gain, _weights(graph, first))
+
+
+def _plain_add(graph: DecoderGraph, layer: int) -> fx.Node | Refusal:
+    """Where the attention's last linear layer is added to the stream as it is.
+
+    The adapters' formulas know no norm or scale there (Gemma2 and Granite have one).
+    """
+    residual = residual_add(graph, layer)
+    if isinstance(residual, Refusal):
+        return residual
+    add, stream = residual
+    branch = next(n for n in add.all_input_nodes if n is not stream)
+    while branch.target in _CASTS:
+        branch = branch.all_input_nodes[0]
+    if branch.target is not _LINEAR:
+        reason = f"{branch.name} stands between the attention and the residual addition (an extra norm, or a scale)."
+        return Refusal(reason, branch.name, layer)
+    return add
 
 
 def _attention_input(graph: DecoderGraph, layer: int) -> tuple[fx.Node, list[fx.Node]] | Refusal:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from test_generate import slow_beams
 from tiny_models import (
     DATA,
+    TINY,
     assert_relative,
     chunk,
     image_prompt,
@@ -33,7 +34,7 @@ from tiny_models import (
     to_float64,
 )
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from vte_compile import KeptAdapter, Oracle, Plan, SkippedAttention, StaticExit, optimize, optimizer
 from vte_compile.adapter_costs import Forms
@@ -727,3 +728,37 @@ def test_refused_adapters_are_an_error():
     model.model.layers[0].post_attention_layernorm = nn.LayerNorm(C)
     with pytest.raises(UnsupportedModelError, match=r"^layer 0: its adapter cannot apply: .* is no RMSNorm"):
         optimize(model, plan(*PARTS), compile=False)
+
+
+def test_pickle_of_the_model_itself():
+    fast = optimize(shared_model("llama"), plan(SkippedAttention(1, random_adapter(PIA)), StaticExit(1)), compile=False)
+    again = pickle.loads(pickle.dumps(fast))
+    args = chunk("ttvvtt")
+    inputs = {"inputs_embeds": args[0], "visual_mask": args[1]}
+    assert torch.equal(again(**inputs).logits, fast(**inputs).logits)
+    assert again.plan.skips[0].layer == 1
+
+
+def test_a_new_plan_keeps_fold():
+    fast = optimize(shared_model("llama"), plan(SkippedAttention(1, random_adapter(PIA))), compile=False, fold=False)
+    other = optimize(fast, plan(StaticExit(0), *fast.plan.skips))
+    assert [report.one_prompt.step for report in other.fold_reports] == ["unfolded"]
+
+
+@pytest.mark.parametrize(
+    "part", [SkippedAttention(1, random_adapter(PIA)), KeptAdapter(1, random_adapter(PlainAdapter))]
+)
+def test_blocks_that_scale_their_residuals_are_refused(part):
+    torch.manual_seed(0)
+    granite = GraniteForCausalLM(GraniteConfig(**TINY, head_dim=8, residual_multiplier=0.98)).eval()
+    with pytest.raises(
+        UnsupportedModelError, match=r"layer 1: its adapter cannot apply: .* \(an extra norm, or a scale\)"
+    ):
+        optimize(granite, plan(part), compile=False)
+    # Without an adapter it is what it says: nothing is added.
+    fast = optimize(granite, plan(SkippedAttention(1)), compile=False)
+    silent = copy.deepcopy(granite)
+    silent.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    embeds = chunk("tttt")[0]
+    with torch.no_grad():
+        assert_relative(fast(inputs_embeds=embeds).logits, silent(inputs_embeds=embeds).logits)

@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 from vte_compile import Oracle, Plan, StaticExit, optimize
 from vte_compile.errors import InputError
 from vte_compile.fingerprint import Fingerprint
-from vte_compile.optimizer import CausalLMOutputWithExit, OptimizedModel
+from vte_compile.optimized_model import CausalLMOutputWithExit, OptimizedModel
 from vte_compile.oracle import embed
 
 FORCED = {

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound="PreTrainedModel")
 
 
-def optimize_co_attention(model: ModelT, plan: Plan, compile: bool | None, fold: bool) -> ModelT:
+def optimize_co_attention(model: ModelT, plan: Plan, compile: bool | None, fold: bool | None) -> ModelT:
     """See :func:`vte_compile.optimize`.
 
     The result shares all modules and weights with the model but its co-attention layers, and in these all weights that
@@ -45,7 +45,7 @@ def optimize_co_attention(model: ModelT, plan: Plan, compile: bool | None, fold:
         raise InputError(
             "model: is optimized already, and what its plan deletes or folds is gone: optimize the original model."
         )
-    if not fold:
+    if fold is False:
         raise InputError("fold=False: adapters of co-attention layers are always folded, which costs nothing.")
     plan.check(model)
     parameter = next(model.parameters())

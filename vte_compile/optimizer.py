@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import contextvars
 import copy
-import inspect
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vte_compile.co_attention_optimizer import optimize_co_attention
 from vte_compile.errors import InputError, PlanError, UnsupportedModelError
 from vte_compile.families.co_attention import find_co_attention
-from vte_compile.families.decoder import DecoderSpec, describe
-from vte_compile.families.inputs import decoder_inputs
-from vte_compile.folded_weights import FoldedWeights, FoldReport
+from vte_compile.families.decoder import describe
+from vte_compile.folded_weights import FoldedWeights
 from vte_compile.module_tree import own_submodule, shallow_copy, without_parameters
+from vte_compile.optimized_model import OptimizedModel, wrap
 from vte_compile.plan import Plan
 from vte_compile.plan_files import JSON_NAME
-from vte_compile.runtime.cache import ExitCache
 from vte_compile.runtime.inductor import PieceCompiler, find_backend
 from vte_compile.runtime.runner import DecoderRunner
 from vte_compile.runtime.verify import verify_prefill
@@ -36,23 +29,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound="PreTrainedModel")
 
-# What the decoder's runner handles itself; everything else a forward takes belongs to the model's merging code.
-_DECODER_ARGUMENTS = frozenset(
-    "input_ids inputs_embeds attention_mask position_ids past_key_values visual_mask labels use_cache logits_to_keep "
-    "return_dict output_attentions output_hidden_states cache_position kwargs".split()
-)
 
-
-@dataclass
-class CausalLMOutputWithExit(CausalLMOutputWithPast):
-    """A model's usual output, and where the visual tokens left."""
-
-    image_hidden_states: Any = None
-    exit_layer: Tensor | None = None
-    """[B] int64: the layer after which each row's visual tokens left in this call; -1 = never."""
-
-
-def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = None, fold: bool = True) -> ModelT:
+def optimize(
+    model: ModelT, plan: Plan | None = None, *, compile: bool | None = None, fold: bool | None = None
+) -> ModelT:
     """Let a model's visual tokens leave its decoder, and skip attentions, where a plan says so.
 
     The result is a new object of the model's class that shares its weights: forward(), generate(), .to() and so on work
@@ -64,13 +44,13 @@ def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = 
 
     Args:
         model: A causal language model or LLaVA-type MLLM of transformers, on one device. An optimized model gives
-            another for the new plan, which shares what was traced and compiled (``compile`` is then left as it was).
+            another for the new plan, which shares what was traced and compiled (``compile`` and ``fold`` stay).
             Or a BridgeTower, whose co-attention layers are rewritten (vte_compile/co_attention_optimizer.py).
         plan: What to do. None: the plan saved beside the model's checkpoint if there is one, else only what is
             lossless (a log message says which).
         compile: Whether the graphs run through Inductor. None: if its compiler is there (a warning says if it is not).
-        fold: Fold adapters into the weights behind them. False: apply them unfolded, which costs time at every token,
-            but no second copy of weights and no rounding of folded ones.
+        fold: Fold adapters into the weights behind them (None: yes). False: apply them unfolded, which costs time at
+            every token, but no second copy of weights and no rounding of folded ones.
 
     Returns:
         The optimized model. For a language model alone, pass ``visual_mask`` ([batch, tokens] bool) to its forward() or
@@ -92,16 +72,17 @@ def optimize(model: ModelT, plan: Plan | None = None, *, compile: bool | None = 
     _check_placement(model)
     plan.check(model)
     compiler = PieceCompiler() if find_backend(spec.device, compile) else None
-    runner = DecoderRunner(spec, plan, compiler, FoldedWeights(fold))
+    runner = DecoderRunner(spec, plan, compiler, FoldedWeights(fold is not False))
     verify_prefill(model, runner)
-    return _free(_wrap(model, spec, runner))
+    return _free(wrap(model, spec, runner))
 
 
-def _replan(model: Any, plan: Plan, compile: bool | None, fold: bool) -> Any:
+def _replan(model: Any, plan: Plan, compile: bool | None, fold: bool | None) -> Any:
     """An optimized model for another plan, with what the first one traced and compiled."""
     runner: DecoderRunner = model._vte_runner
     if compile not in (None, runner.compiler is not None):
         raise InputError(f"compile={compile}: a new plan cannot change that: optimize the original model.")
+    fold = runner.folded.fold if fold is None else fold
     plan.check(model)
     again = shallow_copy(model)
     again.generation_config = copy.deepcopy(model.generation_config)
@@ -163,245 +144,3 @@ def _check_placement(model: nn.Module) -> None:
         logger.warning(
             "optimize: the model is in training mode, but an optimized one is for inference: call model.eval()"
         )
-
-
-def _wrap(model: ModelT, spec: DecoderSpec, runner: DecoderRunner) -> ModelT:
-    """A shallow copy of the model, of a subclass that carries the same name."""
-    base = type(model)
-    fast: Any = shallow_copy(model)
-    fast.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
-    signature = inspect.signature(base.forward)
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    fast.__class__ = type(base.__name__, (OptimizedModel, base), {**names, "forward": _forward_like(signature)})
-    fast.training = False  # of this object; the shared modules stay as they are
-    fast._vte_spec, fast._vte_runner = spec, runner
-    return fast
-
-
-def _forward_like(signature: inspect.Signature) -> Any:
-    """A forward with the model's own signature, which generate() inspects, and visual_mask."""
-    parameters = list(signature.parameters.values())
-    extra = inspect.Parameter("visual_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None)
-    at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
-    extended = signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])
-
-    def forward(self: OptimizedModel, *args: Any, **kwargs: Any) -> CausalLMOutputWithExit | tuple[Any, ...]:
-        bound = extended.bind(self, *args, **kwargs)
-        arguments = dict(bound.arguments)
-        arguments.pop("self")
-        for parameter in extended.parameters.values():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                arguments |= arguments.pop(parameter.name, {})
-        return self._vte_forward(arguments)
-
-    forward.__signature__ = extended  # type: ignore[attr-defined]
-    forward.__doc__ = OptimizedModel._vte_forward.__doc__
-    return forward
-
-
-# Ways to generate that show the model a part of the prompt, or the prompt and guessed tokens.
-_UNUSABLE_IN_GENERATE = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
-
-# generate() discards the outputs of its first call; this is where it finds the exit layers of it.
-_generation_exits: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("vte_exits", default=None)
-
-
-class OptimizedModel:
-    """What :func:`optimize` adds to a model's class."""
-
-    _vte_spec: DecoderSpec
-    _vte_runner: DecoderRunner
-
-    @property
-    def plan(self) -> Plan:
-        """The plan that was applied."""
-        return self._vte_runner.plan
-
-    @property
-    def fold_reports(self) -> list[FoldReport]:
-        """What became of each adapter of the plan, by layer."""
-        return [report for _, report in sorted(self._vte_runner.folded.reports.items())]
-
-    def _vte_forward(self, arguments: Mapping[str, Any]) -> CausalLMOutputWithExit | tuple[Any, ...]:
-        """The model's forward, for inference.
-
-        Takes what the model's own forward takes, and ``visual_mask`` [B, T] bool (found from the placeholder ids if
-        None). Rows may be padded on either side; each gives what it would give alone.
-
-        Returns:
-            The usual output, with ``exit_layer`` [B] int64. ``logits`` are zeros where a token was removed or is
-            padding; ``logits_to_keep=1`` gives each row's last real token. ``past_key_values`` is a DynamicCache whose
-            layers differ in length (``.lengths``).
-
-        Raises:
-            InputError: Contradicting, misshaped or unsupported arguments; the message says which.
-        """
-        given = arguments.get
-        self._refuse_unsupported(arguments)
-        cache = self._cache(given("past_key_values"))
-        tokens = given("input_ids") if given("input_ids") is not None else given("inputs_embeds")
-        decoding = tokens is not None and tokens.shape[1] == 1 and not cache.is_empty
-        extra = {k: v for k, v in arguments.items() if k not in _DECODER_ARGUMENTS and v is not None}
-        with torch.no_grad():
-            inputs = decoder_inputs(
-                self,  # type: ignore[arg-type]
-                self._vte_spec,
-                input_ids=given("input_ids"),
-                inputs_embeds=given("inputs_embeds"),
-                visual_mask=given("visual_mask"),
-                may_exit=bool(self.plan.exits) and not decoding,
-                multimodal=extra,
-            )
-            batch, length = inputs.embeds.shape[:2]
-            mask = _chunk_mask(given("attention_mask"), batch, length, cache.get_seq_length(), inputs.embeds.device)
-            positions = _positions(given("position_ids"), batch, length)
-            keep = given("logits_to_keep", 0)
-            last = isinstance(keep, int) and keep == 1
-            output = self._vte_runner.run(inputs.embeds, inputs.visual_mask, mask, positions, cache, last=last)
-        record = _generation_exits.get()
-        if record is not None and not record:
-            record.append(output.exit_layer)
-        logits = output.logits if last else _keep_logits(output.logits, keep)
-        use_cache = given("use_cache") if given("use_cache") is not None else self._vte_spec.config.use_cache
-        result = CausalLMOutputWithExit(
-            loss=self._loss(logits, given("labels"), keep),
-            logits=logits,
-            past_key_values=cache if use_cache else None,
-            image_hidden_states=inputs.image_hidden_states,
-            exit_layer=output.exit_layer,
-        )
-        return result.to_tuple() if given("return_dict") is False else result
-
-    def _refuse_unsupported(self, arguments: Mapping[str, Any]) -> None:
-        config: Any = self.config  # type: ignore[attr-defined]
-        for name in ("output_attentions", "output_hidden_states"):
-            wanted = arguments.get(name)
-            if wanted or (wanted is None and getattr(config, name, False)):
-                raise InputError(f"{name}: an optimized decoder does not keep them. Ask the original model, or Oracle.")
-
-    @staticmethod
-    def _cache(given: Any) -> ExitCache:
-        if given is None:
-            return ExitCache.adopt(DynamicCache())
-        if isinstance(given, ExitCache) or (type(given) is DynamicCache and given.get_seq_length() == 0):
-            return ExitCache.adopt(given)
-        if type(given) is DynamicCache:
-            raise InputError(
-                "past_key_values holds tokens that another model cached: pass a cache this model returned, or an "
-                "empty one."
-            )
-        raise InputError(
-            f"past_key_values: a {type(given).__name__} cannot hold layers of different lengths: use a DynamicCache "
-            "(leave cache_implementation unset)."
-        )
-
-    def _loss(self, logits: Tensor, labels: Tensor | None, keep: Any) -> Tensor | None:
-        if labels is None:
-            return None
-        if not isinstance(keep, int) or keep != 0:
-            raise InputError("labels need all logits: leave logits_to_keep at 0.")
-        return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])  # type: ignore[attr-defined]
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The model's own, with ``visual_mask`` cut to the tokens of this call."""
-        visual_mask = kwargs.pop("visual_mask", None)
-        # generate() looks for the name inputs_embeds in this signature before it accepts them.
-        kwargs["inputs_embeds"] = inputs_embeds
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
-        if visual_mask is not None and kwargs.get("is_first_iteration"):  # else a decode step: text
-            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            cache = inputs.get("past_key_values")
-            seen = cache.get_seq_length() if cache is not None else 0
-            whole = visual_mask.ndim == 2 and visual_mask.shape[1] == seen + tokens.shape[1]
-            inputs["visual_mask"] = visual_mask[:, seen:] if whole else visual_mask
-        return inputs
-
-    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """None: the runner counts each row's tokens. The usual ones go wrong behind padding on the right."""
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own generate(). The result carries ``exit_layer`` [rows of the result] int64, -1 = never.
-
-        Raises:
-            InputError: ``use_cache=False``, ``prefill_chunk_size`` or assisted decoding: exits are decided once, on
-                the whole prompt and nothing else.
-        """
-        config = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
-        unusable = {name: kwargs.get(name, getattr(config, name, None)) for name in _UNUSABLE_IN_GENERATE}
-        unusable["use_cache"] = False if kwargs.get("use_cache", config.use_cache) is False else None
-        for name, value in unusable.items():
-            if value is not None:
-                shown = value if isinstance(value, int) else type(value).__name__
-                raise InputError(
-                    f"generate({name}={shown}): exits are decided once, on the whole prompt and nothing else: leave it "
-                    "unset."
-                )
-        record: list[Tensor] = []
-        token = _generation_exits.set(record)
-        try:
-            result = super().generate(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            _generation_exits.reset(token)
-        prompts = next((kwargs[n] for n in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
-        prompts = args[0] if args and args[0] is not None else prompts
-        sequences = result if isinstance(result, Tensor) else result.sequences
-        if record:
-            result.exit_layer = _per_sequence(record[0], 1 if prompts is None else len(prompts), len(sequences))
-        return result
-
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Save the model as it was before, and the plan beside it, where optimize() finds it.
-
-        Raises:
-            InputError: The model has no longer the weights it had before: some were freed or folded.
-        """
-        if self._vte_spec.freed:
-            raise InputError(
-                f"save_pretrained: {len(self._vte_spec.freed)} weights were freed or folded (the plan skips attentions "
-                "or has adapters): save the original model, and the plan beside it with plan.save_pretrained(folder)."
-            )
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        self.plan.save_pretrained(save_directory)
-
-    def train(self, mode: bool = True) -> Any:
-        """Only ``train(False)``.
-
-        Raises:
-            InputError: The optimized decoder is for inference.
-        """
-        if mode:
-            raise InputError("An optimized model is for inference: train the model it was made from.")
-        return super().train(mode)  # type: ignore[misc]
-
-
-def _chunk_mask(mask: Tensor | None, batch: int, length: int, past: int, device: torch.device) -> Tensor:
-    """[B, T] bool of this call's tokens, from a mask of them or of all columns so far."""
-    if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
-    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, past + length):
-        raise InputError(
-            f"attention_mask: expected shape [{batch}, {past + length}] ([batch, tokens so far]), got "
-            f"{list(mask.shape)}."
-        )
-    return mask[:, -length:].to(device=device, dtype=torch.bool)
-
-
-def _positions(position_ids: Tensor | None, batch: int, length: int) -> Tensor | None:
-    if position_ids is not None and (
-        position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length
-    ):
-        raise InputError(f"position_ids: expected shape [{batch}, {length}], got {list(position_ids.shape)}.")
-    return position_ids
-
-
-def _keep_logits(logits: Tensor, keep: int | Tensor) -> Tensor:
-    if isinstance(keep, int):
-        return logits[:, -keep:] if keep else logits
-    return logits[:, keep]
-
-
-def _per_sequence(exit_layer: Tensor, prompts: int, sequences: int) -> Tensor:
-    """Exit layers of generate()'s rows (beams, samples) as those of its results: all rows of a prompt agree."""
-    return exit_layer[:: len(exit_layer) // prompts].repeat_interleave(sequences // prompts)
