@@ -751,9 +751,7 @@ def test_a_new_plan_keeps_fold():
 def test_blocks_that_scale_their_residuals_are_refused(part):
     torch.manual_seed(0)
     granite = GraniteForCausalLM(GraniteConfig(**TINY, head_dim=8, residual_multiplier=0.98)).eval()
-    with pytest.raises(
-        UnsupportedModelError, match=r"layer 1: its adapter cannot apply: .* \(an extra norm, or a scale\)"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"layer 1: its adapter cannot apply.*an extra norm, or a scale"):
         optimize(granite, plan(part), compile=False)
     # Without an adapter it is what it says: nothing is added.
     fast = optimize(granite, plan(SkippedAttention(1)), compile=False)
