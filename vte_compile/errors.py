@@ -26,3 +26,7 @@ class CaptureError(VTEError, RuntimeError):
 
 class InputError(VTEError, ValueError):
     """A call's arguments are wrong or contradict each other (shapes, dtypes, masks, sequence layout)."""
+
+
+class CalibrationError(VTEError, RuntimeError):
+    """The data do not support what was asked of them; the message says how many samples would, where any number can."""
