@@ -1,0 +1,160 @@
+"""The paper's own way to train gates (DyVTE, arXiv 2411.19628): per step one layer is drawn, and only its gate learns.
+
+Layers 0..k run once; the batch then continues twice, with and without the visual tokens, which gives the label. The
+model is frozen. That costs two prefills and more for one gate's labels; vte_compile/tuning/examine.py has those of all
+gates for less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from vte_compile.errors import InputError
+from vte_compile.families.decoder import find_decoder
+
+IGNORE = -100
+"""The label of tokens that are not to be predicted, as in transformers."""
+
+# The paper's two conditions for the label "may exit".
+_AGREEING, _LOSS_RATIO = 0.99, 1.03
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B prompts with their answers behind them, as the decoder takes them; padding may stand anywhere.
+
+    Args:
+        inputs_embeds: [B, S, C], visual features in place.
+        attention_mask: [B, S] bool, False at padding.
+        visual_mask: [B, S] bool.
+        labels: [B, S] int64, the token ids where the answer is, else -100.
+
+    Raises:
+        InputError: The shapes differ, or a row has no visual token, no answer, or fewer than two question tokens.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    visual_mask: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        shape = self.inputs_embeds.shape[:2]
+        for name in ("attention_mask", "visual_mask", "labels"):
+            if getattr(self, name).shape != shape:
+                raise InputError(f"{name}: expected {list(shape)}, got {list(getattr(self, name).shape)}.")
+        for row in range(len(self.labels)):
+            if not bool(self.visual_mask[row].any()) or not bool((self.labels[row] != IGNORE).any()):
+                raise InputError(f"row {row} has no visual token or no answer: it gives no label.")
+            if int(self.question(row).sum()) < 2:
+                raise InputError(f"row {row} has fewer than two question tokens: gates read nothing there.")
+
+    def question(self, row: int) -> Tensor:
+        """[S] bool: the text tokens behind the last visual token, and before the answer."""
+        after = torch.zeros_like(self.visual_mask[row])
+        first = int((self.labels[row] != IGNORE).nonzero()[0])
+        after[int(self.visual_mask[row].nonzero()[-1]) + 1 : first] = True
+        return after & self.attention_mask[row].bool()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step found; the gradients of `loss` are those of one layer's gate."""
+
+    features: Tensor
+    """[B, 2C], what the gate read."""
+    labels: Tensor
+    """[B] bool, True where the sample may exit."""
+    full_ce: Tensor
+    """[B], mean cross-entropy of the answer with the visual tokens."""
+    exit_ce: Tensor
+    """[B], and without them behind the layer."""
+    logits: Tensor
+    """[B, 2], the gate's, [keep, exit]."""
+    loss: Tensor
+    """[], the mean cross-entropy of the gate's logits."""
+
+
+def random_layer_step(model: nn.Module, gates: Sequence[tuple[Tensor, Tensor]], batch: Batch, layer: int) -> StepResult:
+    """One step for the gate after `layer`, drawn by the caller; ``loss.backward()`` gives its weights' gradients.
+
+    Args:
+        model: A causal LM or MLLM of transformers, whose attention takes a mask ("sdpa" or "eager").
+        gates: w1 [M, 2C] and w2 [2, M] of each layer's gate; features are cast to their dtype.
+        batch: On the model's device.
+        layer: Decoder layer, counted from 0.
+
+    Raises:
+        InputError: There is no such gate.
+    """
+    if not 0 <= layer < len(gates):
+        raise InputError(f"layer={layer}: there are gates for the layers 0..{len(gates) - 1}.")
+    features, full, exited = _both_ways(model, batch, layer)
+    answers = [row != IGNORE for row in batch.labels]
+    labels, losses = [], []
+    for row, answer in enumerate(answers):
+        target = batch.labels[row, answer]
+        full_ce, exit_ce = (F.cross_entropy(logits, target) for logits in (full[row], exited[row]))
+        same = (full[row].argmax(-1) == exited[row].argmax(-1)).double().mean()
+        labels.append((same > _AGREEING) & (exit_ce < _LOSS_RATIO * full_ce))
+        losses.append(torch.stack([full_ce, exit_ce]))
+    may_exit = torch.stack(labels)
+    w1, w2 = gates[layer]
+    features = features.to(w1)
+    logits = F.gelu(features @ w1.mT) @ w2.mT
+    full_ce, exit_ce = torch.stack(losses).unbind(-1)
+    return StepResult(features, may_exit, full_ce, exit_ce, logits, F.cross_entropy(logits, may_exit.long()))
+
+
+@torch.no_grad()
+def _both_ways(model: nn.Module, batch: Batch, layer: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Features [B, 2C] behind `layer`, and each row's logits [answer, vocab] with the visual tokens and without."""
+    decoder: Any = find_decoder(model)
+    real = batch.attention_mask.bool()
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    hidden, mask = batch.inputs_embeds, _visible(real, batch.inputs_embeds.dtype)
+    for index in range(layer + 1):
+        hidden = _run_layer(decoder, index, hidden, mask, positions)
+    features = []
+    for row in range(len(hidden)):
+        question = hidden[row, batch.question(row)]
+        features.append(torch.cat([question[:-1].mean(0), question[-1]]))
+    kept = real & ~batch.visual_mask
+    # The token before each token of the answer predicts it.
+    predicts = F.pad(batch.labels != IGNORE, (0, 1))[:, 1:]
+    logits = []
+    for keep in (real, kept):
+        rows = zip(hidden, positions, predicts, keep, strict=True)
+        parts = [(states[here], place[here], marked[here]) for states, place, marked, here in rows]
+        states, places, marks = (pad_sequence(list(part), batch_first=True) for part in zip(*parts, strict=True))
+        lengths = keep.sum(1, keepdim=True)
+        mask = _visible(torch.arange(states.shape[1], device=lengths.device) < lengths, states.dtype)
+        for index in range(layer + 1, len(decoder.layers)):
+            states = _run_layer(decoder, index, states, mask, places)
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+        logits.append([head(decoder.norm(state[mark])) for state, mark in zip(states, marks, strict=True)])
+    return torch.stack(features), logits[0], logits[1]
+
+
+def _run_layer(decoder: Any, index: int, hidden: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    """One decoder layer over hidden [B, T, C], without a cache."""
+    rotary = decoder.rotary_emb(hidden, position_ids=positions)
+    output = decoder.layers[index](
+        hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary, use_cache=False
+    )
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+def _visible(real: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask [B, 1, T, T] of real tokens [B, T]: causal, and padding sees itself, so that nothing is NaN."""
+    itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
+    visible = (real[:, None, :] & torch.ones_like(itself).tril()) | itself
+    return torch.zeros(visible.shape, dtype=dtype, device=real.device).masked_fill(~visible, -torch.inf)[:, None]
