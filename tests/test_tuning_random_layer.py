@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from tiny_models import DATA, C, chunk, load_golden, one_thread, shared_model  # noqa: F401
 
 from vte_compile import GateExit, Oracle, Plan, StaticExit
-from vte_compile.errors import InputError
-from vte_compile.tuning.random_layer import IGNORE, Batch, random_layer_step
+from vte_compile.errors import CalibrationError, InputError
+from vte_compile.tuning.random_layer import IGNORE, Batch, random_layer_step, train_random_layer
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
 
@@ -107,3 +107,44 @@ def test_rows_that_give_no_label_are_refused(change, message) -> None:
 def test_a_layer_without_gate_is_refused() -> None:
     with pytest.raises(InputError, match=r"layer=3: there are gates for the layers 0\.\.2"):
         random_layer_step(shared_model("llama"), gate_weights(), Batch(**vars(rows())), 3)
+
+
+def single_rows():
+    """The rows of the batch, each without its padding."""
+    batch = rows()
+    for row in range(len(LAYOUTS)):
+        here = batch.attention_mask[row]
+        yield batch.inputs_embeds[row, here], batch.visual_mask[row, here], batch.labels[row, here]
+
+
+def test_rows_are_padded_to_a_batch() -> None:
+    padded = Batch.of(list(single_rows()))
+    assert padded.attention_mask.tolist() == [[n < length for n in range(14)] for length in (10, 13, 14, 8)]
+    model, gates = shared_model("llama"), gate_weights()
+    first, second = (random_layer_step(model, gates, batch, 1) for batch in (padded, Batch(**vars(rows()))))
+    torch.testing.assert_close(first.features, second.features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first.exit_ce, second.exit_ce, rtol=1e-4, atol=1e-4)
+
+
+def test_gates_learn_their_batch() -> None:
+    model, batch = shared_model("llama"), Batch(**vars(rows()))
+    untrained = train_random_layer(model, [], steps=0, width=16, seed=3)
+    trained = train_random_layer(model, [batch] * 60, steps=60, width=16, seed=3, rate=1e-2)
+    assert trained.w1.shape == (3, 16, 2 * C)
+
+    def losses(gates):
+        pairs = list(zip(gates.w1, gates.w2, strict=True))
+        return torch.stack([random_layer_step(model, pairs, batch, layer).loss for layer in range(3)])
+
+    assert (losses(trained) < 0.1 * losses(untrained)).all()
+    again = train_random_layer(model, [batch] * 60, steps=60, width=16, seed=3, rate=1e-2)
+    assert torch.equal(trained.w1, again.w1)
+    only_one = train_random_layer(model, [batch], steps=1, width=16, seed=3, rate=1e-2)
+    assert sum(not torch.equal(a, b) for a, b in zip(only_one.w1, untrained.w1, strict=True)) <= 1
+
+
+def test_a_loss_that_is_not_finite_is_an_error() -> None:
+    batch = rows()
+    batch.inputs_embeds[1] = torch.nan
+    with pytest.raises(CalibrationError, match=r"after layer \d is nan in step 1 of 1: .* lower rate"):
+        train_random_layer(shared_model("llama"), [Batch(**vars(batch))], steps=1, width=4)

@@ -20,7 +20,8 @@ from vte_compile.errors import CalibrationError, InputError
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP = 0.03  # share of the steps, as in the paper
+WARM_UP = 0.03
+"""Share of the steps, as in the paper."""
 _HELD_OUT = 0.2  # share of the samples on which widths are compared
 _CHUNK = 1024  # samples whose margins are computed at once
 
@@ -116,7 +117,7 @@ def train_gates(
     weights = [w1.requires_grad_(), w2.requires_grad_()]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=weight_decay)
     steps = epochs * -(-samples // batch)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(_WARM_UP * steps), steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
     progress = tqdm(range(epochs), "gates", unit="epoch", dynamic_ncols=True)
     for epoch in progress:
         for chosen in torch.randperm(samples, generator=generator).to(features.device).split(batch):

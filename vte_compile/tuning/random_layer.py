@@ -7,7 +7,7 @@ gates for less.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
-from vte_compile.errors import InputError
+from vte_compile.errors import CalibrationError, InputError
 from vte_compile.families.decoder import find_decoder
+from vte_compile.tuning.gates import WARM_UP, Gates
 
 IGNORE = -100
 """The label of tokens that are not to be predicted, as in transformers."""
@@ -55,6 +58,14 @@ class Batch:
                 raise InputError(f"row {row} has no visual token or no answer: it gives no label.")
             if int(self.question(row).sum()) < 2:
                 raise InputError(f"row {row} has fewer than two question tokens: gates read nothing there.")
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Batch:
+        """Prompts of different lengths: of each its embeddings [S, C], visual mask [S] and labels [S]."""
+        embeds, visual, labels = (list(parts) for parts in zip(*rows, strict=True))
+        real = pad_sequence([torch.ones_like(mask) for mask in visual], batch_first=True)
+        padded = pad_sequence(embeds, batch_first=True), real, pad_sequence(visual, batch_first=True)
+        return cls(*padded, pad_sequence(labels, batch_first=True, padding_value=IGNORE))
 
     def question(self, row: int) -> Tensor:
         """[S] bool: the text tokens behind the last visual token, and before the answer."""
@@ -111,6 +122,62 @@ def random_layer_step(model: nn.Module, gates: Sequence[tuple[Tensor, Tensor]], 
     logits = F.gelu(features @ w1.mT) @ w2.mT
     full_ce, exit_ce = torch.stack(losses).unbind(-1)
     return StepResult(features, may_exit, full_ce, exit_ce, logits, F.cross_entropy(logits, may_exit.long()))
+
+
+def train_random_layer(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    width: int,
+    seed: int = 0,
+    rate: float = 6e-5,
+    weight_decay: float = 0.0,
+) -> Gates:
+    """Train gates after all layers but the last, one of them per batch, as the paper does, by default with its numbers.
+
+    AdamW with a cosine schedule behind a warm-up; first weights as those of ``nn.Linear``.
+
+    Args:
+        model: As in :func:`random_layer_step`; nothing of it is trained.
+        batches: On the model's device; each is used once.
+        steps: How many batches there are.
+        width: M, the gates' own width (2048 in the paper).
+        seed: Of the first weights and of the layers drawn.
+        rate: The highest learning rate.
+        weight_decay: Of AdamW.
+
+    Raises:
+        CalibrationError: The loss is not finite.
+    """
+    decoder: Any = find_decoder(model)
+    inputs, device = 2 * decoder.config.hidden_size, next(decoder.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+
+    def linear(out: int, in_: int) -> Tensor:
+        weight = (2 * torch.rand(out, in_, generator=generator) - 1) * in_**-0.5
+        return weight.to(device).requires_grad_()
+
+    gates = [(linear(width, inputs), linear(2, width)) for _ in range(len(decoder.layers) - 1)]
+    weights = [weight for gate in gates for weight in gate]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARM_UP * steps), steps)
+    progress = tqdm(batches, "gates, a layer at a time", total=steps, unit="batch", dynamic_ncols=True)
+    for step, batch in enumerate(progress):
+        layer = int(torch.randint(len(gates), (), generator=generator))
+        loss = random_layer_step(model, gates, batch, layer).loss
+        if not torch.isfinite(loss):
+            raise CalibrationError(
+                f"The loss of the gate after layer {layer} is {loss.item()} in step {step + 1} of {steps}: train with "
+                f"a lower rate (it is {rate:g}), or, if hidden states overflow, run the model in bfloat16 or float32."
+            )
+        optimizer.zero_grad()  # to None: gates that were not drawn stay as they are
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+    first, second = (torch.stack([weight.detach().cpu() for weight in kind]) for kind in zip(*gates, strict=True))
+    return Gates(first, second)
 
 
 @torch.no_grad()
