@@ -1,0 +1,1 @@
+"""Tuning: train gates, choose thresholds and skips, measure plans."""
