@@ -229,12 +229,51 @@ def test_greedy_counts_what_gates_cost(train):
         thresholds_within(draw(3000, seed=1, gate_cost=5.0), ALPHA)
 
 
+def greedy_by_hand(data, may_change):
+    """The search as documented, with each step measured as a whole; for margins of few distinct values."""
+    thresholds = torch.full((data.layers,), INF, dtype=torch.float64)
+
+    def measured(layer, level):
+        return measure(data, thresholds.clone().index_fill_(0, torch.tensor(layer), level))
+
+    while True:
+        now, best, step = measure(data, thresholds), 0.0, None
+        for layer in range(data.layers):
+            values = data.margins[:, layer].unique().tolist()
+            for level in [*reversed([v for v in values if v == v]), min(values) - 1]:
+                then = measured(layer, level)
+                saved, changed = data.samples * (now.cost - then.cost), max(then.changed - now.changed, 0.5)
+                if level < thresholds[layer] and then.changed <= may_change and saved > 1e-9 and saved / changed > best:
+                    best, step = saved / changed, (layer, level)
+        if step is None:
+            break
+        thresholds[step[0]] = step[1]
+    for layer in reversed(range(data.layers)):
+        now, then = measure(data, thresholds), measured(layer, INF)
+        if then.cost < now.cost and then.changed <= now.changed:
+            thresholds[layer] = INF
+    return thresholds
+
+
+def test_greedy_against_a_slow_search():
+    """With costs of each prompt's own, and gates that cost much or little; some layers are dropped at the end."""
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        margins = torch.randint(-3, 4, (40, 5), generator=generator).float()
+        margins[torch.rand(40, 5, generator=generator) < 0.1] = NAN
+        differs = torch.rand(40, 5, generator=generator) < torch.linspace(0.5, 0.1, 5)
+        costs = torch.arange(1.0, 7.0) + torch.rand(40, 6, generator=generator)
+        data = ExitOutcomes(margins, differs, costs, torch.rand(5, generator=generator))
+        assert torch.equal(thresholds_within(data, 0.3), greedy_by_hand(data, 12))
+
+
 def test_greedy_drops_a_layer_that_others_made_useless():
-    """Layer 1 saves most at first; with layer 0 in use as well, its gate costs more than it saves."""
-    margins = torch.tensor([[5.0, 9.0]] * 9 + [[-5.0, 9.0]])
-    differs = torch.zeros(10, 2, dtype=torch.bool)
-    data = outcomes(margins, differs, gate_cost=0.5, costs=[2.0, 2.1, 9.0])
-    assert thresholds_within(data, ALPHA).isfinite().tolist() == [True, False]
+    """Nine of ten leave after layer 1 and no answer changes, so it comes first; then all nine leave after layer 0."""
+    margins = torch.tensor([[5.0, 5.0]] * 9 + [[-5.0, -5.0]])
+    differs = torch.tensor([[True, False]] + [[False, False]] * 8 + [[True, True]])
+    data = outcomes(margins, differs, gate_cost=0.3, costs=[1.0, 2.0, 9.0])
+    assert thresholds_within(data, 0.01).isfinite().tolist() == [False, True]
+    assert thresholds_within(data, 0.1).isfinite().tolist() == [True, False]
 
 
 def test_thresholds_are_float32_numbers(train, policies):
@@ -372,6 +411,15 @@ def test_too_few_samples_says_how_many():
     assert isinstance(error.value, VTEError)
     enough = outcomes(torch.ones(900, 1), differs.repeat(9, 1))
     assert certify(enough, torch.zeros(1, 1), ALPHA, DELTA).changed == 36
+
+
+def test_what_has_to_pass_first_counts_for_how_many_are_needed():
+    """The first policy costs more than it saves, but is tested before the second."""
+    data = outcomes(
+        torch.tensor([[1.0, 0.0]] * 5 + [[0.0, 1.0]] * 95), torch.tensor([[True, False]] * 100), costs=[3.0, 1.0, 3.0]
+    )
+    with pytest.raises(CalibrationError, match=r"changes 5 of 100 answers.* no number of prompts"):
+        certify(data, torch.tensor([[0.5, INF], [INF, 0.5]]), ALPHA, DELTA)
 
 
 def test_nothing_saves():

@@ -134,7 +134,7 @@ def _why_not(calibration: ExitOutcomes, policies: Tensor, max_disagreement: floa
     if samples < least:
         return f"{limits} needs at least {least} prompts, if not one answer differs; there are {samples}."
     changed = max(outcome.changed for outcome in outcomes[: first + 1])  # those before it have to pass as well
-    why = f"{limits}: even the strictest policy that saves anything changes {changed} of {samples} answers. "
+    why = f"{limits}: to save anything, a policy had to pass that changes {changed} of {samples} answers. "
     needed = samples_needed(max_disagreement, delta, changed / samples)
     if needed is None:
         return why + "At that rate no number of prompts would be enough; the gates or the limit have to change."
