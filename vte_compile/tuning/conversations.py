@@ -42,7 +42,7 @@ def read_conversation(item: object, name: str, processor: Any | None) -> Sample 
     if not prompt or prompt[-1]["role"] != "user":
         raise InputError(f"{name}: no question: the message before the answer has to be the user's.")
     try:
-        inputs = _processed(processor, prompt, name)  # type: ignore[arg-type]
+        inputs = _processed(processor, prompt, name)
         answer = _answer(processor, prompt, messages[-1], name) if answered else None
     except InputError:
         raise
@@ -111,7 +111,7 @@ def _message(message: object, name: str) -> Message:
     if not isinstance(message, Mapping):
         raise InputError(f"{name}: expected a message with role and content, got {type(message).__name__}.")
     role = message.get("role", message.get("from"))
-    role = _ROLES.get(role, role)  # type: ignore[arg-type]
+    role = _ROLES.get(role, role)
     content = message.get("content", message.get("value"))
     if role not in ("system", "user", "assistant"):
         raise InputError(f"{name}: its role is {role!r}; expected system, user or assistant.")

@@ -87,19 +87,16 @@ class Examiner:
         """One sample that has an answer (n = 1), on the CPU; see :func:`examine`."""
         if not sample.answer:
             raise InputError(f"{sample.name}: has no answer to compare; answer_of() lets the model give one.")
-        vocabulary = int(self.spec.config.vocab_size)
-        wrong = [t for t in sample.answer if not 0 <= t < vocabulary or t in self.spec.visual_token_ids]
-        if wrong:
-            raise InputError(f"{sample.name}: answer tokens {wrong[:5]} are no text tokens of this model.")
+        if wrong := [token for token in sample.answer if not 0 <= token < self.spec.config.vocab_size]:
+            raise InputError(f"{sample.name}: answer tokens {wrong[:5]} are not in the model's vocabulary.")
         inputs = self.placed(sample)
         ids = inputs["input_ids"]
         check_question(ids[0], self.spec.visual_token_ids, sample.name)
-        answer = ids.new_tensor(sample.answer)
         try:
-            chunk = decoder_inputs(
+            prompt = decoder_inputs(
                 self.model,
                 self.spec,
-                input_ids=torch.cat([ids, answer[None, :-1]], 1),
+                input_ids=ids,
                 inputs_embeds=None,
                 visual_mask=None,
                 may_exit=True,
@@ -107,7 +104,11 @@ class Examiner:
             )
         except ValueError as error:  # also the model's own, where images and placeholders do not match in number
             raise InputError(f"{sample.name}: {error}") from error
-        return self.examine_embeds(chunk.embeds, chunk.visual_mask[0], answer, sample.name)
+        # As in decode: what the model says is text, even if it says a placeholder's token.
+        answer = ids.new_tensor(sample.answer)
+        said = self.model.get_input_embeddings()(answer[None, :-1])
+        visual = F.pad(prompt.visual_mask[0], (0, said.shape[1]))
+        return self.examine_embeds(torch.cat([prompt.embeds, said], 1), visual, answer, sample.name)
 
     @torch.no_grad()
     def examine_embeds(self, embeds: Tensor, visual: Tensor, answer: Tensor, name: str = "sample") -> Examined:
