@@ -12,7 +12,8 @@ from tiny_models import DATA, C, chunk, load_golden, one_thread, shared_model  #
 
 from vte_compile import GateExit, Oracle, Plan, StaticExit
 from vte_compile.errors import CalibrationError, InputError
-from vte_compile.tuning.random_layer import IGNORE, Batch, random_layer_step, train_random_layer
+from vte_compile.tuning.batches import IGNORE
+from vte_compile.tuning.random_layer import Batch, random_layer_step, train_random_layer
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
 

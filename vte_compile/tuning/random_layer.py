@@ -20,13 +20,11 @@ from transformers import get_cosine_schedule_with_warmup
 
 from vte_compile.errors import CalibrationError, InputError
 from vte_compile.families.decoder import find_decoder
+from vte_compile.families.inputs import decoder_inputs
+from vte_compile.tuning.batches import IGNORE
+from vte_compile.tuning.examine import AGREEING_POSITIONS, LOSS_RATIO, Examiner, own_answer
 from vte_compile.tuning.gates import WARM_UP, Gates
-
-IGNORE = -100
-"""The label of tokens that are not to be predicted, as in transformers."""
-
-# The paper's two conditions for the label "may exit".
-_AGREEING, _LOSS_RATIO = 0.99, 1.03
+from vte_compile.tuning.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def random_layer_step(model: nn.Module, gates: Sequence[tuple[Tensor, Tensor]], 
         target = batch.labels[row, answer]
         full_ce, exit_ce = (F.cross_entropy(logits, target) for logits in (full[row], exited[row]))
         same = (full[row].argmax(-1) == exited[row].argmax(-1)).double().mean()
-        labels.append((same > _AGREEING) & (exit_ce < _LOSS_RATIO * full_ce))
+        labels.append((same > AGREEING_POSITIONS) & (exit_ce < LOSS_RATIO * full_ce))
         losses.append(torch.stack([full_ce, exit_ce]))
     may_exit = torch.stack(labels)
     w1, w2 = gates[layer]
@@ -122,6 +120,30 @@ def random_layer_step(model: nn.Module, gates: Sequence[tuple[Tensor, Tensor]], 
     logits = F.gelu(features @ w1.mT) @ w2.mT
     full_ce, exit_ce = torch.stack(losses).unbind(-1)
     return StepResult(features, may_exit, full_ce, exit_ce, logits, F.cross_entropy(logits, may_exit.long()))
+
+
+@torch.no_grad()
+def labelled_row(examiner: Examiner, sample: Sample, max_new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A sample as a row for :meth:`Batch.of`, with the model's own answer where it has none.
+
+    Raises:
+        InputError: The model does not take the sample.
+    """
+    answered = sample if sample.answer else own_answer(examiner, sample, max_new_tokens)
+    inputs = examiner.placed(answered)
+    prompt = inputs.pop("input_ids")
+    answer = prompt.new_tensor(answered.answer)[None]
+    chunk = decoder_inputs(
+        examiner.model,
+        examiner.spec,
+        input_ids=torch.cat([prompt, answer], 1),
+        inputs_embeds=None,
+        visual_mask=None,
+        may_exit=True,
+        multimodal={name: value for name, value in inputs.items() if name not in ("attention_mask", "position_ids")},
+    )
+    labels = torch.cat([torch.full_like(prompt, IGNORE), answer], 1)
+    return chunk.embeds[0], chunk.visual_mask[0], labels[0]
 
 
 def train_random_layer(

@@ -39,12 +39,10 @@ class CalibrationReport:
     """What :func:`vte_compile.calibrate` did and found."""
 
     samples: Mapping[str, int]
-    """How many are in each split, and how many were left out since they have no image, or no question behind it."""
+    """How many are in each split."""
     settings: Mapping[str, Any]
     layers: tuple[LayerReport, ...]
     """The candidates: all of the decoder's layers but the last."""
-    never: float
-    """The share of the certification split that keeps its visual tokens."""
     certificate: Certificate
     cost_unit: str
     """Of the certificate's costs."""
@@ -67,7 +65,7 @@ class CalibrationReport:
         return Group(self._layer_table(), *([self._width_table()] if self.widths else []), self._summary())
 
     def _layer_table(self) -> Table:
-        counts = ", ".join(f"{count} {name}" for name, count in self.samples.items())
+        counts = ", ".join(f"{count} for {part}" for part, count in self.samples.items())
         table = Table(title=f"Samples: {counts}", title_justify="left")
         for heading in ("layer", "may exit", "accuracy", "AUC", "threshold", "exits", "changed"):
             table.add_column(heading, justify="right")
@@ -82,7 +80,8 @@ class CalibrationReport:
                 str(row.changed) if row.exits else "",
                 style=None if row.threshold is not None else "dim",
             )
-        table.add_row("never", "", "", "", "", f"{self.never:.1%}", "")
+        never = 1 - sum(row.exits for row in self.layers)
+        table.add_row("never", "", "", "", "", f"{max(never, 0):.1%}", "")
         return table
 
     def _width_table(self) -> Table:
