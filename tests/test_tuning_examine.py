@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from tiny_models import (
     DATA,
     IMAGE,
     IMAGE_TOKENS,
     LAYERS,
     NEVER,
+    TINY,
     VOCAB,
     C,
     gate,
@@ -95,6 +97,42 @@ def test_equals_the_oracle(layout, attention, tokens_at_once, monkeypatch):
     assert examined.visual.tolist() == [layout.count("i") * IMAGE_TOKENS]
     assert examined.tokens.tolist() == [ids.shape[1]]
     assert {value.dtype for value in (examined.features, examined.same, examined.loss)} == {torch.float32}
+
+
+def llava_next():
+    config = hf.LlavaNextConfig(
+        vision_config=tiny_llava().config.vision_config,
+        text_config=hf.LlamaConfig(**TINY),
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=[[8, 16], [16, 8]],
+    )
+    return hf.LlavaNextForConditionalGeneration(config), 14, torch.randn(1, 3, 3, 8, 8)
+
+
+def internvl():
+    vision = hf.InternVLVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=2
+    )
+    text = hf.Qwen2Config(**TINY)
+    config = hf.InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, downsample_ratio=0.5)
+    return hf.InternVLForConditionalGeneration(config), 8, torch.randn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("family", [llava_next, internvl])
+def test_other_families(family):
+    torch.manual_seed(0)
+    model, visual_tokens, pixels = family()
+    extra = {"image_sizes": torch.tensor([[8, 16]])} if family is llava_next else {}
+    ids = torch.tensor([[5, *[IMAGE] * visual_tokens, 6, 7, 8]])
+    given = Sample.of({"input_ids": ids, "pixel_values": pixels, **extra}, (3, 4, 9))
+    examined = examine(model.eval(), given)
+    embeds = embed(model, torch.cat([ids, torch.tensor([[3, 4]])], 1), pixels, **extra)
+    for k in range(LAYERS):
+        logits = Oracle(model, plan(StaticExit(k))).forward(*embeds).logits[0, -3:]
+        expected = F.cross_entropy(logits, torch.tensor(given.answer))
+        torch.testing.assert_close(examined.loss[0, k], expected, rtol=5e-5, atol=5e-5)
+    assert examined.visual.tolist() == [visual_tokens]
 
 
 def test_labels_are_the_papers():

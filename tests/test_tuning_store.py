@@ -201,7 +201,7 @@ def test_an_unwritable_folder_is_found_at_once(model, tmp_path, monkeypatch, cou
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(module, "write_atomically", refuse)
-    with pytest.raises(InputError, match="cannot be written: .*Permission denied"):
+    with pytest.raises(InputError, match=r"cannot be written: .*Permission denied"):
         collect(model, some(), tmp_path / "new", progress=False)
     assert counted == []
 

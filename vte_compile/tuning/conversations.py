@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import io
+import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 from transformers.image_utils import load_image
 
 from vte_compile.errors import InputError
 from vte_compile.tuning.batches import image_token_ids
 from vte_compile.tuning.samples import Sample, check_question
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # How LLaVA's data name the speakers.
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -145,7 +147,8 @@ def _image(source: Any, name: str) -> Image.Image:
     try:
         if isinstance(source, Mapping):
             stored = source.get("bytes")
-            source = Image.open(io.BytesIO(stored)) if stored else source.get("url") or source.get("path")
+            # As base64, which load_image() takes, as it takes paths.
+            source = base64.b64encode(stored).decode() if stored else source.get("url") or source.get("path")
         return load_image(str(source) if isinstance(source, Path) else source)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{name}: cannot be read: {error}") from error
