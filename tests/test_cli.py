@@ -242,9 +242,10 @@ def chats(tmp_path_factory) -> Path:
 
 
 def test_calibrate(llava: Path, chats: Path, tmp_path: Path) -> None:
-    out, file = tmp_path / "plan", tmp_path / "new" / "report.json"
+    out, file, plot = tmp_path / "plan", tmp_path / "new" / "report.json", tmp_path / "plots" / "exits.png"
     options = ("--target-speedup", 1.1, "--width", 8, "--compare-width", 2, "--max-new-tokens", 2, "--slack", 1)
-    shown = run("calibrate", llava, "--data", chats, "--out", out, "--json", file, *options).stdout
+    shown = run("calibrate", llava, "--data", chats, "--out", out, "--json", file, "--plot", plot, *options).stdout
+    assert Image.open(plot).width > 500
     assert "may exit" in shown
     assert "Gates of other widths" in shown
     assert "P(an answer differs) <=" in shown

@@ -1,4 +1,4 @@
-"""What exits cost: FLOPs per sample, times measured in turns; and the split of samples by their keys."""
+"""What exits cost: FLOPs per sample, times measured in turns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from vte_compile import Plan
 from vte_compile.errors import InputError
 from vte_compile.flops import gate_flops, prefill_flops
 from vte_compile.tuning.costs import LayerCosts, flop_costs, gate_flop_costs, measure_costs
-from vte_compile.tuning.splits import PARTS, part_of, samples_for
 
 
 def test_flops_are_those_of_each_exit() -> None:
@@ -36,13 +35,3 @@ def test_measured_costs() -> None:
 def test_bad_costs(costs) -> None:
     with pytest.raises(InputError, match="finite numbers that are not negative"):
         LayerCosts(*costs)
-
-
-def test_parts_depend_on_the_key_alone() -> None:
-    parts = [part_of(f"sample {n}", 0) for n in range(4000)]
-    for part, share in PARTS.items():
-        assert parts.count(part) / 4000 == pytest.approx(share, abs=0.03)
-    assert parts == [part_of(f"sample {n}", 0) for n in range(4000)]
-    assert parts != [part_of(f"sample {n}", 1) for n in range(4000)]
-    assert sum(PARTS.values()) == pytest.approx(1)
-    assert samples_for(150) == 500

@@ -311,15 +311,20 @@ def calibrate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split and the training.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG there.")] = None,
     device: DeviceOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Train exit gates on your own data, and choose thresholds with a guarantee: writes a plan."""
     import vte_compile
+    from vte_compile.demo.plots import require_matplotlib
     from vte_compile.loading import load_model, load_processor
     from vte_compile.tuning.chat_file import read_chats
+    from vte_compile.tuning.plots import draw_calibration
     from vte_compile.tuning.report import CalibrationReport
 
+    if plot is not None:
+        require_matplotlib()
     chats = read_chats(data)
     reports: list[CalibrationReport] = []
     made = vte_compile.calibrate(
@@ -346,6 +351,9 @@ def calibrate(
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(reports[0].to_json(), encoding="utf-8")
         console.print(f"wrote {_plain(json_file)}", soft_wrap=True)
+    if plot is not None:
+        draw_calibration(reports[0], plot)
+        console.print(f"wrote {_plain(plot)}", soft_wrap=True)
 
 
 @app.command()

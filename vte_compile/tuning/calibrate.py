@@ -32,8 +32,8 @@ from vte_compile.tuning.guarantee import Certificate, bound, certify
 from vte_compile.tuning.policies import offset_policies, thresholds_for_speedup, thresholds_within
 from vte_compile.tuning.random_layer import Batch, labelled_row, train_random_layer
 from vte_compile.tuning.report import CalibrationReport, LayerReport
-from vte_compile.tuning.samples import Sample, read_samples
-from vte_compile.tuning.splits import PARTS, part_of, samples_for
+from vte_compile.tuning.samples import read_samples
+from vte_compile.tuning.splits import PARTS, Divided, samples_for
 from vte_compile.tuning.store import collect
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def calibrate(
     least = 1 if target_speedup is not None else samples_needed(max_disagreement, delta)
     assert least is not None  # no answer differs
     knows_images = model.config if processor is None else processor
-    divided = _Divided(read_samples(samples, knows_images), seed)
+    divided = Divided(read_samples(samples, knows_images), seed)
     if 0 < operator.length_hint(divided) < least:
         raise CalibrationError(_too_few(operator.length_hint(divided), least, "in all"))
 
@@ -119,7 +119,13 @@ def calibrate(
     if min(counts.values()) == 0 or counts["certification"] < least:
         raise CalibrationError(_too_few(counts["certification"], least, "in the certification split"))
     if divided.repeated:
-        logger.warning("%d samples were left out: their prompts came before", divided.repeated)
+        logger.warning("%d samples are left out: their prompts came before", divided.repeated)
+    if (pictures := len(divided.pictures["certification"])) < counts["certification"]:
+        logger.warning(
+            "the guarantee takes prompts for independent, but %d of the certification split are about %d pictures: "
+            "better one question per picture",
+            counts["certification"], pictures,
+        )  # fmt: skip
     train, selection, certification = (_of_part(examined, divided.parts, part) for part in PARTS)
 
     # The last layer is no candidate: behind it there is nothing to save.
@@ -127,7 +133,7 @@ def calibrate(
     if procedure == "all_layers":
         gates = train_gates(features, labels, width=width, epochs=epochs, seed=seed, device=model.device)
     else:
-        again = _Divided(read_samples(samples, knows_images), seed)
+        again = Divided(read_samples(samples, knows_images), seed)
         gates = _train_the_papers_way(model, again, counts["train"], width, max_new_tokens, seed)
     cost_unit, layer_costs = "as given", None if isinstance(costs, str) else costs
     if costs == "flops":
@@ -174,35 +180,6 @@ def calibrate(
     return Plan(exits, Fingerprint.of(model))
 
 
-class _Divided(Iterator[Sample]):
-    """The samples that are used; only those for training keep the answers that came with them.
-
-    A prompt that came before is used for training only: the other parts need independent ones. `parts`: of the samples
-    so far. `repeated`: how many were left out.
-    """
-
-    def __init__(self, samples: Iterator[Sample], seed: int) -> None:
-        self._samples, self._seed, self._seen = samples, seed, set[str]()
-        self.parts: list[str] = []
-        self.repeated = 0
-
-    def __next__(self) -> Sample:
-        for sample in self._samples:
-            # By the prompt alone: with another answer it is in the same part.
-            question = Sample.of(sample.inputs, None, sample.name)
-            part = part_of(question.key, self._seed)
-            if part != "train" and question.key in self._seen:
-                self.repeated += 1
-                continue
-            self._seen.add(question.key)
-            self.parts.append(part)
-            return sample if part == "train" else question
-        raise StopIteration
-
-    def __length_hint__(self) -> int:
-        return operator.length_hint(self._samples)
-
-
 def _too_few(samples: int, least: int, where: str) -> str:
     return (
         f"There are too few samples: {samples} {where}. At least {least} are needed for certification, so about "
@@ -216,7 +193,7 @@ def _of_part(examined: Examined, parts: Sequence[str], part: str) -> Examined:
 
 
 def _train_the_papers_way(
-    model: PreTrainedModel, divided: _Divided, samples: int, width: int, max_new_tokens: int, seed: int
+    model: PreTrainedModel, divided: Divided, samples: int, width: int, max_new_tokens: int, seed: int
 ) -> Gates:
     examiner = Examiner(model)
 

@@ -79,7 +79,7 @@ def train_gates(
     epochs: int = 30,
     seed: int = 0,
     rate: float = 3e-3,
-    weight_decay: float = 0.01,
+    weight_decay: float = 1.0,
     batch: int = 64,
     device: torch.device | str | None = None,
 ) -> Gates:
@@ -94,7 +94,7 @@ def train_gates(
         epochs: Passes over the samples.
         seed: Of the first weights and of the samples' order: the same seed gives the same gates on the same machine.
         rate: The highest learning rate, for features of unit size: they are scaled to it in training, which w1 absorbs.
-        weight_decay: Of AdamW.
+        weight_decay: Of AdamW, which multiplies it by the rate. Samples are often fewer than weights.
         batch: Samples per step; the last step of an epoch has what is left.
         device: Where to train; None: where the features are.
 

@@ -54,6 +54,11 @@ class CalibrationReport:
         """The mean cost without exits over that of the plan, gates included; of prefill, on the certification split."""
         return self.certificate.full_cost / self.certificate.expected_cost
 
+    @property
+    def never(self) -> float:
+        """The share of the certification split that keeps its visual tokens."""
+        return max(1.0 - sum(row.exits for row in self.layers), 0.0)
+
     def to_json(self) -> str:
         """All of it; a threshold is null where there is no gate."""
         content = asdict(self) | {"speedup": self.speedup}
@@ -80,8 +85,7 @@ class CalibrationReport:
                 str(row.changed) if row.exits else "",
                 style=None if row.threshold is not None else "dim",
             )
-        never = 1 - sum(row.exits for row in self.layers)
-        table.add_row("never", "", "", "", "", f"{max(never, 0):.1%}", "")
+        table.add_row("never", "", "", "", "", f"{self.never:.1%}", "")
         return table
 
     def _width_table(self) -> Table:
