@@ -185,8 +185,7 @@ def test_layers_where_no_sample_may_exit_are_no_candidates(calibrate, monkeypatc
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"count": 20, "max_disagreement": 0.02, "delta": 0.05}, CalibrationError, "20 in all. At least 149 are"),
-        ({"count": 160, "max_disagreement": 0.02, "delta": 0.05}, CalibrationError, "certification split.* 497 in all"),
+        ({"max_disagreement": 0.02, "delta": 0.05}, CalibrationError, r"400 in all\. At least 149 are .* 497 in all"),
         ({"max_disagreement": 0.0}, InputError, "max_disagreement=0.0"),
         ({"delta": 1.0}, InputError, "delta=1.0"),
         ({"target_speedup": 1.0}, InputError, "target_speedup=1.0"),
@@ -201,14 +200,22 @@ def test_what_cannot_be_done(calibrate, options, error, message) -> None:
         calibrate(**options)
 
 
+def test_a_stream_that_was_too_short(tmp_path) -> None:
+    with pytest.raises(CalibrationError, match=r"in the certification split\. At least 45 .*saved in .*work") as error:
+        vte_compile.calibrate(
+            model(), iter(prompts(80)), **{**SETTINGS, "max_disagreement": 0.05, "work": tmp_path / "work"}
+        )
+    assert "150 in all" in str(error.value)
+
+
 def test_samples_that_cannot_be_used() -> None:
     text_only = [{"input_ids": torch.tensor([[3, 4, 5]])}] * 400
     with pytest.raises(InputError, match="all 400 are text only"):
-        vte_compile.calibrate(model(), text_only)
+        vte_compile.calibrate(model(), text_only, **SETTINGS)
     with pytest.raises(InputError, match="stream"):
-        vte_compile.calibrate(model(), iter(prompts(30)), procedure="random_layer")
+        vte_compile.calibrate(model(), iter(prompts(30)), procedure="random_layer", **SETTINGS)
     with pytest.raises(InputError, match="optimized"):
-        vte_compile.calibrate(optimize(model(), Plan([StaticExit(1)]), compile=False), prompts(400))
+        vte_compile.calibrate(optimize(model(), Plan([StaticExit(1)]), compile=False), prompts(400), **SETTINGS)
 
 
 def test_several_questions_per_picture_are_no_independent_prompts(calibrate, caplog) -> None:

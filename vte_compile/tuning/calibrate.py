@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vte_compile.errors import CalibrationError, InputError
+from vte_compile.families.decoder import describe
 from vte_compile.fingerprint import Fingerprint
 from vte_compile.plan import GateExit, Plan
 from vte_compile.tuning.binomial import check_share, samples_needed
@@ -99,50 +100,31 @@ def calibrate(
         CalibrationError: The samples do not support the request; the message says how many would, where any can.
         UnsupportedModelError: A model that cannot be examined, or whose FLOPs are not known (pass other costs).
     """
-    check_share("delta", delta)
-    check_share("max_disagreement", max_disagreement)
-    if procedure not in ("all_layers", "random_layer"):
-        raise InputError(f"procedure={procedure!r}: expected 'all_layers' or 'random_layer'.")
-    if costs not in ("flops", "measured") and not isinstance(costs, LayerCosts):
-        raise InputError(f"costs={costs!r}: expected 'flops', 'measured' or LayerCosts.")
-    if procedure == "random_layer" and isinstance(samples, Iterator):
-        raise InputError("samples: are a stream, which procedure='random_layer' would need twice: pass a list.")
     least = 1 if target_speedup is not None else samples_needed(max_disagreement, delta)
     assert least is not None  # no answer differs
+    _check(model, samples, delta, target_speedup, procedure, costs, (width, *widths), epochs)
     knows_images = model.config if processor is None else processor
     divided = Divided(read_samples(samples, knows_images), seed)
-    if 0 < operator.length_hint(divided) < least:
+    if 0 < operator.length_hint(divided) < samples_for(least):
         raise CalibrationError(_too_few(operator.length_hint(divided), least, "in all"))
 
     examined = collect(model, divided, work, max_new_tokens)
     counts = {part: divided.parts.count(part) for part in PARTS}
-    if min(counts.values()) == 0 or counts["certification"] < least:
-        raise CalibrationError(_too_few(counts["certification"], least, "in the certification split"))
-    if divided.repeated:
-        logger.warning("%d samples are left out: their prompts came before", divided.repeated)
-    if (pictures := len(divided.pictures["certification"])) < counts["certification"]:
-        logger.warning(
-            "the guarantee takes prompts for independent, but %d of the certification split are about %d pictures: "
-            "better one question per picture",
-            counts["certification"], pictures,
-        )  # fmt: skip
-    train, selection, certification = (_of_part(examined, divided.parts, part) for part in PARTS)
-
-    # The last layer is no candidate: behind it there is nothing to save.
-    features, labels = train.features[:, :-1], train.may_exit(slack)[:, :-1]
-    if procedure == "all_layers":
-        gates = train_gates(features, labels, width=width, epochs=epochs, seed=seed, device=model.device)
-    else:
-        again = Divided(read_samples(samples, knows_images), seed)
-        gates = _train_the_papers_way(model, again, counts["train"], width, max_new_tokens, seed)
-    cost_unit, layer_costs = "as given", None if isinstance(costs, str) else costs
-    if costs == "flops":
-        cost_unit = "FLOPs"
-    elif costs == "measured":
-        cost_unit, layer_costs = "seconds", _measured(model, examined, width)
-    outcomes = functools.partial(_outcomes, model, gates, labels.any(0), layer_costs)
-    to_choose, to_certify = outcomes(selection), outcomes(certification)
     try:
+        if min(counts.values()) == 0 or counts["certification"] < least:
+            raise CalibrationError(_too_few(counts["certification"], least, "in the certification split"))
+        _warn_of_dependence(divided, counts["certification"])
+        train, selection, certification = (_of_part(examined, divided.parts, part) for part in PARTS)
+        # The last layer is no candidate: behind it there is nothing to save.
+        features, labels = train.features[:, :-1], train.may_exit(slack)[:, :-1]
+        if procedure == "all_layers":
+            gates = train_gates(features, labels, width=width, epochs=epochs, seed=seed, device=model.device)
+        else:
+            again = Divided(read_samples(samples, knows_images), seed)
+            gates = _train_the_papers_way(model, again, counts["train"], width, max_new_tokens, seed)
+        known = _measured(model, examined, width) if costs == "measured" else None if costs == "flops" else costs
+        outcomes = functools.partial(_outcomes, model, gates, labels.any(0), known)
+        to_choose, to_certify = outcomes(selection), outcomes(certification)
         if target_speedup is None:
             policies = offset_policies(to_choose, thresholds_within(to_choose, max_disagreement))
             certificate = certify(to_certify, policies, max_disagreement, delta)
@@ -150,25 +132,19 @@ def calibrate(
             certificate = bound(to_certify, thresholds_for_speedup(to_choose, target_speedup), delta)
     except CalibrationError as error:
         shares = ", ".join(f"{count} for {part}" for part, count in counts.items())
-        raise CalibrationError(f"{error} (Of the samples, {shares}.)") from error
+        saved = "" if work is None else f"; what was found of them is saved in {work}"
+        raise CalibrationError(f"{error} (Of the samples, {shares}{saved}.)") from error
 
     if report is not None:
+        settings = {"width": width, "epochs": epochs, "slack": slack, "procedure": procedure, "seed": seed}
         compared = accuracy_by_width(features, labels, widths, epochs=epochs, seed=seed) if widths else []
-        settings: dict[str, Any] = {
-            "width": width,
-            "epochs": epochs,
-            "slack": slack,
-            "procedure": procedure,
-            "seed": seed,
-        }
-        settings |= {"max_new_tokens": max_new_tokens, "target_speedup": target_speedup}
         report(
             CalibrationReport(
                 samples=counts,
-                settings=settings,
+                settings={**settings, "max_new_tokens": max_new_tokens, "target_speedup": target_speedup},
                 layers=_layers(gates, labels, selection, slack, to_certify, certificate),
                 certificate=certificate,
-                cost_unit=cost_unit,
+                cost_unit={"flops": "FLOPs", "measured": "seconds"}[costs] if isinstance(costs, str) else "as given",
                 widths=tuple(compared),
             )
         )
@@ -178,6 +154,47 @@ def calibrate(
         if math.isfinite(threshold)
     ]
     return Plan(exits, Fingerprint.of(model))
+
+
+def _check(
+    model: PreTrainedModel,
+    samples: object,
+    delta: float,
+    target_speedup: float | None,
+    procedure: str,
+    costs: _Costs,
+    widths: Sequence[int],
+    epochs: int,
+) -> None:
+    """Refuse now what would be refused when all samples have been examined."""
+    check_share("delta", delta)
+    if target_speedup is not None and not 1.0 < target_speedup < math.inf:
+        raise InputError(f"target_speedup={target_speedup}: expected a number above 1.")
+    for name, value in (("epochs", epochs), *(("width", width) for width in widths)):
+        if value < 1:
+            raise InputError(f"{name}={value}: expected at least 1.")
+    if procedure not in ("all_layers", "random_layer"):
+        raise InputError(f"procedure={procedure!r}: expected 'all_layers' or 'random_layer'.")
+    if procedure == "random_layer" and isinstance(samples, Iterator):
+        raise InputError("samples: are a stream, which procedure='random_layer' would need twice: pass a list.")
+    if isinstance(costs, LayerCosts):
+        if len(costs.exits) != (layers := describe(model).num_layers):
+            raise InputError(f"costs: expected {layers} exits, one per layer, got {len(costs.exits)}.")
+    elif costs == "flops":
+        flop_costs(model.config, torch.tensor([2]), torch.tensor([1]))
+    elif costs != "measured":
+        raise InputError(f"costs={costs!r}: expected 'flops', 'measured' or LayerCosts.")
+
+
+def _warn_of_dependence(divided: Divided, certified: int) -> None:
+    if divided.repeated:
+        logger.warning("%d samples are left out: their prompts came before", divided.repeated)
+    if (pictures := len(divided.pictures["certification"])) < certified:
+        logger.warning(
+            "the guarantee takes prompts for independent, but %d of the certification split are about %d pictures: "
+            "better one question per picture",
+            certified, pictures,
+        )  # fmt: skip
 
 
 def _too_few(samples: int, least: int, where: str) -> str:
@@ -219,8 +236,6 @@ def _outcomes(
         exits = flop_costs(model.config, examined.tokens, examined.visual)
         asking = gate_flop_costs(gates.w1.shape[1], gates.w1.shape[2] // 2, layers)
     else:
-        if len(costs.exits) != layers + 1:
-            raise InputError(f"costs: expected {layers + 1} exits, one per layer, got {len(costs.exits)}.")
         exits = torch.tensor(costs.exits, dtype=torch.float64)
         asking = torch.full((layers,), costs.gate, dtype=torch.float64)
     margins = gates.margins(examined.features[:, :-1]).masked_fill(~may_exit, torch.nan)
