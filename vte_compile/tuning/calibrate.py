@@ -137,7 +137,8 @@ def calibrate(
 
     if report is not None:
         settings = {"width": width, "epochs": epochs, "slack": slack, "procedure": procedure, "seed": seed}
-        compared = accuracy_by_width(features, labels, widths, epochs=epochs, seed=seed) if widths else []
+        training: dict[str, Any] = {"epochs": epochs, "seed": seed, "device": model.device}
+        compared = accuracy_by_width(features, labels, widths, **training) if widths else []
         report(
             CalibrationReport(
                 samples=counts,
