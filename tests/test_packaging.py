@@ -23,6 +23,7 @@ PUBLIC_NAMES = [
     "SkippedAttention",
     "StaticExit",
     "__version__",
+    "calibrate",
     "optimize",
 ]
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vte_compile.oracle import Oracle
     from vte_compile.plan import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
     from vte_compile.plan_co_attention import CoAttention
+    from vte_compile.tuning.calibrate import calibrate
 
 __all__ = [
     "CoAttention",
@@ -24,6 +25,7 @@ __all__ = [
     "SkippedAttention",
     "StaticExit",
     "__version__",
+    "calibrate",
     "optimize",
 ]
 
@@ -35,6 +37,7 @@ _HOME = {
     "Plan": "vte_compile.plan",
     "SkippedAttention": "vte_compile.plan",
     "StaticExit": "vte_compile.plan",
+    "calibrate": "vte_compile.tuning.calibrate",
     "optimize": "vte_compile.optimizer",
 }
 
