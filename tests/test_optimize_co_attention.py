@@ -251,7 +251,7 @@ def test_copies_and_pickles() -> None:
     assert torch.equal(run_layer(layer, given), run_layer(fast.cross_modal_image_layers[0], given))
 
 
-def export(model: nn.Module) -> ExportedProgram:
+def export(model: torch.nn.Module) -> ExportedProgram:
     dims = {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}, "attention_mask": {0: Dim.AUTO, 1: Dim.AUTO}}
     shapes = {**dims, "pixel_values": {0: Dim.AUTO}}
     with torch.no_grad():
