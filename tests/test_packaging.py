@@ -24,6 +24,7 @@ PUBLIC_NAMES = [
     "StaticExit",
     "__version__",
     "optimize",
+    "search_skips",
 ]
 
 # Tools for one door or for the command line, which a user of another door may not have, or should not wait for.

@@ -37,7 +37,7 @@ def reference(scores, sets, losses, lr, probability):
 
 
 def test_golden_updates(golden):
-    """Each update from the scores before it. Theirs are kept in float32, so they are within its rounding, not closer."""
+    """Each update from the scores before it. Theirs are kept in float32: they agree to its rounding, not closer."""
     for before, after, sets, losses in zip(
         *(golden[key] for key in ("scores_before", "scores_after", "selects", "losses")), strict=True
     ):

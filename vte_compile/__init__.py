@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vte_compile.oracle import Oracle
     from vte_compile.plan import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
     from vte_compile.plan_co_attention import CoAttention
+    from vte_compile.tuning.search import search_skips
 
 __all__ = [
     "CoAttention",
@@ -25,6 +26,7 @@ __all__ = [
     "StaticExit",
     "__version__",
     "optimize",
+    "search_skips",
 ]
 
 _HOME = {
@@ -36,6 +38,7 @@ _HOME = {
     "SkippedAttention": "vte_compile.plan",
     "StaticExit": "vte_compile.plan",
     "optimize": "vte_compile.optimizer",
+    "search_skips": "vte_compile.tuning.search",
 }
 
 # passes/, kernels/ and export/ are subpackages: an installed copy has them inside this folder, a source checkout

@@ -96,7 +96,7 @@ class Redundancy:
 
     @property
     def chosen(self) -> tuple[int, ...]:
-        """The attentions with the highest preferences, ascending; of equal ones, the higher: they are more redundant."""
+        """The attentions with the highest preferences, ascending; of equal ones the higher, as a rule less needed."""
         order = sorted(range(len(self.scores)), key=lambda i: (self.scores[i], i), reverse=True)
         return tuple(sorted(order[: self.settings.skips]))
 
@@ -140,10 +140,9 @@ class Redundancy:
         """
         if len(sets) != len(losses):
             raise InputError(f"losses: expected {len(sets)}, one per set, got {len(losses)}.")
-        if any(math.isnan(loss) for loss in losses):
-            raise InputError(
-                f"losses: the loss with attentions {list(sets[np.isnan(losses).argmax()])} skipped is NaN."
-            )
+        for drawn, loss in zip(sets, losses, strict=True):
+            if math.isnan(loss):
+                raise InputError(f"losses: the loss with attentions {list(drawn)} skipped is NaN.")
         rewards = np.exp(-np.asarray(losses, float))
         p = self.probabilities
         change = np.zeros_like(self.scores)

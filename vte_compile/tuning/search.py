@@ -1,0 +1,65 @@
+"""search_skips(): which attentions of a model may go."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from vte_compile.errors import InputError
+from vte_compile.plan import Plan
+from vte_compile.tuning.ranking import rank_skips
+
+RANKING_NAME = "vte_ranking.json"
+METHODS = ("ranking",)
+
+
+def search_skips(
+    model: nn.Module,
+    samples: object,
+    *,
+    skips: int,
+    processor: Any | None = None,
+    method: Literal["ranking"] = "ranking",
+    work: str | os.PathLike[str] | None = None,
+    max_new_tokens: int = 64,
+    progress: bool = True,
+) -> Plan:
+    """Find the attentions of a model that its answers need least, and make a plan that skips them.
+
+    Args:
+        model: A causal language model or MLLM of transformers, in eval mode, as it was loaded.
+        samples: A datasets.Dataset, a list of conversations, or batches of a processor's outputs with labels, see
+            :func:`vte_compile.tuning.samples.read_samples`. To those without an answer the model gives its own.
+        skips: How many attentions are to go.
+        processor: The model's processor, for conversations.
+        method: "ranking", without training: delete the attention whose deletion changes the answers' loss least, then
+            the next one (:func:`vte_compile.tuning.ranking.rank_skips`); the plan has no adapters.
+        work: A folder for what was measured, from which a later call goes on; it also gets vte_ranking.json, the
+            table of all effects.
+        max_new_tokens: Length limit of the model's own answers.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The plan, for :func:`vte_compile.optimize`.
+
+    Raises:
+        InputError: A sample or an argument cannot be used; the message says what was saved.
+        UnsupportedModelError: An attention of the model cannot be skipped.
+    """
+    if method not in METHODS:
+        raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}.")
+    ranking = rank_skips(
+        model,
+        samples,
+        skips=skips,
+        processor=processor,
+        work=work,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+    if work is not None:
+        ranking.save(Path(work) / RANKING_NAME)
+    return ranking.plan
