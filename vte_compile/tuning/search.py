@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from vte_compile.errors import InputError
 from vte_compile.plan import Plan
-from vte_compile.tuning.ranking import rank_skips
+from vte_compile.tuning.ranking import SkipRanking, rank_skips
 
 RANKING_NAME = "vte_ranking.json"
 METHODS = ("ranking",)
@@ -26,6 +27,7 @@ def search_skips(
     work: str | os.PathLike[str] | None = None,
     max_new_tokens: int = 64,
     progress: bool = True,
+    report: Callable[[SkipRanking], object] | None = None,
 ) -> Plan:
     """Find the attentions of a model that its answers need least, and make a plan that skips them.
 
@@ -41,6 +43,7 @@ def search_skips(
             table of all effects.
         max_new_tokens: Length limit of the model's own answers.
         progress: Whether to show progress bars.
+        report: Is called with the ranking, all effects that were measured.
 
     Returns:
         The plan, for :func:`vte_compile.optimize`.
@@ -62,4 +65,6 @@ def search_skips(
     )
     if work is not None:
         ranking.save(Path(work) / RANKING_NAME)
+    if report is not None:
+        report(ranking)
     return ranking.plan
