@@ -39,6 +39,17 @@ def test_search(llava: Path, chats: Path, tmp_path: Path) -> None:  # noqa: F811
     run("optimize", llava, "--plan", out, "--no-compile")
 
 
+def test_search_with_training(llava: Path, chats: Path, tmp_path: Path) -> None:  # noqa: F811
+    sizes = ("--search-steps", 2, "--steps", 2, "--batch", 2, "--width", 4, "--router", "static", "--distill", 0.5)
+    command = ("search", llava, "--data", chats, "--skips", 1, "--method", "redundancy", "--max-new-tokens", 2)
+    shown = run(*command, *sizes, "--out", tmp_path, "--work", tmp_path / "work", "--seed", 3).stdout
+    plan = Plan.from_pretrained(tmp_path)
+    assert [(skip.adapter.width, skip.adapter.router.weights) for skip in plan.skips] == [(4, (1.0, 0.0))]
+    assert len(plan.adapters) == LAYERS - 1
+    assert "adapter" in shown
+    run("optimize", llava, "--plan", tmp_path, "--no-compile")
+
+
 def test_search_is_one_of_the_commands() -> None:
     assert "search" in run("--help").stdout
     assert "--debug" in run("search", "--help").output
@@ -48,6 +59,9 @@ def test_search_is_one_of_the_commands() -> None:
     ("arguments", "message"),
     [
         (("--data", "{tmp}/none.json", "--skips", 1), "{tmp}/none.json: cannot be read"),
+        (("--data", "{chats}", "--skips", 1, "--steps", 3, "--width", 4), "--steps, --width: for --method redundancy"),
+        (("--data", "{chats}", "--skips", 1, "--method", "redundancy", "--json", "x"), "--json: is for"),
+        (("--data", "{chats}", "--skips", 1, "--method", "magic"), "method: expected one of ranking, redundancy"),
         (("--data", "{chats}", "--skips", LAYERS + 1), f"skips: expected 1 to {LAYERS}"),
     ],
 )

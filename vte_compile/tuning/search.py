@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -13,8 +13,11 @@ from vte_compile.errors import InputError
 from vte_compile.plan import Plan
 from vte_compile.tuning.ranking import SkipRanking, rank_skips
 
+if TYPE_CHECKING:
+    from vte_compile.tuning.train_adapters import TrainingSettings
+
 RANKING_NAME = "vte_ranking.json"
-METHODS = ("ranking",)
+METHODS = ("ranking", "redundancy")
 
 
 def search_skips(
@@ -23,9 +26,11 @@ def search_skips(
     *,
     skips: int,
     processor: Any | None = None,
-    method: Literal["ranking"] = "ranking",
+    method: Literal["ranking", "redundancy"] = "ranking",
+    training: TrainingSettings | None = None,
     work: str | os.PathLike[str] | None = None,
     max_new_tokens: int = 64,
+    seed: int = 0,
     progress: bool = True,
     report: Callable[[SkipRanking], object] | None = None,
 ) -> Plan:
@@ -37,11 +42,16 @@ def search_skips(
             :func:`vte_compile.tuning.samples.read_samples`. To those without an answer the model gives its own.
         skips: How many attentions are to go.
         processor: The model's processor, for conversations.
-        method: "ranking", without training: delete the attention whose deletion changes the answers' loss least, then
-            the next one (:func:`vte_compile.tuning.ranking.rank_skips`); the plan has no adapters.
-        work: A folder for what was measured, from which a later call goes on; it also gets vte_ranking.json, the
-            table of all effects.
+        method: "ranking", without training: delete the attention whose deletion leaves the answers' loss lowest, then
+            the next one (:func:`vte_compile.tuning.ranking.rank_skips`); the plan has no adapters. "redundancy": the
+            search of EAS (arXiv 2403.15226), which trains adapters meanwhile and then those of the attentions it found
+            (:func:`vte_compile.tuning.train_adapters.search_and_train`). To train adapters for what the ranking chose,
+            pass its plan to :func:`vte_compile.tuning.train_adapters.train_adapters`.
+        training: Settings of "redundancy".
+        work: A folder for what was measured or trained, from which a later call goes on; of a ranking it also gets
+            vte_ranking.json, the table of all effects.
         max_new_tokens: Length limit of the model's own answers.
+        seed: Of "redundancy"; the ranking has nothing random.
         progress: Whether to show progress bars.
         report: Is called with the ranking, all effects that were measured.
 
@@ -54,6 +64,24 @@ def search_skips(
     """
     if method not in METHODS:
         raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}.")
+    if method == "redundancy":
+        if report is not None:
+            raise InputError("report: is for a ranking, of which method='redundancy' has none.")
+        from vte_compile.tuning.train_adapters import search_and_train
+
+        return search_and_train(
+            model,
+            samples,
+            skips=skips,
+            settings=training,
+            processor=processor,
+            work=work,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            progress=progress,
+        )
+    if training is not None:
+        raise InputError("training: is for method='redundancy'; a ranking trains nothing.")
     ranking = rank_skips(
         model,
         samples,
