@@ -19,7 +19,7 @@ from tiny_models import (
     shared_model,
     tiny_llava,
 )
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from vte_compile import KeptAdapter, Plan, SkippedAttention, StaticExit, optimize, search_skips
 from vte_compile.adapters import PIA, PlainAdapter, StaticRouter, apply_pia, apply_plain, pool, route
@@ -236,6 +236,9 @@ def test_interrupted_training_goes_on(tmp_path, interrupted_after):
     interrupted_after(0)
     assert_same(train_adapters(model, samples, start, work=tmp_path, **options), expected)
     assert_same(train_adapters(model, samples, start, work=tmp_path, **options), expected)  # nothing is left to do
+    # Killed while the last checkpoint was written: the one before it is there.
+    (tmp_path / "train" / "checkpoint-7" / "trainer_state.json").write_text("{")
+    assert_same(train_adapters(model, samples, start, work=tmp_path, **options), expected)
     assert differs(train_adapters(model, samples, start, settings=settings(steps=7), progress=False, seed=2), expected)
 
 
@@ -274,6 +277,35 @@ def test_the_search_finds_the_attention_that_does_nothing():
     plan.check(model)
 
 
+def test_a_full_disk(tmp_path, monkeypatch):
+    save, written = Trainer._save_checkpoint, []
+
+    def full(self, *arguments):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(save(self, *arguments))
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+    options = dict(settings=settings(), work=tmp_path, progress=False)
+    model, start = shared_model("llava"), Plan(skips=[SkippedAttention(1)])
+    with pytest.raises(InputError, match=r"train: a checkpoint cannot be written.*No space left.*same folder"):
+        train_adapters(model, some_samples(), start, **options)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    monkeypatch.undo()
+    expected = train_adapters(model, some_samples(), start, **(options | {"work": None}))
+    assert_same(train_adapters(model, some_samples(), start, **options), expected)
+
+
+def test_a_model_in_low_precision():
+    """Adapters are trained and stored in float32."""
+    model = tiny_llava().to(torch.bfloat16)
+    plan = train_adapters(
+        model, some_samples(), Plan(skips=[SkippedAttention(1)]), settings=settings(distill=0.5), progress=False
+    )
+    assert plan.skips[0].adapter.down.weight.dtype == torch.float32
+    plan.check(model)
+
+
 def test_bad_input(tmp_path, monkeypatch):
     model, samples = shared_model("llava"), some_samples()
     start = Plan(skips=[SkippedAttention(1)])
@@ -292,7 +324,7 @@ def test_bad_input(tmp_path, monkeypatch):
     (tmp_path / "vte_training.json").write_text("[")
     with pytest.raises(InputError, match="damaged"):
         train_adapters(model, samples, start, settings=settings(), work=tmp_path, progress=False)
-    with pytest.raises(InputError, match=r"the loss is nan, with attentions \[1\] skipped"):
+    with pytest.raises(InputError, match=r"the loss is nan, with attentions \[1\] skipped.*Checkpoints"):
         train_adapters(model, samples, start, settings=settings(learning_rate=1e30), progress=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(InputError, match=r"pip install 'vte-compile\[train\]'"):

@@ -1,8 +1,8 @@
 """Training adapters with the model frozen, and the redundancy search (EAS, arXiv 2403.15226), on transformers' Trainer.
 
 Two phases. Search: every attention has a PIA, and a plain adapter if wanted; each step skips a random set of
-attentions, and losses of further sets, on samples held out, teach which are redundant (vte_compile/tuning/redundancy.py).
-Then the chosen set is fixed and its adapters are trained on.
+attentions, and losses of further sets, on samples held out, teach which are redundant
+(vte_compile/tuning/redundancy.py). Then the chosen set is fixed and its adapters are trained on.
 
 The Trainer saves checkpoints and goes on from them, with the same result as without interruption. Under torchrun each
 process takes its share of every batch, and all end with the same plan: that of one process with the same batch, up to
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,10 +24,10 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from vte_compile.adapters import PIA, PlainAdapter
 from vte_compile.errors import InputError
@@ -282,8 +283,29 @@ def _train(
         callbacks=[search] if search is not None else [],
     )
     trainer.remove_callback(PrinterCallback)  # what stands in for the progress bars, and prints
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    last = _last_checkpoint(folder)
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except InputError as error:
+        raise InputError(f"{error} Checkpoints are in {folder}.") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{folder}: a checkpoint cannot be written or read: {error}; call again with the same folder to go on with "
+            "the last whole one."
+        ) from error
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that is whole: the Trainer writes its state last, so a killed process leaves none there."""
+    steps = [int(found[1]) for path in folder.glob("*") if (found := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    for step in sorted(steps, reverse=True):
+        checkpoint = folder / f"checkpoint-{step}"
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(checkpoint)
+    return None
 
 
 def _read(examiner: Examiner, samples: object, processor: Any | None, max_new_tokens: int) -> list[Sample]:
