@@ -25,6 +25,7 @@ PUBLIC_NAMES = [
     "__version__",
     "calibrate",
     "optimize",
+    "search_skips",
 ]
 
 # Tools for one door or for the command line, which a user of another door may not have, or should not wait for.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vte_compile.plan import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
     from vte_compile.plan_co_attention import CoAttention
     from vte_compile.tuning.calibrate import calibrate
+    from vte_compile.tuning.search import search_skips
 
 __all__ = [
     "CoAttention",
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "optimize",
+    "search_skips",
 ]
 
 _HOME = {
@@ -39,6 +41,7 @@ _HOME = {
     "StaticExit": "vte_compile.plan",
     "calibrate": "vte_compile.tuning.calibrate",
     "optimize": "vte_compile.optimizer",
+    "search_skips": "vte_compile.tuning.search",
 }
 
 # passes/, kernels/ and export/ are subpackages: an installed copy has them inside this folder, a source checkout

@@ -483,3 +483,7 @@ def _timed_streamer(tokenizer: Any) -> Any:
             super().put(value)
 
     return Timed()
+
+
+# At the end: it takes the program and its options from here.
+from vte_compile import cli_tuning as cli_tuning  # noqa: E402
