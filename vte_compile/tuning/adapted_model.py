@@ -105,7 +105,7 @@ class AdaptedModel(nn.Module):
 
         A label is the token that follows, -100 where none of the answer does.
         """
-        rows = [embed_answered(self._examiner, sample) for sample in samples]
+        rows = [embed_answered(self._examiner.model, self._examiner.spec, sample) for sample in samples]
         length = max(row.embeds.shape[1] for row in rows)
         embeds = torch.cat([F.pad(row.embeds, (0, 0, 0, length - row.embeds.shape[1])) for row in rows])
         prompt_mask = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)

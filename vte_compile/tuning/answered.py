@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from vte_compile.errors import InputError
+from vte_compile.families.decoder import DecoderSpec
 from vte_compile.families.inputs import decoder_inputs
-from vte_compile.tuning.examine import Examiner
 from vte_compile.tuning.samples import Sample
 
 # Inputs of the model that follow from the tokens.
@@ -20,10 +21,11 @@ _FROM_TOKENS = ("input_ids", "attention_mask", "position_ids")
 class Answered:
     """`embeds` [1, T, C] of the prompt, and of the answer but for its last token, which nothing follows; `answer` [A].
 
-    So the last A positions are those that predict the answer.
+    So the last A positions are those that predict the answer. `visual` [T] bool: which tokens are visual.
     """
 
     embeds: Tensor
+    visual: Tensor
     answer: Tensor
 
     @property
@@ -32,8 +34,16 @@ class Answered:
         return self.embeds.shape[1] + 1 - len(self.answer)
 
 
+def placed(spec: DecoderSpec, sample: Sample) -> dict[str, Tensor]:
+    """The sample's inputs on the model's device, floating-point ones in its dtype."""
+    return {
+        name: value.to(spec.device, spec.dtype if value.is_floating_point() else value.dtype)
+        for name, value in sample.inputs.items()
+    }
+
+
 @torch.no_grad()
-def embed_answered(examiner: Examiner, sample: Sample) -> Answered:
+def embed_answered(model: nn.Module, spec: DecoderSpec, sample: Sample) -> Answered:
     """Embed a sample, on the model's device; the model's own code merges text and images.
 
     Raises:
@@ -41,13 +51,13 @@ def embed_answered(examiner: Examiner, sample: Sample) -> Answered:
     """
     if not sample.answer:
         raise InputError(f"{sample.name}: has no answer to compare; answer_of() lets the model give one.")
-    if wrong := [token for token in sample.answer if not 0 <= token < examiner.spec.config.vocab_size]:
+    if wrong := [token for token in sample.answer if not 0 <= token < spec.config.vocab_size]:
         raise InputError(f"{sample.name}: answer tokens {wrong[:5]} are not in the model's vocabulary.")
-    inputs = examiner.placed(sample)
+    inputs = placed(spec, sample)
     try:
         prompt = decoder_inputs(
-            examiner.model,
-            examiner.spec,
+            model,
+            spec,
             input_ids=inputs["input_ids"],
             inputs_embeds=None,
             visual_mask=None,
@@ -58,5 +68,6 @@ def embed_answered(examiner: Examiner, sample: Sample) -> Answered:
         raise InputError(f"{sample.name}: {error}") from error
     # As in decode: what the model says is text, even if it says a placeholder's token.
     answer = inputs["input_ids"].new_tensor(sample.answer)
-    said = examiner.model.get_input_embeddings()(answer[None, :-1])
-    return Answered(torch.cat([prompt.embeds, said], 1), answer)
+    said = model.get_input_embeddings()(answer[None, :-1])  # type: ignore[operator]
+    visual = F.pad(prompt.visual_mask[0], (0, said.shape[1]))
+    return Answered(torch.cat([prompt.embeds, said], 1), visual, answer)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from vte_compile.errors import InputError
 from vte_compile.families.decoder import describe
-from vte_compile.families.inputs import decoder_inputs
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
 from vte_compile.plan import Plan
+from vte_compile.tuning.answered import embed_answered, placed
 from vte_compile.tuning.samples import Sample, check_question
 
 # The paper's two conditions for the label "may exit".
@@ -30,8 +30,6 @@ AGREEING_POSITIONS, LOSS_RATIO = 0.99, 1.03
 _BRANCH_TOKENS = 4096
 # Answer positions whose logits are there at once.
 _LOGIT_ROWS = 512
-# Inputs of the model that follow from the tokens.
-_FROM_TOKENS = ("input_ids", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,30 +83,9 @@ class Examiner:
     @torch.no_grad()
     def examine(self, sample: Sample) -> Examined:
         """One sample that has an answer (n = 1), on the CPU; see :func:`examine`."""
-        if not sample.answer:
-            raise InputError(f"{sample.name}: has no answer to compare; answer_of() lets the model give one.")
-        if wrong := [token for token in sample.answer if not 0 <= token < self.spec.config.vocab_size]:
-            raise InputError(f"{sample.name}: answer tokens {wrong[:5]} are not in the model's vocabulary.")
-        inputs = self.placed(sample)
-        ids = inputs["input_ids"]
-        check_question(ids[0], self.spec.visual_token_ids, sample.name)
-        try:
-            prompt = decoder_inputs(
-                self.model,
-                self.spec,
-                input_ids=ids,
-                inputs_embeds=None,
-                visual_mask=None,
-                may_exit=True,
-                multimodal={name: value for name, value in inputs.items() if name not in _FROM_TOKENS},
-            )
-        except ValueError as error:  # also the model's own, where images and placeholders do not match in number
-            raise InputError(f"{sample.name}: {error}") from error
-        # As in decode: what the model says is text, even if it says a placeholder's token.
-        answer = ids.new_tensor(sample.answer)
-        said = self.model.get_input_embeddings()(answer[None, :-1])
-        visual = F.pad(prompt.visual_mask[0], (0, said.shape[1]))
-        return self.examine_embeds(torch.cat([prompt.embeds, said], 1), visual, answer, sample.name)
+        check_question(sample.inputs["input_ids"][0], self.spec.visual_token_ids, sample.name)
+        answered = embed_answered(self.model, self.spec, sample)
+        return self.examine_embeds(answered.embeds, answered.visual, answered.answer, sample.name)
 
     @torch.no_grad()
     def examine_embeds(self, embeds: Tensor, visual: Tensor, answer: Tensor, name: str = "sample") -> Examined:
@@ -151,13 +128,6 @@ class Examiner:
                 )
         counts = (torch.tensor([int(visual.sum())]), torch.tensor([prompt]))
         return Examined(found[None].cpu(), same[None].cpu(), loss[None].cpu(), *counts)
-
-    def placed(self, sample: Sample) -> dict[str, Tensor]:
-        """The sample's inputs on the model's device, floating-point ones in its dtype."""
-        return {
-            name: value.to(self.spec.device, self.spec.dtype if value.is_floating_point() else value.dtype)
-            for name, value in sample.inputs.items()
-        }
 
     def _run_layer(self, index: int, hidden: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """A layer's output for hidden [B, T, C] with the additive mask [T, T] and positions [1, T], without a cache."""
@@ -205,7 +175,7 @@ def answer_of(model: nn.Module, sample: Sample, max_new_tokens: int) -> Sample:
 def own_answer(examiner: Examiner, sample: Sample, max_new_tokens: int) -> Sample:
     """See :func:`answer_of`."""
     output = examiner.model.generate(
-        **examiner.placed(sample),
+        **placed(examiner.spec, sample),
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,

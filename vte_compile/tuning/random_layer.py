@@ -21,6 +21,7 @@ from transformers import get_cosine_schedule_with_warmup
 from vte_compile.errors import CalibrationError, InputError
 from vte_compile.families.decoder import find_decoder
 from vte_compile.families.inputs import decoder_inputs
+from vte_compile.tuning.answered import placed
 from vte_compile.tuning.batches import IGNORE
 from vte_compile.tuning.examine import AGREEING_POSITIONS, LOSS_RATIO, Examiner, own_answer
 from vte_compile.tuning.gates import WARM_UP, Gates
@@ -130,7 +131,7 @@ def labelled_row(examiner: Examiner, sample: Sample, max_new_tokens: int) -> tup
         InputError: The model does not take the sample.
     """
     answered = sample if sample.answer else own_answer(examiner, sample, max_new_tokens)
-    inputs = examiner.placed(answered)
+    inputs = placed(examiner.spec, answered)
     prompt = inputs.pop("input_ids")
     answer = prompt.new_tensor(answered.answer)[None]
     chunk = decoder_inputs(

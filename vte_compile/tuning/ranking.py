@@ -185,7 +185,7 @@ def _measure(
     if known is not None:
         return known
     losses, changed, full = deleter.effects(
-        embed_answered(deleter.examiner, sample), deleted, candidates, name=sample.name
+        embed_answered(deleter.examiner.model, deleter.examiner.spec, sample), deleted, candidates, name=sample.name
     )
     measured = losses.tolist(), changed.tolist(), full
     store.add(deleted, sample.key, measured)
