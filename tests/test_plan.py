@@ -446,14 +446,14 @@ def test_crash_while_saving(saved: Path, monkeypatch: pytest.MonkeyPatch, crash_
 
 
 def test_crash_in_a_new_folder_leaves_no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = plan_files._write_atomically
+    real = plan_files.write_atomically
 
     def crash_at_json(path: Path, data: bytes) -> None:
         if path.suffix == ".json":
             raise KeyboardInterrupt
         real(path, data)
 
-    monkeypatch.setattr(plan_files, "_write_atomically", crash_at_json)
+    monkeypatch.setattr(plan_files, "write_atomically", crash_at_json)
     with pytest.raises(KeyboardInterrupt):
         Plan([gate(1)]).save_pretrained(tmp_path)
     with pytest.raises(PlanError, match=r"^vte_plan.json: there is none in"):

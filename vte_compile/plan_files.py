@@ -86,9 +86,9 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
         "co_attention": co_attention,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(folder / TENSORS_NAME, tensor_bytes)
+    write_atomically(folder / TENSORS_NAME, tensor_bytes)
     # Last, so that a JSON never describes tensors that are not there yet.
-    _write_atomically(folder / JSON_NAME, (json.dumps(described, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(folder / JSON_NAME, (json.dumps(described, indent=2, allow_nan=False) + "\n").encode())
 
 
 def load_plan(folder_or_hub_id: str | os.PathLike[str], revision: str | None) -> Plan:
@@ -442,7 +442,7 @@ def _read(folder: Path, name: str) -> bytes:
         raise PlanError(f"{name}: cannot be read: {error}") from error
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step: whatever happens, it holds either the old content or all of the new."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # beside it: a rename stays on one file system
     try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vte_compile.errors import UnsupportedModelError
 
 # The config fields in which transformers' multimodal families keep the ids of their placeholder tokens.
-_VISUAL_TOKEN_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+VISUAL_TOKEN_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _path_of(model: nn.Module, decoder: nn.Module) -> str:
 
 
 def _visual_token_ids(model: nn.Module) -> tuple[int, ...]:
-    ids = {getattr(model.config, field, None) for field in _VISUAL_TOKEN_FIELDS}
+    ids = {getattr(model.config, field, None) for field in VISUAL_TOKEN_FIELDS}
     return tuple(sorted(i for i in ids if isinstance(i, int)))
 
 

@@ -1,1 +1,1 @@
-"""Tuning: where a model's visual tokens may leave, and what is promised of the answers."""
+"""Tuning: train gates, choose thresholds and skips, measure plans."""

@@ -1,0 +1,215 @@
+"""What the exits of a model do to the answer of a sample: features, labels and losses of all layers from one pass.
+
+DyVTE (arXiv 2411.19628) draws one layer per step and continues the batch with and without visual tokens. Here the
+prompt and its answer go through the decoder once; after each layer the text tokens alone branch off and run on, all
+branches side by side. That gives the same numbers for all layers at once, since text tokens are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vte_compile.errors import InputError
+from vte_compile.families.decoder import describe
+from vte_compile.families.inputs import decoder_inputs
+from vte_compile.optimizer import OptimizedModel
+from vte_compile.oracle import Oracle
+from vte_compile.plan import Plan
+from vte_compile.tuning.samples import Sample, check_question
+
+# The paper's two conditions for the label "may exit".
+AGREEING_POSITIONS, LOSS_RATIO = 0.99, 1.03
+
+# What limits memory: branches run together up to as many tokens as the pass with the image has, or this many.
+_BRANCH_TOKENS = 4096
+# Answer positions whose logits are there at once.
+_LOGIT_ROWS = 512
+# Inputs of the model that follow from the tokens.
+_FROM_TOKENS = ("input_ids", "attention_mask", "position_ids")
+
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """What exits do to n samples, for the decoder's L layers.
+
+    `features` [n, L, 2C] float32 (float64 of such a model): what a gate after each layer reads. `same` [n, L]: the
+    share of answer positions whose argmax an exit after that layer leaves as it is. `loss` [n, L + 1]: mean cross
+    entropy of the answer for each exit, and in the last column for none. `visual`, `tokens` [n] int64: visual tokens,
+    and all tokens, of the prompt.
+    """
+
+    features: Tensor
+    same: Tensor
+    loss: Tensor
+    visual: Tensor
+    tokens: Tensor
+
+    @property
+    def unchanged(self) -> Tensor:
+        """[n, L]: no answer position changes."""
+        return self.same == 1
+
+    def may_exit(self, slack: float = 0.0) -> Tensor:
+        """[n, L]: the label. With a slack of 0 it is the paper's; a slack lets a small loss grow by as much."""
+        return (self.same > AGREEING_POSITIONS) & (self.loss[:, :-1] < LOSS_RATIO * self.loss[:, -1:] + slack)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Examined]) -> Examined:
+        """The samples of all parts, in order."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+class Examiner:
+    """Examines samples of one model.
+
+    `model`: a Hugging Face MLLM in eval mode, as it was loaded, with "sdpa" or "eager" attention. That its layers can
+    be run one by one is tried out once.
+
+    Raises UnsupportedModelError if they cannot, InputError for an optimized model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if isinstance(model, OptimizedModel):
+            raise InputError("model: is an optimized one, whose answers have exits in them: pass the original model.")
+        self.model: Any = model
+        self.spec = describe(model)
+        oracle = Oracle(model, Plan())  # for its checks
+        self.layers, self.decoder, self.lm_head = oracle.layers, oracle.decoder, oracle.lm_head
+
+    @torch.no_grad()
+    def examine(self, sample: Sample) -> Examined:
+        """One sample that has an answer (n = 1), on the CPU; see :func:`examine`."""
+        if not sample.answer:
+            raise InputError(f"{sample.name}: has no answer to compare; answer_of() lets the model give one.")
+        if wrong := [token for token in sample.answer if not 0 <= token < self.spec.config.vocab_size]:
+            raise InputError(f"{sample.name}: answer tokens {wrong[:5]} are not in the model's vocabulary.")
+        inputs = self.placed(sample)
+        ids = inputs["input_ids"]
+        check_question(ids[0], self.spec.visual_token_ids, sample.name)
+        try:
+            prompt = decoder_inputs(
+                self.model,
+                self.spec,
+                input_ids=ids,
+                inputs_embeds=None,
+                visual_mask=None,
+                may_exit=True,
+                multimodal={name: value for name, value in inputs.items() if name not in _FROM_TOKENS},
+            )
+        except ValueError as error:  # also the model's own, where images and placeholders do not match in number
+            raise InputError(f"{sample.name}: {error}") from error
+        # As in decode: what the model says is text, even if it says a placeholder's token.
+        answer = ids.new_tensor(sample.answer)
+        said = self.model.get_input_embeddings()(answer[None, :-1])
+        visual = F.pad(prompt.visual_mask[0], (0, said.shape[1]))
+        return self.examine_embeds(torch.cat([prompt.embeds, said], 1), visual, answer, sample.name)
+
+    @torch.no_grad()
+    def examine_embeds(self, embeds: Tensor, visual: Tensor, answer: Tensor, name: str = "sample") -> Examined:
+        """Embeddings of a prompt and its answer but for the last token: embeds [1, T, C], visual [T], answer [A]."""
+        length, layers = embeds.shape[1], len(self.layers)
+        prompt = length + 1 - len(answer)
+        if not bool(visual.any()):
+            raise InputError(f"{name}: has no visual token, so there is nothing to leave.")
+        question = slice(int(visual.nonzero().max()) + 1, prompt)
+        wide = torch.promote_types(embeds.dtype, torch.float32)
+        positions = torch.arange(length, device=embeds.device)[None]
+        text = ~visual
+        mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
+        text_mask, text_positions = mask[text][:, text], positions[:, text]
+        at_once = max(1, max(length, _BRANCH_TOKENS) // text_positions.shape[1])
+
+        hidden, features = embeds, []
+        branches = embeds.new_empty(layers, text_positions.shape[1], embeds.shape[-1])
+        for index in range(layers):
+            for start in range(0, index, at_once):
+                part = branches[start : min(start + at_once, index)]
+                part.copy_(self._run_layer(index, part, text_mask, text_positions))
+            hidden = self._run_layer(index, hidden, mask, positions)
+            branches[index] = hidden[0, text]
+            asked = hidden[0, question].to(wide)
+            features.append(torch.cat([asked[:-1].mean(0), asked[-1]]))
+
+        # Behind the image there is only text: the last A text tokens are those that predict the answer.
+        losses, chosen = self._measure(branches[:, -len(answer) :], answer, wide)
+        loss = losses.mean(-1)
+        loss = torch.cat([loss, loss[-1:]])  # behind the last layer an exit changes nothing
+        same = (chosen == chosen[-1]).to(wide).mean(-1)
+        found = torch.stack(features)
+        for what, value in (("loss", loss), ("features", found)):
+            if not bool(torch.isfinite(value).all()):
+                bad = sorted({int(index[0]) for index in (~torch.isfinite(value)).nonzero()})
+                raise InputError(
+                    f"{name}: NaN or infinite {what} for exits after layers {bad}: is the model's dtype "
+                    f"({embeds.dtype}) wide enough for it, and are its weights sound?"
+                )
+        counts = (torch.tensor([int(visual.sum())]), torch.tensor([prompt]))
+        return Examined(found[None].cpu(), same[None].cpu(), loss[None].cpu(), *counts)
+
+    def placed(self, sample: Sample) -> dict[str, Tensor]:
+        """The sample's inputs on the model's device, floating-point ones in its dtype."""
+        return {
+            name: value.to(self.spec.device, self.spec.dtype if value.is_floating_point() else value.dtype)
+            for name, value in sample.inputs.items()
+        }
+
+    def _run_layer(self, index: int, hidden: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """A layer's output for hidden [B, T, C] with the additive mask [T, T] and positions [1, T], without a cache."""
+        output = self.layers[index](
+            hidden,
+            attention_mask=mask[None, None],
+            position_ids=positions,
+            position_embeddings=self.decoder.rotary_emb(hidden, position_ids=positions),
+            use_cache=False,
+        )
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def _measure(self, states: Tensor, answer: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cross entropy and argmax at each position, [L, A] each, from states [L, A, C] before the final norm."""
+        losses, chosen = [], []
+        target = answer.repeat(len(states))
+        for rows, wanted in zip(states.flatten(0, 1).split(_LOGIT_ROWS), target.split(_LOGIT_ROWS), strict=True):
+            logits = self.lm_head(self.decoder.norm(rows)).to(wide)
+            losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+            chosen.append(logits.argmax(-1))
+        shape = (len(states), len(answer))
+        return torch.cat(losses).unflatten(0, shape), torch.cat(chosen).unflatten(0, shape)
+
+
+def examine(model: nn.Module, sample: Sample) -> Examined:
+    """What each exit does to one sample (n = 1), on the CPU.
+
+    Features are of the prompt only, as a gate reads them: the mean of the question's tokens but the last, and the last.
+    For many samples make one :class:`Examiner`, which tries the model out once.
+
+    Raises:
+        InputError: The sample has no answer, no image, or no question behind it; or a loss or a feature is NaN or
+            infinite. The message names the sample.
+        UnsupportedModelError: The model's layers cannot be run one by one.
+    """
+    return Examiner(model).examine(sample)
+
+
+def answer_of(model: nn.Module, sample: Sample, max_new_tokens: int) -> Sample:
+    """The sample with the model's own greedy answer, through generate()."""
+    return own_answer(Examiner(model), sample, max_new_tokens)
+
+
+def own_answer(examiner: Examiner, sample: Sample, max_new_tokens: int) -> Sample:
+    """See :func:`answer_of`."""
+    output = examiner.model.generate(
+        **examiner.placed(sample),
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=False,
+    )
+    answer = output[0, sample.inputs["input_ids"].shape[1] :].tolist()
+    return Sample.of(sample.inputs, answer, sample.name)
