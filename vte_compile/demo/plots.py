@@ -9,7 +9,7 @@ from vte_compile.errors import InputError
 
 _INK, _MUTED, _GRID = "#1d2733", "#5b6b7b", "#e3e8ee"
 _STATIC, _LEARNED, _ORACLE = "#7a8da3", "#d9480f", "#2b8a3e"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "font.family": "DejaVu Sans",
     "text.color": _INK,
@@ -41,7 +41,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError("The demo draws its plots with matplotlib: pip install 'vte-compile[demo]'.") from error
+        raise InputError("Plots are drawn with matplotlib: pip install 'vte-compile[demo]'.") from error
 
 
 def draw(report: dict[str, Any], folder: Path) -> dict[str, Path]:
@@ -50,7 +50,7 @@ def draw(report: dict[str, Any], folder: Path) -> dict[str, Path]:
     from matplotlib.figure import Figure  # no pyplot: no backend, no global state
 
     files = {}
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         for name, plot, size in (
             ("agreement_over_cost", _agreement, (6.6, 4.2)),
             ("accuracy_over_cost", _accuracy, (6.6, 4.2)),
