@@ -407,3 +407,7 @@ def _timed_streamer(tokenizer: Any) -> Any:
             super().put(value)
 
     return Timed()
+
+
+# Commands in files of their own, which need what is defined above.
+from vte_compile import cli_eval as cli_eval  # noqa: E402

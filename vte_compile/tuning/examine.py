@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vte_compile.errors import InputError
 from vte_compile.families.decoder import describe
 from vte_compile.families.inputs import decoder_inputs
-from vte_compile.optimizer import OptimizedModel
+from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
 from vte_compile.plan import Plan
 from vte_compile.tuning.samples import Sample, check_question

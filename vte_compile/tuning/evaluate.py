@@ -1,0 +1,319 @@
+"""evaluate(): how often plans leave a model's answers as they are, against baselines with the same FLOPs.
+
+The baselines need no training: one static exit for all samples (VTW, arXiv 2405.05803), random dropping of visual
+tokens, pruning them by attention (FastV, arXiv 2403.06764), and as an upper limit an oracle, which lets each sample
+leave behind the earliest layer from which on no static exit changes its answer. Static exits behind all layers are
+judged by one pass per sample: an answer is decoded as before iff in each of its positions the same token wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import operator
+import os
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vte_compile.errors import InputError
+from vte_compile.families.inputs import decoder_inputs
+from vte_compile.optimizer import optimize
+from vte_compile.plan import Plan, StaticExit
+from vte_compile.plan_files import JSON_NAME
+from vte_compile.tuning.answers import Answer, Answers
+from vte_compile.tuning.baselines import AttentionPruning, RandomDropping, ReducingOracle, TokenReduction
+from vte_compile.tuning.evaluation import Evaluation, Kind, StaticPoint
+from vte_compile.tuning.examine import Examiner
+from vte_compile.tuning.matching import Prompt, exit_within, mean_flops, removed, share_within
+from vte_compile.tuning.measures import CONFIDENCE, RESAMPLES, Asked, Case, Measurer, all_stay, exited
+from vte_compile.tuning.samples import Sample, read_samples
+from vte_compile.tuning.store import ExaminedStore, collect
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+FULL, STATIC, RANDOM, ATTENTION, ORACLE = "full model", "static exit", "random dropping", "FastV", "oracle exit"
+_REDUCTIONS: tuple[Kind, ...] = ("random", "attention")
+# Of random dropping and FastV: its K = 2 layers see all tokens. Fewer do where the budget asks for it.
+_PRUNED_BEHIND = 1
+# Nothing but the argmax decides, whatever the model's generation config says.
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "return_dict_in_generate": False,
+}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    samples: object,
+    plans: Mapping[str, Plan],
+    *,
+    processor: Any = None,
+    baselines: bool = True,
+    match: str | None = None,
+    max_new_tokens: int = 64,
+    folder: str | os.PathLike[str] | None = None,
+    compile: bool | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Let a model answer samples under plans and baselines, and compare with its own answers.
+
+    Answers are greedy, of one prompt at a time. Plans and the static exit run through optimize() and generate(), token
+    reductions in eager PyTorch.
+
+    Args:
+        model: An MLLM of transformers in eval mode, not optimized.
+        samples: As :func:`vte_compile.tuning.samples.read_samples` takes them. With baselines they are read twice; a
+            stream is kept in memory for that.
+        plans: By name.
+        processor: The model's, where the samples are not its outputs already. With it an answer is right if its text is
+            the sample's, without if its tokens are, end tokens aside.
+        baselines: Whether to compare with them.
+        match: The plan whose mean FLOPs, for prefill and the full model's answers, are the baselines' budget, and with
+            which all is compared; None: the first.
+        max_new_tokens: Length limit of answers.
+        folder: Where to keep answers, so that an interrupted run goes on; None: nothing is kept.
+        compile: As for optimize().
+        seed: Of random dropping and of the bootstrap.
+
+    Raises:
+        InputError: Arguments out of range, samples that cannot be used, or a folder of another model, damaged or full.
+        PlanError: A plan is for another model (PlanMismatchError).
+        UnsupportedModelError: A model that cannot be optimized or examined, or whose FLOPs are not known.
+    """
+    if not plans:
+        raise InputError("plans: there are none.")
+    if taken := sorted({FULL, STATIC, RANDOM, ATTENTION, ORACLE} & set(plans)):
+        raise InputError(f"plans: {taken[0]!r} is what a baseline is called: choose another name.")
+    if match is not None and match not in plans:
+        raise InputError(f"match={match!r}: is none of the plans ({', '.join(plans)}).")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens: expected 1 or more, got {max_new_tokens}.")
+    if baselines and isinstance(samples, Iterator):
+        samples = list(samples)
+    evaluator = _Evaluator(model, samples, processor, max_new_tokens, folder, compile, seed)
+    return evaluator.run(plans, match or next(iter(plans)), baselines)
+
+
+@dataclass
+class _Run:
+    """A configuration that answers samples."""
+
+    answers: Answers
+    answer: Callable[[Sample], Answer]
+
+
+class _Evaluator:
+    """A model and samples; nothing of them changes."""
+
+    def __init__(
+        self,
+        model: Any,
+        samples: object,
+        processor: Any,
+        max_new_tokens: int,
+        folder: str | os.PathLike[str] | None,
+        compile: bool | None,
+        seed: int,
+    ) -> None:
+        self.model, self.samples, self.processor = model, samples, processor
+        self.max_new_tokens, self.folder, self.seed = max_new_tokens, folder, seed
+        self.examiner = Examiner(model)
+        self.spec = self.examiner.spec
+        ExaminedStore(folder, model)  # refuses a folder of another model
+        self.fast = optimize(model, Plan(), compile=compile)
+        self.layers = self.spec.num_layers
+
+    def run(self, plans: Mapping[str, Plan], matched: str, baselines: bool) -> Evaluation:
+        """See :func:`evaluate`."""
+        full = _Run(self._answers(kind="full"), lambda sample: self._generate(self.model, sample))
+        runs = {name: self._plan_run(plan) for name, plan in plans.items()}
+        asked: list[Asked] = []
+        unchanged = None
+        with contextlib.closing(self._first_pass(full, list(runs.values()), asked)) as reading:
+            if baselines:
+                unchanged = collect(self.model, reading, self.folder, self.max_new_tokens, progress=False).unchanged
+            else:
+                _exhaust(reading)
+        measurer = Measurer(self.model.config, self.spec.dtype, asked, full.answers, self._said)
+        cases = [Case(FULL, "full", full.answers, all_stay)]
+        cases += [Case(name, "plan", run.answers, exited, plans[name]) for name, run in runs.items()]
+        static: tuple[StaticPoint, ...] = ()
+        if unchanged is not None:
+            reference = next(case for case in cases if case.name == matched)
+            cases += self._baselines(asked, measurer.flops(reference)[:, 1].mean().item())
+            cases.append(self._oracle(asked, full.answers, unchanged))
+            static = self._static_exits(asked, unchanged)
+        return Evaluation(
+            samples=len(asked),
+            answered=sum(each.answer is not None for each in asked),
+            matched=matched,
+            settings={
+                "max_new_tokens": self.max_new_tokens,
+                "seed": self.seed,
+                "resamples": RESAMPLES,
+                "confidence": CONFIDENCE,
+            },
+            configurations=measurer.configurations(cases, matched, self.seed),
+            static_exits=static,
+        )
+
+    # ------------------------------------------------------------ answers
+
+    def _read(self, what: str) -> Iterator[Sample]:
+        samples = read_samples(self.samples, self.model.config if self.processor is None else self.processor)
+        total = operator.length_hint(samples) or None
+        return iter(tqdm(samples, what, total, unit="sample", dynamic_ncols=True))
+
+    def _first_pass(self, full: _Run, others: Sequence[_Run], asked: list[Asked]) -> Generator[Sample]:
+        """Let the full model and the plans answer; the samples, with the full model's answers, also go into `asked`."""
+        for sample in self._answering([full, *others], "full model and plans"):
+            ids, answer = sample.inputs["input_ids"][0], full.answers[sample.key].tokens
+            visual = int(torch.isin(ids, ids.new_tensor(self.spec.visual_token_ids)).sum())
+            if not visual:
+                raise InputError(f"{sample.name}: has no visual token, so there is nothing to leave.")
+            asked.append(Asked(sample.key, Prompt(len(ids), visual, len(answer)), sample.answer))
+            yield Sample.of(sample.inputs, answer, sample.name)
+
+    def _answering(self, runs: Sequence[_Run], what: str) -> Iterator[Sample]:
+        """The samples, when all runs have answered; what is left of an interruption is saved."""
+        try:
+            for sample in self._read(what):
+                for run in runs:
+                    if sample.key not in run.answers:
+                        run.answers.add(sample.key, run.answer(sample))
+                yield sample
+        finally:
+            for run in runs:
+                run.answers.flush()
+
+    def _answers(self, **configuration: Any) -> Answers:
+        return Answers(self.folder, configuration | {"max_new_tokens": self.max_new_tokens})
+
+    def _plan_run(self, plan: Plan) -> _Run:
+        fast = optimize(self.fast, plan)
+        return _Run(self._answers(kind="plan", plan=_digest(plan)), lambda sample: self._generate(fast, sample))
+
+    @torch.no_grad()
+    def _generate(self, model: Any, sample: Sample) -> Answer:
+        inputs = self.examiner.placed(sample)
+        output: Tensor = model.generate(**inputs, **_GREEDY, max_new_tokens=self.max_new_tokens)
+        exits = getattr(output, "exit_layer", None)
+        tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+        return Answer(tuple(tokens), -1 if exits is None else int(exits[0]))
+
+    @torch.no_grad()
+    def _reduced(self, oracle: ReducingOracle, sample: Sample) -> Answer:
+        inputs = self.examiner.placed(sample)
+        ids = inputs.pop("input_ids")
+        for name in ("attention_mask", "position_ids"):  # they follow from the tokens
+            inputs.pop(name, None)
+        prompt = decoder_inputs(
+            self.model,
+            self.spec,
+            input_ids=ids,
+            inputs_embeds=None,
+            visual_mask=None,
+            may_exit=True,
+            multimodal=inputs,
+        )
+        found = oracle.generate(
+            prompt.embeds,
+            prompt.visual_mask,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.model.generation_config.eos_token_id,
+        )
+        return Answer(tuple(found.tokens[0]))
+
+    # ------------------------------------------------------------ baselines
+
+    def _baselines(self, asked: Sequence[Asked], budget: float) -> list[Case]:
+        """What the budget allows, in mean FLOPs of prefill and decode."""
+        config, prompts = self.model.config, [each.prompt for each in asked]
+        cases, runs = [], []
+        layer = exit_within(config, prompts, budget)
+        if layer is not None:
+            plan = Plan([StaticExit(layer)])
+            runs.append(self._plan_run(plan))
+            cases.append(Case(STATIC, "static", runs[-1].answers, exited, plan, layer, 0.0))
+        layers = reversed(range(min(_PRUNED_BEHIND, self.layers - 2) + 1))
+        shares = ((layer, share_within(config, prompts, layer, budget)) for layer in layers)
+        layer, share = next((found for found in shares if found[1] is not None), (0, None))
+        if share is not None:
+            reduction = TokenReduction(layer, share)
+            runs += self._reduction_runs(layer, share)
+            for name, kind, run in zip((RANDOM, ATTENTION), _REDUCTIONS, runs[-2:], strict=True):
+                cases.append(Case(name, kind, run.answers, lambda p, _: removed(p, reduction), None, layer, share))
+        if not cases:
+            logger.warning("no baseline has as few FLOPs as the plan: those matched to it are left out")
+        _exhaust(self._answering(runs, "baselines"))
+        if any(each.key not in run.answers for each in asked for run in runs):
+            raise InputError("samples: are not the same when they are read again: pass a list of them.")
+        return cases
+
+    def _reduction_runs(self, layer: int, share: float) -> tuple[_Run, _Run]:
+        """Random dropping, and FastV."""
+        oracle = ReducingOracle(self.model, AttentionPruning(layer, share))
+
+        def drop(sample: Sample) -> Answer:
+            # Prompts of one layout are to lose different tokens.
+            drawn = hashlib.sha256(f"{self.seed} {sample.key}".encode()).digest()
+            seed = int.from_bytes(drawn[:7], "big")
+            return self._reduced(oracle.with_reduction(RandomDropping(layer, share, seed)), sample)
+
+        where = {"layer": layer, "share": share}
+        return (
+            _Run(self._answers(kind="random", seed=self.seed, **where), drop),
+            _Run(self._answers(kind="attention", **where), lambda sample: self._reduced(oracle, sample)),
+        )
+
+    def _oracle(self, asked: Sequence[Asked], full: Mapping[str, Answer], unchanged: Tensor) -> Case:
+        """Each sample leaves behind the earliest layer from which on no exit changes its answer."""
+        answers = {}
+        for each, row in zip(asked, unchanged.tolist(), strict=True):
+            layer = max((k + 1 for k, same in enumerate(row) if not same), default=0)
+            # Behind the last layer there is nothing to save: nobody leaves.
+            answers[each.key] = Answer(full[each.key].tokens, layer if layer < self.layers - 1 else -1)
+        return Case(ORACLE, "oracle", answers, exited)
+
+    def _static_exits(self, asked: Sequence[Asked], unchanged: Tensor) -> tuple[StaticPoint, ...]:
+        agreement = unchanged.double().mean(0).tolist()
+        prompts = [each.prompt for each in asked]
+        stay = [0.0] * (self.layers - 1) + [1.0]  # behind the last layer there is nothing to leave
+        work = [mean_flops(self.model.config, prompts, TokenReduction(k, share)) for k, share in enumerate(stay)]
+        return tuple(StaticPoint(*point) for point in zip(range(self.layers), agreement, work, strict=True))
+
+    def _said(self, tokens: Sequence[int]) -> object:
+        """What is compared with a sample's answer."""
+        if self.processor is not None:
+            return self.processor.decode(list(tokens), skip_special_tokens=True).strip()
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return [token for token in tokens if token not in ends]
+
+
+def _exhaust(samples: Iterator[Sample]) -> None:
+    for _ in samples:
+        pass
+
+
+def _digest(plan: Plan) -> str:
+    """A hash of all that is in a plan: that of its JSON file, which holds the hash of the tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan.save_pretrained(folder)
+        return hashlib.sha256((Path(folder) / JSON_NAME).read_bytes()).hexdigest()
