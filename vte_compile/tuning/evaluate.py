@@ -53,7 +53,7 @@ _GREEDY: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_length": 0,
-    "min_new_tokens": 0,
+    "min_new_tokens": None,
     "return_dict_in_generate": False,
 }
 

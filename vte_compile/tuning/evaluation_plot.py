@@ -50,9 +50,10 @@ def _agreement(axes: Any, evaluation: Evaluation) -> None:
             agreement.value,
             xerr=[[(work.value - work.low) / full], [(work.high - work.value) / full]],
             yerr=[[agreement.value - agreement.low], [agreement.high - agreement.value]],
-            fmt=marker, color=color, ms=13 if case.kind == "plan" else 7, capsize=3, elinewidth=1.2, label=case.name,
-            zorder=3 if case.kind == "plan" else 2,
+            fmt="none", ecolor=color, capsize=3, elinewidth=1.2, zorder=2,
         )  # fmt: skip
+        size, order = (13, 4) if case.kind == "plan" else (7, 3)
+        axes.plot(work.value / full, agreement.value, marker, color=color, ms=size, label=case.name, zorder=order)
     axes.set(xlabel="FLOPs of prefill and decode, over the full model's", ylim=(0, 1.06))
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
