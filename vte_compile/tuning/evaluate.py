@@ -8,13 +8,12 @@ judged by one pass per sample: an answer is decoded as before iff in each of its
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import operator
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ from vte_compile.tuning.examine import Examiner
 from vte_compile.tuning.matching import Prompt, exit_within, mean_flops, removed, share_within
 from vte_compile.tuning.measures import CONFIDENCE, RESAMPLES, Asked, Case, Measurer, all_stay, exited
 from vte_compile.tuning.samples import Sample, read_samples
-from vte_compile.tuning.store import ExaminedStore, collect
+from vte_compile.tuning.store import ExaminedStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,22 +142,17 @@ class _Evaluator:
         """See :func:`evaluate`."""
         full = _Run(self._answers(kind="full"), lambda sample: self._generate(self.model, sample))
         runs = {name: self._plan_run(plan) for name, plan in plans.items()}
-        asked: list[Asked] = []
-        unchanged = None
-        with contextlib.closing(self._first_pass(full, list(runs.values()), asked)) as reading:
-            if baselines:
-                unchanged = collect(self.model, reading, self.folder, self.max_new_tokens, progress=False).unchanged
-            else:
-                _exhaust(reading)
+        changing = _Run(self._answers(kind="changing exits"), lambda sample: self._changing(full.answers, sample))
+        asked = self._answer_all([full, *runs.values(), *([changing] if baselines else [])], full, "full model, plans")
         measurer = Measurer(self.model.config, self.spec.dtype, asked, full.answers, self._said)
         cases = [Case(FULL, "full", full.answers, all_stay)]
         cases += [Case(name, "plan", run.answers, exited, plans[name]) for name, run in runs.items()]
         static: tuple[StaticPoint, ...] = ()
-        if unchanged is not None:
+        if baselines:
             reference = next(case for case in cases if case.name == matched)
-            cases += self._baselines(asked, measurer.flops(reference)[:, 1].mean().item())
-            cases.append(self._oracle(asked, full.answers, unchanged))
-            static = self._static_exits(asked, unchanged)
+            cases += self._baselines(asked, full, measurer.flops(reference)[:, 1].mean().item())
+            cases.append(self._oracle(asked, full.answers, changing.answers))
+            static = self._static_exits(asked, changing.answers)
         return Evaluation(
             samples=len(asked),
             answered=sum(each.answer is not None for each in asked),
@@ -180,27 +174,30 @@ class _Evaluator:
         total = operator.length_hint(samples) or None
         return iter(tqdm(samples, what, total, unit="sample", dynamic_ncols=True))
 
-    def _first_pass(self, full: _Run, others: Sequence[_Run], asked: list[Asked]) -> Generator[Sample]:
-        """Let the full model and the plans answer; the samples, with the full model's answers, also go into `asked`."""
-        for sample in self._answering([full, *others], "full model and plans"):
-            ids, answer = sample.inputs["input_ids"][0], full.answers[sample.key].tokens
-            visual = int(torch.isin(ids, ids.new_tensor(self.spec.visual_token_ids)).sum())
-            if not visual:
-                raise InputError(f"{sample.name}: has no visual token, so there is nothing to leave.")
-            asked.append(Asked(sample.key, Prompt(len(ids), visual, len(answer)), sample.answer))
-            yield Sample.of(sample.inputs, answer, sample.name)
-
-    def _answering(self, runs: Sequence[_Run], what: str) -> Iterator[Sample]:
-        """The samples, when all runs have answered; what is left of an interruption is saved."""
+    def _answer_all(self, runs: Sequence[_Run], full: _Run, what: str) -> list[Asked]:
+        """Let all runs answer the samples, but for what they have answered before; what is answered is saved."""
+        asked = []
         try:
             for sample in self._read(what):
+                ids = sample.inputs["input_ids"][0]
+                visual = int(torch.isin(ids, ids.new_tensor(self.spec.visual_token_ids)).sum())
+                if not visual:
+                    raise InputError(f"{sample.name}: has no visual token, so there is nothing to leave.")
                 for run in runs:
                     if sample.key not in run.answers:
                         run.answers.add(sample.key, run.answer(sample))
-                yield sample
+                if sample.key not in full.answers:
+                    raise InputError("samples: are not the same when they are read again: pass a list of them.")
+                prompt = Prompt(len(ids), visual, len(full.answers[sample.key].tokens))
+                asked.append(Asked(sample.key, prompt, sample.answer))
+        except InputError as error:
+            if self.folder is None:
+                raise
+            raise InputError(f"{error} (What was answered is saved in {self.folder}.)") from error
         finally:
             for run in runs:
                 run.answers.flush()
+        return asked
 
     def _answers(self, **configuration: Any) -> Answers:
         return Answers(self.folder, configuration | {"max_new_tokens": self.max_new_tokens})
@@ -216,6 +213,11 @@ class _Evaluator:
         exits = getattr(output, "exit_layer", None)
         tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
         return Answer(tuple(tokens), -1 if exits is None else int(exits[0]))
+
+    def _changing(self, full: Mapping[str, Answer], sample: Sample) -> Answer:
+        """The layers behind which an exit changes the full model's answer, in the place of tokens."""
+        answered = Sample.of(sample.inputs, full[sample.key].tokens, sample.name)
+        return Answer(tuple((~self.examiner.examine(answered).unchanged[0]).nonzero().flatten().tolist()))
 
     @torch.no_grad()
     def _reduced(self, oracle: ReducingOracle, sample: Sample) -> Answer:
@@ -242,7 +244,7 @@ class _Evaluator:
 
     # ------------------------------------------------------------ baselines
 
-    def _baselines(self, asked: Sequence[Asked], budget: float) -> list[Case]:
+    def _baselines(self, asked: Sequence[Asked], full: _Run, budget: float) -> list[Case]:
         """What the budget allows, in mean FLOPs of prefill and decode."""
         config, prompts = self.model.config, [each.prompt for each in asked]
         cases, runs = [], []
@@ -261,8 +263,7 @@ class _Evaluator:
                 cases.append(Case(name, kind, run.answers, lambda p, _: removed(p, reduction), None, layer, share))
         if not cases:
             logger.warning("no baseline has as few FLOPs as the plan: those matched to it are left out")
-        _exhaust(self._answering(runs, "baselines"))
-        if any(each.key not in run.answers for each in asked for run in runs):
+        if runs and {each.key for each in self._answer_all(runs, full, "baselines")} != {each.key for each in asked}:
             raise InputError("samples: are not the same when they are read again: pass a list of them.")
         return cases
 
@@ -282,21 +283,22 @@ class _Evaluator:
             _Run(self._answers(kind="attention", **where), lambda sample: self._reduced(oracle, sample)),
         )
 
-    def _oracle(self, asked: Sequence[Asked], full: Mapping[str, Answer], unchanged: Tensor) -> Case:
+    def _oracle(self, asked: Sequence[Asked], full: Mapping[str, Answer], changing: Mapping[str, Answer]) -> Case:
         """Each sample leaves behind the earliest layer from which on no exit changes its answer."""
-        answers = {}
-        for each, row in zip(asked, unchanged.tolist(), strict=True):
-            layer = max((k + 1 for k, same in enumerate(row) if not same), default=0)
-            # Behind the last layer there is nothing to save: nobody leaves.
-            answers[each.key] = Answer(full[each.key].tokens, layer if layer < self.layers - 1 else -1)
+        exits = {each.key: max(changing[each.key].tokens, default=-1) + 1 for each in asked}
+        # Behind the last layer there is nothing to save: nobody leaves.
+        answers = {key: Answer(full[key].tokens, k if k < self.layers - 1 else -1) for key, k in exits.items()}
         return Case(ORACLE, "oracle", answers, exited)
 
-    def _static_exits(self, asked: Sequence[Asked], unchanged: Tensor) -> tuple[StaticPoint, ...]:
-        agreement = unchanged.double().mean(0).tolist()
+    def _static_exits(self, asked: Sequence[Asked], changing: Mapping[str, Answer]) -> tuple[StaticPoint, ...]:
         prompts = [each.prompt for each in asked]
-        stay = [0.0] * (self.layers - 1) + [1.0]  # behind the last layer there is nothing to leave
-        work = [mean_flops(self.model.config, prompts, TokenReduction(k, share)) for k, share in enumerate(stay)]
-        return tuple(StaticPoint(*point) for point in zip(range(self.layers), agreement, work, strict=True))
+        points = []
+        for layer in range(self.layers):
+            agreeing = sum(layer not in changing[each.key].tokens for each in asked) / len(asked)
+            share = float(layer == self.layers - 1)  # behind the last one all stay: there is nothing to leave
+            work = mean_flops(self.model.config, prompts, TokenReduction(layer, share))
+            points.append(StaticPoint(layer, agreeing, work))
+        return tuple(points)
 
     def _said(self, tokens: Sequence[int]) -> object:
         """What is compared with a sample's answer."""
@@ -305,11 +307,6 @@ class _Evaluator:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         return [token for token in tokens if token not in ends]
-
-
-def _exhaust(samples: Iterator[Sample]) -> None:
-    for _ in samples:
-        pass
 
 
 def _digest(plan: Plan) -> str:
