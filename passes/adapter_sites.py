@@ -39,25 +39,19 @@ class AdapterSite:
 
 def site_before_attention(graph: DecoderGraph, layer: int) -> AdapterSite | Refusal:
     """In front of q, k and v (also as one layer), for a plain adapter."""
-    found = _attention_input(graph, layer)
+    found = _attention(graph, layer)
     if isinstance(found, Refusal):
         return found
-    add = _plain_add(graph, layer)
-    if isinstance(add, Refusal):
-        return add
-    source, readers = found
+    source, readers, _ = found
     return AdapterSite(layer, source, readers, None, _weights(graph, readers))
 
 
 def site_before_ffn(graph: DecoderGraph, layer: int) -> AdapterSite | Refusal:
     """In front of the FFN, for a PIA, which reads what the attention would; the norm between loses all but its gain."""
-    found = _attention_input(graph, layer)
+    found = _attention(graph, layer)
     if isinstance(found, Refusal):
         return found
-    add = _plain_add(graph, layer)
-    if isinstance(add, Refusal):
-        return add
-    source, _ = found
+    source, _, add = found
     behind = _descendants(graph, add, layer)
     first = _first_linears(graph, [n for n in _own(graph, layer) if n in behind])
     inputs = {n.args[0] for n in first}
@@ -70,6 +64,15 @@ def site_before_ffn(graph: DecoderGraph, layer: int) -> AdapterSite | Refusal:
     if gain is None:
         return Refusal(f"{normed.name}, the FFN's input, is no RMSNorm of the residual stream.", normed.name, layer)
     return AdapterSite(layer, source, first, gain, _weights(graph, first))
+
+
+def _attention(graph: DecoderGraph, layer: int) -> tuple[fx.Node, list[fx.Node], fx.Node] | Refusal:
+    """What q, k and v are computed from, the linear layers that do so, and where the attention's output is added."""
+    found = _attention_input(graph, layer)
+    if isinstance(found, Refusal):
+        return found
+    add = _plain_add(graph, layer)
+    return add if isinstance(add, Refusal) else (*found, add)
 
 
 def _plain_add(graph: DecoderGraph, layer: int) -> fx.Node | Refusal:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from vte_compile.adapters import PIA
 from vte_compile.passes.adapter_sites import AdapterSite, site_before_attention, site_before_ffn
@@ -242,7 +243,8 @@ class _Insertion:
         with self.graph.graph.inserting_before(self.anchor):
             node = self.graph.graph.call_function(target, args)
         values = fx.node.map_arg(args, lambda n: n.meta["val"])
-        with torch.no_grad(), self._fake_mode:
+        # With the dispatcher in Python, composite operations take symbolic sizes (torch 2.11 needs it).
+        with torch.no_grad(), self._fake_mode, enable_python_dispatcher():
             node.meta["val"] = target(*values)
         self.graph.layer_of[node] = self.site.layer
         return node

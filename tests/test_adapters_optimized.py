@@ -11,6 +11,7 @@ import functools
 import gc
 import pickle
 import weakref
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -519,22 +520,25 @@ def golden():
     return data, weights, optimize(to_float64(model.eval()), Plan(), compile=False)
 
 
-@pytest.mark.parametrize("fold", [True, False], ids=["folded", "unfolded"])
+FORMS = [("blended", "blended"), ("low_rank", "low_rank"), ("blended", "low_rank"), ("unfolded", "unfolded")]
+
+
+@pytest.mark.parametrize("forms", FORMS, ids="-".join)
 @pytest.mark.parametrize("case", ["A", "none"])
-def test_golden(case, fold):
+def test_golden(case, forms, monkeypatch):
     data, weights, base = golden()
+    monkeypatch.setattr("vte_compile.folded_weights.choose_forms", lambda *args: Forms(*forms, "the test says so"))
 
     def close(actual, key, index=...):
         expected = torch.from_numpy(np.asarray(data[f"{case}.{key}.f64"]))[index]
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
     skips = data[f"{case}.skip_layers"].tolist()
-    fast = unfreed(base, Plan.from_eas_checkpoint(weights, skips), fold)
+    fast = unfreed(base, Plan.from_eas_checkpoint(weights, skips), fold=True)
     embeds = torch.from_numpy(data["inputs_embeds"]).double()
     out = fast(inputs_embeds=embeds)
     assert [report.layer for report in fast.fold_reports] == list(range(6))
-    forms = {(report.one_prompt.prompt, report.one_prompt.step) for report in fast.fold_reports}
-    assert forms == ({("blended", "blended")} if fold else {("unfolded", "unfolded")})
+    assert {(report.one_prompt.prompt, report.one_prompt.step) for report in fast.fold_reports} == {forms}
     close(out.logits, "logits")
     cache = out.past_key_values
     layers = [0 if layer in skips else 23 for layer in range(6)]
@@ -549,6 +553,28 @@ def test_golden(case, fold):
     # dec_tokens are the authors' greedy choices.
     greedy = fast.generate(inputs_embeds=embeds, do_sample=False, max_new_tokens=5, pad_token_id=0)
     assert greedy[0].tolist() == tokens.tolist()
+
+
+def test_constants_equal_unfolded_exactly():
+    """The golden adapters with static routers, folded at compile time, against themselves."""
+    data, weights, base = golden()
+    router = StaticRouter((0.3, 0.7))
+    eas = Plan.from_eas_checkpoint(weights, [2, 4, 5])
+    static = Plan(
+        skips=[SkippedAttention(part.layer, replace(part.adapter, router=router)) for part in eas.skips],
+        adapters=[KeptAdapter(part.layer, replace(part.adapter, router=router)) for part in eas.adapters],
+    )
+    folded, unfolded = (unfreed(base, static, fold) for fold in (True, False))
+    embeds = torch.from_numpy(data["inputs_embeds"]).double()
+    out, want = (fast(inputs_embeds=embeds) for fast in (folded, unfolded))
+    assert {report.one_prompt.step for report in folded.fold_reports} == {"constant"}
+    torch.testing.assert_close(out.logits, want.logits, rtol=1e-10, atol=1e-10)
+    token = torch.tensor([[5]])
+    out, want = (
+        fast(input_ids=token, past_key_values=before.past_key_values)
+        for fast, before in ((folded, out), (unfolded, want))
+    )
+    torch.testing.assert_close(out.logits, want.logits, rtol=1e-10, atol=1e-10)
 
 
 # ---------------------------------------------------------------- freed weights

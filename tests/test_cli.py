@@ -138,11 +138,11 @@ def test_help_loads_nothing_heavy() -> None:
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     loaded = set(json.loads(process.stderr.splitlines()[-1]))
     assert loaded & {"torch", "transformers", "numpy", "matplotlib", "PIL"} == set()
-    for command in ("env", "optimize", "generate", "bench", "demo"):
+    for command in ("env", "optimize", "generate", "bench", "calibrate", "demo"):
         assert command in process.stdout
 
 
-@pytest.mark.parametrize("command", ["env", "optimize", "generate", "bench", "demo"])
+@pytest.mark.parametrize("command", ["env", "optimize", "generate", "bench", "calibrate", "demo"])
 def test_every_command_has_help(command: str) -> None:
     assert "--debug" in run(command, "--help").output
 
@@ -240,6 +240,35 @@ def test_bench_of_a_plan_that_skips(llava: Path, tmp_path: Path) -> None:
     assert cases["plan"]["kv_bytes"] * LAYERS == cases["no exit"]["kv_bytes"] * (LAYERS - 1)
 
 
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    """Questions about one-coloured pictures, which stand beside the file."""
+    folder = tmp_path_factory.mktemp("chats")
+    lines = []
+    for n in range(60):
+        Image.new("RGB", (32, 32), (4 * n, 250 - 4 * n, 100)).save(folder / f"{n}.png")
+        lines.append({"image": f"{n}.png", "question": f"what is w{n % 30} w{n % 7} this"})
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "chats.jsonl"
+
+
+def test_calibrate(llava: Path, chats: Path, tmp_path: Path) -> None:
+    out, file, plot = tmp_path / "plan", tmp_path / "new" / "report.json", tmp_path / "plots" / "exits.png"
+    options = ("--target-speedup", 1.1, "--width", 8, "--compare-width", 2, "--max-new-tokens", 2, "--slack", 1)
+    shown = run("calibrate", llava, "--data", chats, "--out", out, "--json", file, "--plot", plot, *options).stdout
+    assert Image.open(plot).width > 500
+    assert "may exit" in shown
+    assert "Gates of other widths" in shown
+    assert "P(an answer differs) <=" in shown
+    report = json.loads(file.read_text())
+    plan = Plan.from_pretrained(out)
+    used = {row["layer"]: row["threshold"] for row in report["layers"] if row["threshold"] is not None}
+    assert {exit_.layer: exit_.threshold for exit_ in plan.exits} == pytest.approx(used)
+    assert [exit_.width for exit_ in plan.exits] == [8] * len(used)
+    assert sum(report["samples"].values()) == 60
+    run("optimize", llava, "--plan", out, "--no-compile")
+
+
 def test_an_error_is_one_line(llama: Path, plan: Path) -> None:
     result = run("optimize", llama, "--plan", plan, "--no-compile", code=1)
     assert result.stderr.splitlines()[-1].startswith("error: fingerprint: this plan is for another model")
@@ -262,11 +291,13 @@ def test_debug_shows_where_an_error_came_from(where: str, llama: Path, plan: Pat
         (("generate", "{llama}", "hi", "--image", "{picture}", "--no-compile"), "takes no images"),
         (("generate", "{llava}", "hi", "--device", "cuda:77"), "device 'cuda:77'"),
         (("optimize", "{llava}", "--plan", "{tmp}"), "vte_plan.json"),
+        (("calibrate", "{llava}", "--data", "{tmp}/none.json"), "{tmp}/none.json: cannot be read"),
+        (("calibrate", "{llava}", "--data", "{chats}"), "60 in all. At least 149 are needed"),
         (("bench", "{llava}", "--seq", "5", "--visual", "5"), "text behind the last one"),
     ],
 )
-def test_bad_input(arguments, message, llava, llama, picture, tmp_path) -> None:
-    names = {"tmp": tmp_path, "llava": llava, "llama": llama, "picture": picture}
+def test_bad_input(arguments, message, llava, llama, picture, chats, tmp_path) -> None:
+    names = {"tmp": tmp_path, "llava": llava, "llama": llama, "picture": picture, "chats": chats}
     result = run(*(argument.format(**names) for argument in arguments), code=1)
     assert "error: " in result.stderr
     assert message.format(**names) in result.stderr

@@ -32,7 +32,7 @@ from tiny_bridgetower import (
     run_layer,
     shared,
 )
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from transformers import (
     BridgeTowerForContrastiveLearning,
     BridgeTowerForImageAndTextRetrieval,
@@ -251,18 +251,21 @@ def test_copies_and_pickles() -> None:
     assert torch.equal(run_layer(layer, given), run_layer(fast.cross_modal_image_layers[0], given))
 
 
-def test_result_can_be_exported() -> None:
+def export(model: torch.nn.Module) -> ExportedProgram:
     dims = {"input_ids": {0: Dim.AUTO, 1: Dim.AUTO}, "attention_mask": {0: Dim.AUTO, 1: Dim.AUTO}}
+    shapes = {**dims, "pixel_values": {0: Dim.AUTO}}
     with torch.no_grad():
-        exported = torch.export.export(
-            shared_fast(),
-            (),
-            inputs(3, 7, padded=2),
-            dynamic_shapes={**dims, "pixel_values": {0: Dim.AUTO}},
-            strict=False,
-        )
-        given = inputs(2, 5, padded=1)
-        got = exported.module()(**given).pooler_output
+        return torch.export.export(model, (), inputs(3, 7, padded=2), dynamic_shapes=shapes, strict=False)
+
+
+def test_result_can_be_exported() -> None:
+    try:
+        export(shared())
+    except RuntimeError as error:
+        pytest.skip(f"this transformers cannot export BridgeTower itself: {error}")
+    given = inputs(2, 5, padded=1)
+    with torch.no_grad():
+        got = export(shared_fast()).module()(**given).pooler_output
     expected = run(co_attention_oracle(shared(), MIXED), **given)["pooler_output"]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 

@@ -23,7 +23,9 @@ PUBLIC_NAMES = [
     "SkippedAttention",
     "StaticExit",
     "__version__",
+    "calibrate",
     "optimize",
+    "search_skips",
 ]
 
 # Tools for one door or for the command line, which a user of another door may not have, or should not wait for.

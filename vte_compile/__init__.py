@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vte_compile.oracle import Oracle
     from vte_compile.plan import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
     from vte_compile.plan_co_attention import CoAttention
+    from vte_compile.tuning.calibrate import calibrate
+    from vte_compile.tuning.search import search_skips
 
 __all__ = [
     "CoAttention",
@@ -24,7 +26,9 @@ __all__ = [
     "SkippedAttention",
     "StaticExit",
     "__version__",
+    "calibrate",
     "optimize",
+    "search_skips",
 ]
 
 _HOME = {
@@ -35,7 +39,9 @@ _HOME = {
     "Plan": "vte_compile.plan",
     "SkippedAttention": "vte_compile.plan",
     "StaticExit": "vte_compile.plan",
+    "calibrate": "vte_compile.tuning.calibrate",
     "optimize": "vte_compile.optimizer",
+    "search_skips": "vte_compile.tuning.search",
 }
 
 # passes/, kernels/ and export/ are subpackages: an installed copy has them inside this folder, a source checkout

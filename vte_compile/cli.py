@@ -281,6 +281,82 @@ def bench(
 
 
 @app.command()
+def calibrate(
+    model: ModelArgument,
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data", metavar="FILE", help="Chats, .json or .jsonl: a line may be {'image': path, 'question': text}."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the plan goes.")] = Path("vte-plan"),
+    max_disagreement: Annotated[float, typer.Option(help="Share of answers that may differ from the model's.")] = 0.02,
+    delta: Annotated[float, typer.Option(help="The promise holds with confidence 1 - delta.")] = 0.05,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="Of prefill: instead of a limit on the disagreement, which is then bounded.")
+    ] = None,
+    width: Annotated[int, typer.Option(min=1, help="Of the gates.")] = 64,
+    compare_width: Annotated[
+        list[int] | None, typer.Option(metavar="WIDTH", help="Another width, to compare; may be repeated.")
+    ] = None,
+    slack: Annotated[
+        float, typer.Option(min=0.0, help="Nats by which an answer's loss may grow where the visual tokens may leave.")
+    ] = 0.0,
+    measured: Annotated[
+        bool, typer.Option("--measured", help="Choose layers by times measured here, instead of FLOPs.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answers.")] = 64,
+    work: Annotated[
+        Path | None, typer.Option("--work", metavar="DIR", help="Keep what was found of each sample, to resume.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the split and the training.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG there.")] = None,
+    device: DeviceOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Train exit gates on your own data, and choose thresholds with a guarantee: writes a plan."""
+    import vte_compile
+    from vte_compile.demo.plots import require_matplotlib
+    from vte_compile.loading import load_model, load_processor
+    from vte_compile.tuning.chat_file import read_chats
+    from vte_compile.tuning.plots import draw_calibration
+    from vte_compile.tuning.report import CalibrationReport
+
+    if plot is not None:
+        require_matplotlib()
+    chats = read_chats(data)
+    reports: list[CalibrationReport] = []
+    made = vte_compile.calibrate(
+        load_model(model, device),
+        chats,
+        processor=load_processor(model),
+        max_disagreement=max_disagreement,
+        delta=delta,
+        target_speedup=target_speedup,
+        width=width,
+        widths=compare_width or (),
+        slack=slack,
+        costs="measured" if measured else "flops",
+        max_new_tokens=max_new_tokens,
+        work=work,
+        seed=seed,
+        report=reports.append,
+    )
+    made.save_pretrained(out)
+    console = _out()
+    console.print(reports[0], highlight=False)
+    console.print(f"The plan is in {_plain(out)}.", soft_wrap=True)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(reports[0].to_json(), encoding="utf-8")
+        console.print(f"wrote {_plain(json_file)}", soft_wrap=True)
+    if plot is not None:
+        draw_calibration(reports[0], plot)
+        console.print(f"wrote {_plain(plot)}", soft_wrap=True)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where page, plots and report go.")] = Path(
         "demo-out"
@@ -409,5 +485,6 @@ def _timed_streamer(tokenizer: Any) -> Any:
     return Timed()
 
 
-# Commands in files of their own, which need what is defined above.
+# At the end: they take the program and its options from here.
 from vte_compile import cli_eval as cli_eval  # noqa: E402
+from vte_compile import cli_tuning as cli_tuning  # noqa: E402

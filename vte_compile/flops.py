@@ -151,7 +151,12 @@ def gate_flops(plan: Plan, exit_layer: int) -> int:
     from vte_compile.plan import GateExit
 
     gates = [e for e in plan.exits if isinstance(e, GateExit) and (exit_layer < 0 or e.layer <= exit_layer)]
-    return sum(2 * gate.width * (2 * gate.hidden_size + 2) for gate in gates)
+    return sum(flops_of_gate(gate.width, gate.hidden_size) for gate in gates)
+
+
+def flops_of_gate(width: int, hidden_size: int) -> int:
+    """FLOPs of asking one gate of this width M, on a decoder of hidden size C."""
+    return 2 * width * (2 * hidden_size + 2)
 
 
 def kv_bytes(config: Any, seq: int, visual: int, exit_layer: int, dtype: torch.dtype, plan: Plan | None = None) -> int:

@@ -53,7 +53,7 @@ class ExaminedStore:
     def __init__(self, folder: str | os.PathLike[str] | None, model: nn.Module, shard: int = 64) -> None:
         self.folder = None if folder is None else Path(folder)
         self._shard = shard
-        self._model = _identity(model)
+        self._model = model_identity(model)
         self._shards: dict[str, dict[str, Any]] = {}
         self._where: dict[str, tuple[str, int]] = {}
         self._pending: dict[str, Examined] = {}
@@ -214,7 +214,7 @@ def collect(
     return store.read(keys)
 
 
-def _identity(model: nn.Module) -> dict[str, Any]:
+def model_identity(model: nn.Module) -> dict[str, Any]:
     """What tells a model from others, as JSON has it.
 
     A plan's fingerprint looks at the decoder only, and lets it be cast. Features depend on the vision tower and the
