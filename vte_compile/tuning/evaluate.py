@@ -14,7 +14,7 @@ import operator
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vte_compile.errors import InputError
-from vte_compile.families.inputs import decoder_inputs
 from vte_compile.optimizer import optimize
 from vte_compile.plan import Plan, StaticExit
 from vte_compile.plan_files import JSON_NAME
+from vte_compile.tuning.answered import embed_answered
 from vte_compile.tuning.answers import Answer, Answers
 from vte_compile.tuning.baselines import AttentionPruning, RandomDropping, ReducingOracle, TokenReduction
 from vte_compile.tuning.evaluation import Evaluation, Kind, StaticPoint
@@ -179,8 +179,8 @@ class _Evaluator:
         asked = []
         try:
             for sample in self._read(what):
-                ids = sample.inputs["input_ids"][0]
-                visual = int(torch.isin(ids, ids.new_tensor(self.spec.visual_token_ids)).sum())
+                is_visual = self._visual(sample)[0]
+                visual = int(is_visual.sum())
                 if not visual:
                     raise InputError(f"{sample.name}: has no visual token, so there is nothing to leave.")
                 for run in runs:
@@ -188,7 +188,7 @@ class _Evaluator:
                         run.answers.add(sample.key, run.answer(sample))
                 if sample.key not in full.answers:
                     raise InputError("samples: are not the same when they are read again: pass a list of them.")
-                prompt = Prompt(len(ids), visual, len(full.answers[sample.key].tokens))
+                prompt = Prompt(len(is_visual), visual, len(full.answers[sample.key].tokens))
                 asked.append(Asked(sample.key, prompt, sample.answer))
         except InputError as error:
             if self.folder is None:
@@ -221,26 +221,20 @@ class _Evaluator:
 
     @torch.no_grad()
     def _reduced(self, oracle: ReducingOracle, sample: Sample) -> Answer:
-        inputs = self.examiner.placed(sample)
-        ids = inputs.pop("input_ids")
-        for name in ("attention_mask", "position_ids"):  # they follow from the tokens
-            inputs.pop(name, None)
-        prompt = decoder_inputs(
-            self.model,
-            self.spec,
-            input_ids=ids,
-            inputs_embeds=None,
-            visual_mask=None,
-            may_exit=True,
-            multimodal=inputs,
-        )
+        # An answer of one token adds none to the prompt: nothing follows its last.
+        embeds = embed_answered(self.examiner, replace(sample, answer=(0,))).embeds
         found = oracle.generate(
-            prompt.embeds,
-            prompt.visual_mask,
+            embeds,
+            self._visual(sample).to(embeds.device),
             max_new_tokens=self.max_new_tokens,
             eos_token_id=self.model.generation_config.eos_token_id,
         )
         return Answer(tuple(found.tokens[0]))
+
+    def _visual(self, sample: Sample) -> Tensor:
+        """Where the prompt's visual tokens are, [1, n]."""
+        ids = sample.inputs["input_ids"]
+        return torch.isin(ids, ids.new_tensor(self.spec.visual_token_ids))
 
     # ------------------------------------------------------------ baselines
 
