@@ -46,5 +46,8 @@ setup(
         "demo": demo,
         "dev": ["accelerate", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-tqdm", *demo],
     },
-    entry_points={"console_scripts": ["vte-compile = vte_compile.cli:main"]},
+    entry_points={
+        "console_scripts": ["vte-compile = vte_compile.cli:main"],
+        "lmms_eval.models": ["vte_compile = vte_compile.tuning.lmms_eval_plugin:manifest"],
+    },
 )

@@ -26,7 +26,7 @@ from vte_compile.families.decoder import find_decoder
 from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, PromptStatistics, planned_blocks
 from vte_compile.plan import GateExit, Plan, StaticExit
 
-__all__ = ["Oracle", "OracleCache", "OracleGeneration", "OracleOutput", "RowCache", "embed"]
+__all__ = ["Oracle", "OracleCache", "OracleGeneration", "OracleOutput", "RowCache", "RowRun", "embed"]
 
 # Attention implementations that take an additive 4-D mask. The flash variants ignore or refuse one.
 _MASKED_ATTENTION = ("eager", "sdpa")
@@ -100,7 +100,7 @@ class OracleGeneration:
 
 
 @dataclass
-class _RowRun:
+class RowRun:
     """State of one row while it goes through the layers: n tokens, no padding."""
 
     hidden: Tensor  # [1, n, C]
@@ -113,9 +113,8 @@ class _RowRun:
     features: dict[int, Tensor] = field(default_factory=dict)
     gate_logits: dict[int, Tensor] = field(default_factory=dict)
 
-    def drop_visual(self) -> None:
-        """Remove the visual tokens. The positions of the others keep their numbers."""
-        keep = ~self.visual
+    def keep(self, keep: Tensor) -> None:
+        """Remove all tokens but those of the mask [n]. Their positions keep their numbers."""
         self.hidden, self.positions = self.hidden[:, keep], self.positions[:, keep]
         self.columns, self.visual = self.columns[keep], self.visual[keep]
 
@@ -198,7 +197,7 @@ class Oracle:
             else:
                 positions = position_ids[b, columns]
             embeds = inputs_embeds[b : b + 1, columns]
-            run = _RowRun(embeds, visual[b, columns], positions[None], columns, dict(past.statistics))
+            run = RowRun(embeds, visual[b, columns], positions[None], columns, dict(past.statistics))
             rows.append(self._run_row(run, past))
             runs.append(run)
         return self._collect(runs, tuple(rows), length)
@@ -255,7 +254,7 @@ class Oracle:
             last = [0] * len(tokens)
         return OracleGeneration(tokens, exit_layer, output.cache)
 
-    def _run_row(self, run: _RowRun, past: RowCache) -> RowCache:
+    def _run_row(self, run: RowRun, past: RowCache) -> RowCache:
         """Take one row through all layers and the final norm (in `run`), and return its new cache."""
         if run.hidden.shape[1] == 0:
             run.lens = [0] * (len(self.layers) + 1)
@@ -272,7 +271,7 @@ class Oracle:
         return RowCache(tuple(layers), next_position, run.statistics)
 
     def _run_layer(
-        self, index: int, block: Block, run: _RowRun, past: tuple[Tensor, Tensor] | None
+        self, index: int, block: Block, run: RowRun, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor] | None:
         """Apply layer `index`, in the form `block`, to the row's tokens.
 
@@ -318,14 +317,14 @@ class Oracle:
                 has, does = ("no ", "an") if block.adapter is not None else ("", "no")
                 raise InputError(f"the cache holds {has}statistics of layer {index}, which has {does} adapter")
 
-    def _maybe_exit(self, index: int, run: _RowRun) -> None:
+    def _maybe_exit(self, index: int, run: RowRun) -> None:
         """Drop the row's visual tokens, if any are left, where the exit after layer `index`, if any, fires."""
         for candidate in self.plan.exits:
             if candidate.layer == index and bool(run.visual.any()) and _fires(candidate, run):
                 run.exit_layer = index
-                run.drop_visual()
+                run.keep(~run.visual)
 
-    def _collect(self, runs: list[_RowRun], rows: tuple[RowCache, ...], length: int) -> OracleOutput:
+    def _collect(self, runs: list[RowRun], rows: tuple[RowCache, ...], length: int) -> OracleOutput:
         """Lay the rows' results out as the chunk was."""
         hidden = [run.hidden[0] for run in runs]
         row_logits = [self.lm_head(h) for h in hidden]
@@ -377,7 +376,7 @@ class Oracle:
         positions = torch.arange(8, device=weight.device)
         outputs = []
         for block in (OwnBlock(self.layers[index]), KeptBlock(self.layers[index], None)):
-            run = _RowRun(hidden, torch.zeros_like(positions, dtype=torch.bool), positions[None], positions, {})
+            run = RowRun(hidden, torch.zeros_like(positions, dtype=torch.bool), positions[None], positions, {})
             self._run_layer(index, block, run, None)
             outputs.append(run.hidden)
         own, spelled_out = outputs
@@ -421,7 +420,7 @@ def embed(
     return inputs_embeds, visual_mask
 
 
-def _fires(candidate: GateExit | StaticExit, run: _RowRun) -> bool:
+def _fires(candidate: GateExit | StaticExit, run: RowRun) -> bool:
     """Whether the row, which has visual tokens, exits here (DyVTE, arXiv 2411.19628, the "hyper-network").
 
     Question tokens are what follows the last visual token. With none, nothing exits. With only one, the mean is that of

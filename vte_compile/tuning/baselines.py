@@ -1,0 +1,168 @@
+"""Reduction of visual tokens without training, for comparison: random dropping, and pruning by attention (FastV).
+
+Both leave a share of the visual tokens behind a layer, the same for every sample. They run in eager PyTorch, row by
+row, as the oracle does. With a share of 0 both are the static exit after that layer (VTW, arXiv 2405.05803).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from vte_compile.capture import attention_implementation
+from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.oracle import Oracle, RowRun
+from vte_compile.oracle_blocks import Block
+from vte_compile.plan import Plan
+
+# An attention that also notes what the last query pays to each key; the notes of the call that is running.
+_ATTENTION = "vte_last_query"
+_paid: contextvars.ContextVar[list[Tensor]] = contextvars.ContextVar("vte_paid")
+
+
+@dataclass(frozen=True)
+class TokenReduction:
+    """Behind `layer` (counted from 0) only a share of each prompt's visual tokens is left.
+
+    As in an exit, what stays keeps its position, the layers up to `layer` have cached all tokens, and nothing happens
+    in a prompt without text behind its last visual token.
+
+    Raises:
+        InputError: `layer` is negative, or `share` not between 0 and 1.
+    """
+
+    layer: int
+    share: float
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise InputError(f"layer={self.layer}: expected 0 or more.")
+        if not 0.0 <= self.share <= 1.0:
+            raise InputError(f"share={self.share}: expected a number between 0 and 1.")
+
+    def kept(self, visual: int) -> int:
+        """How many of so many visual tokens stay: their share, rounded down."""
+        return math.floor(self.share * visual + 1e-9)  # 0.3 * 10 is to be 3, and 0.29 * 100 to be 29
+
+
+@dataclass(frozen=True)
+class RandomDropping(TokenReduction):
+    """Which tokens stay is drawn: the same for the same seed and number of tokens."""
+
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionPruning(TokenReduction):
+    """Those stay to which the last token pays most attention in `layer`, in the mean of its heads.
+
+    FastV, arXiv 2403.06764; its K, the number of layers that see all tokens, is `layer` + 1. Of equal ones the first.
+    """
+
+
+class ReducingOracle(Oracle):
+    """Runs a model with a reduction of its visual tokens, see :class:`vte_compile.oracle.Oracle`.
+
+    Raises InputError if the decoder has no layer behind that of the reduction, and as the oracle does.
+    """
+
+    def __init__(self, model: nn.Module, reduction: TokenReduction) -> None:
+        super().__init__(model, Plan())
+        self.reduction = self._checked(reduction)
+
+    def with_reduction(self, reduction: TokenReduction) -> ReducingOracle:
+        """The same model with another reduction, without trying the model out again.
+
+        Raises:
+            InputError: The decoder has no layer behind that of the reduction.
+        """
+        other = copy.copy(self)
+        other.reduction = self._checked(reduction)
+        return other
+
+    def _checked(self, reduction: TokenReduction) -> TokenReduction:
+        if reduction.layer >= len(self.layers) - 1:
+            raise InputError(
+                f"layer={reduction.layer}: no layer is behind it, the decoder has {len(self.layers)} (0.."
+                f"{len(self.layers) - 1})."
+            )
+        return reduction
+
+    def _run_layer(
+        self, index: int, block: Block, run: RowRun, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor] | None:
+        # While the oracle tries the model out, on text, there is no reduction yet.
+        if not bool(run.visual.any()) or bool(run.visual[-1]) or index != self.reduction.layer:
+            return super()._run_layer(index, block, run, past)
+        if isinstance(self.reduction, AttentionPruning):
+            with _noting_attention(self.config) as paid:
+                cached = super()._run_layer(index, block, run, past)
+            if len(paid) != 1:
+                raise UnsupportedModelError(
+                    f"layer {index} ({type(self.layers[index]).__name__}) does not attend through transformers' "
+                    "AttentionInterface: which tokens it attends to cannot be seen."
+                )
+            scores = paid[0][-len(run.visual) :]  # of this chunk's tokens
+        else:
+            cached = super()._run_layer(index, block, run, past)
+            assert isinstance(self.reduction, RandomDropping)
+            generator = torch.Generator().manual_seed(self.reduction.seed)
+            scores = torch.rand(len(run.visual), generator=generator).to(run.visual.device)
+        run.keep(~run.visual | _highest(scores, run.visual, self.reduction.kept(int(run.visual.sum()))))
+        return cached
+
+
+@contextlib.contextmanager
+def _noting_attention(config: Any) -> Iterator[list[Tensor]]:
+    """The attention that last queries pay in the layers that run meanwhile, [keys] each."""
+    paid: list[Tensor] = []
+    token = _paid.set(paid)
+    try:
+        with attention_implementation(config, _ATTENTION):
+            yield paid
+    finally:
+        _paid.reset(token)
+
+
+def _noted_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one row, through the usual function: query [1, heads, n, D], key [1, kv_heads, keys, D].
+
+    The last query's scores are computed once more, without those of all others: the last token attends to all keys.
+    """
+    heads = query.shape[1]
+    keys = key[0].repeat_interleave(heads // key.shape[1], dim=0)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (keys.to(wide) @ query[0, :, -1, :, None].to(wide))[..., 0] * scale
+    _paid.get().append(scores.softmax(-1).mean(0))
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return output, None
+
+
+AttentionInterface.register(_ATTENTION, _noted_attention)
+
+
+def _highest(scores: Tensor, among: Tensor, count: int) -> Tensor:
+    """Mask [n] of the `count` highest scores among those of a mask [n]."""
+    order = scores.masked_fill(~among, -math.inf).argsort(descending=True, stable=True)
+    highest = torch.zeros_like(among)
+    highest[order[:count]] = True
+    return highest
