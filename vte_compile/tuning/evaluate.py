@@ -26,7 +26,7 @@ from vte_compile.errors import InputError
 from vte_compile.optimizer import optimize
 from vte_compile.plan import Plan, StaticExit
 from vte_compile.plan_files import JSON_NAME
-from vte_compile.tuning.answered import embed_answered
+from vte_compile.tuning.answered import embed_answered, placed
 from vte_compile.tuning.answers import Answer, Answers
 from vte_compile.tuning.baselines import AttentionPruning, RandomDropping, ReducingOracle, TokenReduction
 from vte_compile.tuning.evaluation import Evaluation, Kind, StaticPoint
@@ -208,7 +208,7 @@ class _Evaluator:
 
     @torch.no_grad()
     def _generate(self, model: Any, sample: Sample) -> Answer:
-        inputs = self.examiner.placed(sample)
+        inputs = placed(self.examiner.spec, sample)
         output: Tensor = model.generate(**inputs, **_GREEDY, max_new_tokens=self.max_new_tokens)
         exits = getattr(output, "exit_layer", None)
         tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
@@ -222,10 +222,10 @@ class _Evaluator:
     @torch.no_grad()
     def _reduced(self, oracle: ReducingOracle, sample: Sample) -> Answer:
         # An answer of one token adds none to the prompt: nothing follows its last.
-        embeds = embed_answered(self.examiner, replace(sample, answer=(0,))).embeds
+        prompt = embed_answered(self.model, self.examiner.spec, replace(sample, answer=(0,)))
         found = oracle.generate(
-            embeds,
-            self._visual(sample).to(embeds.device),
+            prompt.embeds,
+            prompt.visual[None],
             max_new_tokens=self.max_new_tokens,
             eos_token_id=self.model.generation_config.eos_token_id,
         )
