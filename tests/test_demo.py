@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from vte_compile import GateExit, Plan
 from vte_compile.cli import app
-from vte_compile.demo import data, plots
+from vte_compile.demo import data
 from vte_compile.demo.data import ASSETS, Assets, Question
 from vte_compile.demo.evaluate import FULL, LEARNED, NO_EXIT, Answer, Configuration, Evaluation
 from vte_compile.demo.run import Demo
@@ -23,6 +23,7 @@ from vte_compile.environment import environment
 from vte_compile.errors import InputError
 from vte_compile.fingerprint import Fingerprint
 from vte_compile.flops import prefill_flops
+from vte_compile.plotting import require_matplotlib
 
 QUESTIONS = 10
 PLOTS = {"agreement_over_cost", "accuracy_over_cost", "exit_layers", "exit_layers_by_type"}
@@ -152,7 +153,7 @@ def test_damaged_questions_are_named(tmp_path: Path) -> None:
 def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"vte-compile\[demo\]"):
-        plots.require_matplotlib()
+        require_matplotlib()
 
 
 # ---------------------------------------------------------------- the whole

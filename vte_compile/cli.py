@@ -317,8 +317,8 @@ def calibrate(
 ) -> None:
     """Train exit gates on your own data, and choose thresholds with a guarantee: writes a plan."""
     import vte_compile
-    from vte_compile.demo.plots import require_matplotlib
     from vte_compile.loading import load_model, load_processor
+    from vte_compile.plotting import require_matplotlib
     from vte_compile.tuning.chat_file import read_chats
     from vte_compile.tuning.plots import draw_calibration
     from vte_compile.tuning.report import CalibrationReport

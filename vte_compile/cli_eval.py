@@ -37,9 +37,9 @@ def evaluate(
     debug: DebugOption = False,
 ) -> None:
     """Measure how often plans keep a model's answers, against baselines with the same FLOPs, on your own data."""
-    from vte_compile.demo.plots import require_matplotlib
     from vte_compile.loading import load_model, load_processor
     from vte_compile.plan import Plan
+    from vte_compile.plotting import require_matplotlib
     from vte_compile.tuning.chat_file import read_chats
     from vte_compile.tuning.evaluate import evaluate as measure
     from vte_compile.tuning.evaluation_plot import draw_evaluation

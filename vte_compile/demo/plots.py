@@ -5,62 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vte_compile.errors import InputError
+from vte_compile.plotting import GRID, INK, MUTED, drawn
 
-_INK, _MUTED, _GRID = "#1d2733", "#5b6b7b", "#e3e8ee"
 _STATIC, _LEARNED, _ORACLE = "#7a8da3", "#d9480f", "#2b8a3e"
-STYLE: dict[Any, Any] = {
-    "font.size": 10.5,
-    "font.family": "DejaVu Sans",
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlepad": 12,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "legend.frameon": False,
-    "figure.dpi": 160,
-    "figure.constrained_layout.use": True,
-}
 _COST = "decoder layers that see the visual tokens (mean)"
-
-
-def require_matplotlib() -> None:
-    """Find out before the work is done.
-
-    Raises:
-        InputError: matplotlib is missing; the message says what to install.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise InputError("Plots are drawn with matplotlib: pip install 'vte-compile[demo]'.") from error
 
 
 def draw(report: dict[str, Any], folder: Path) -> dict[str, Path]:
     """Draw all plots into PNG files: name -> file."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # no pyplot: no backend, no global state
-
     files = {}
-    with rc_context(STYLE):
-        for name, plot, size in (
-            ("agreement_over_cost", _agreement, (6.6, 4.2)),
-            ("accuracy_over_cost", _accuracy, (6.6, 4.2)),
-            ("exit_layers", _exit_layers, (6.6, 3.4)),
-            ("exit_layers_by_type", _exit_layers_by_type, (6.6, 3.9)),
-        ):
-            figure = Figure(figsize=size)
-            plot(figure.add_subplot(), report)
-            files[name] = folder / f"{name}.png"
-            figure.savefig(files[name])
+    for name, plot, size in (
+        ("agreement_over_cost", _agreement, (6.6, 4.2)),
+        ("accuracy_over_cost", _accuracy, (6.6, 4.2)),
+        ("exit_layers", _exit_layers, (6.6, 3.4)),
+        ("exit_layers_by_type", _exit_layers_by_type, (6.6, 3.9)),
+    ):
+        files[name] = folder / f"{name}.png"
+        with drawn(files[name], size) as axes:
+            plot(axes, report)
     return files
 
 
@@ -77,7 +39,7 @@ def _agreement(axes: Any, report: dict[str, Any]) -> None:
 def _accuracy(axes: Any, report: dict[str, Any]) -> None:
     _curve(axes, report, "accuracy")
     full = next(c for c in report["configurations"] if c["kind"] == "original")["accuracy"]["value"]
-    axes.axhline(full, color=_MUTED, lw=1, ls=(0, (4, 3)), label=f"full model, {full:.1%}", zorder=1)
+    axes.axhline(full, color=MUTED, lw=1, ls=(0, (4, 3)), label=f"full model, {full:.1%}", zorder=1)
     axes.set_title("Right answers")
     axes.legend(loc="lower right")
 
@@ -105,7 +67,7 @@ def _curve(axes: Any, report: dict[str, Any], measure: str) -> None:
     )  # fmt: skip
     axes.set(xlabel=_COST, xticks=range(1, layers + 1), xlim=(0.6, layers + 0.4), ylim=(0, 1.06))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.grid(color=_GRID, lw=0.8)
+    axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)
 
 
@@ -113,11 +75,11 @@ def _exit_layers(axes: Any, report: dict[str, Any]) -> None:
     learned = next(c for c in report["configurations"] if c["kind"] == "learned")
     counts = list(learned["exit_histogram"].values())
     bars = axes.bar(range(len(counts)), counts, color=[_LEARNED] * (len(counts) - 1) + [_STATIC], width=0.78)
-    axes.bar_label(bars, [str(n) if n else "" for n in counts], padding=2, color=_INK, fontsize=9.5)
+    axes.bar_label(bars, [str(n) if n else "" for n in counts], padding=2, color=INK, fontsize=9.5)
     axes.set(xlabel="the visual tokens leave after layer", ylabel="questions", ylim=(0, max(counts) * 1.13))
     axes.set_xticks(range(len(counts)), _layer_names(learned))
     axes.tick_params(axis="x", length=0)
-    axes.grid(axis="y", color=_GRID, lw=0.8)
+    axes.grid(axis="y", color=GRID, lw=0.8)
     axes.set_axisbelow(True)
     axes.set_title("Where the learned exit fires")
 
@@ -133,13 +95,13 @@ def _exit_layers_by_type(axes: Any, report: dict[str, Any]) -> None:
     for row, values in enumerate(shares):
         for column, share in enumerate(values):
             if share >= 0.005:
-                color = "white" if share > 0.8 else _INK
+                color = "white" if share > 0.8 else INK
                 axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=8.5, color=color)
     axes.set_xticks(range(len(shares[0])), _layer_names(learned))
     axes.set_yticks(range(len(types)), [f"{name}  ({case['mean_cost']:.1f} layers)" for name, case in types])
     axes.set_xticks([i + 0.5 for i in range(len(shares[0]) - 1)], minor=True)
     axes.set_yticks([i + 0.5 for i in range(len(types) - 1)], minor=True)
-    axes.grid(which="minor", color=_GRID, lw=0.8)
+    axes.grid(which="minor", color=GRID, lw=0.8)
     axes.tick_params(which="both", length=0)
     axes.set_xlabel("the visual tokens leave after layer")
     axes.set_title("Exits by type of question (share of its questions)")

@@ -16,6 +16,7 @@ from vte_compile.demo.evaluate import FULL, LEARNED, TIMED_RUNS, Answer, Evaluat
 from vte_compile.environment import environment
 from vte_compile.loading import load_model, load_processor
 from vte_compile.plan import Plan
+from vte_compile.plotting import require_matplotlib
 
 SCHEMA_VERSION = 1
 DEFAULT_QUESTIONS = 256
@@ -52,7 +53,7 @@ class Demo:
         assets: Path | None = None,
     ) -> None:
         self._start = time.perf_counter()
-        plots.require_matplotlib()
+        require_matplotlib()
         self.assets = Assets.find(assets)
         chosen = self.assets.spread(questions)
         self.plan = Plan.from_pretrained(self.assets.plan)

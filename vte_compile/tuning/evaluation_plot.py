@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vte_compile.demo.plots import STYLE, require_matplotlib
+from vte_compile.plotting import GRID, drawn
 from vte_compile.tuning.evaluation import Evaluation, Kind
 
-_CURVE, _GRID = "#7a8da3", "#e3e8ee"
+_CURVE = "#7a8da3"
 _MARKERS: dict[Kind, tuple[str, str]] = {
     "full": ("s", "#1d2733"),
     "plan": ("*", "#d9480f"),
@@ -25,15 +25,8 @@ def draw_evaluation(evaluation: Evaluation, file: Path) -> None:
     Raises:
         InputError: matplotlib is missing.
     """
-    require_matplotlib()
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # no pyplot: no backend, no global state
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(6.6, 4.2))
-        _agreement(figure.add_subplot(), evaluation)
-        figure.savefig(file)
+    with drawn(file, (6.6, 4.2)) as axes:
+        _agreement(axes, evaluation)
 
 
 def _agreement(axes: Any, evaluation: Evaluation) -> None:
@@ -57,7 +50,7 @@ def _agreement(axes: Any, evaluation: Evaluation) -> None:
     axes.set(xlabel="FLOPs of prefill and decode, over the full model's", ylim=(0, 1.06))
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.grid(color=_GRID, lw=0.8)
+    axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)
     axes.legend(loc="lower right")
     axes.set_title(f"Answers equal to the full model's, {evaluation.settings['confidence']:.0%} intervals")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vte_compile.demo.plots import STYLE, require_matplotlib
+from vte_compile.plotting import drawn
 from vte_compile.tuning.report import CalibrationReport
 
 _MAY, _DOES, _NEVER = "#c9d3de", "#d9480f", "#7a8da3"
@@ -17,15 +17,8 @@ def draw_calibration(report: CalibrationReport, file: Path) -> None:
     Raises:
         InputError: matplotlib is missing.
     """
-    require_matplotlib()
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # no pyplot: no backend, no global state
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(6.6, 3.6))
-        _shares(figure.add_subplot(), report)
-        figure.savefig(file)
+    with drawn(file, (6.6, 3.6)) as axes:
+        _shares(axes, report)
 
 
 def _shares(axes: Any, report: CalibrationReport) -> None:
