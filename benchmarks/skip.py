@@ -9,8 +9,10 @@ attentions are spread evenly over the upper two thirds of the layers, about wher
 the last one: skipping that lets optimize() spare the layers below it work that is not counted here. The exit is a
 static one at half depth.
 
-Prefill is bound by arithmetic: a quotient of 1 says that its time falls exactly as FLOPs do. Decode is bound by memory:
-its time is compared with the bytes a step reads, the decoder's matrices, lm_head and the keys and values of the prompt.
+Prefill is bound by arithmetic: a quotient of 1 says that its time falls exactly as FLOPs do; what optimize() spares the
+last layer, and the baseline computes for all tokens, is left out of its FLOPs (vte_compile/flops.py counts it). Decode
+is bound by memory: its time is compared with the bytes a step reads, the decoder's matrices, lm_head and the keys and
+values of the prompt.
 `weight bytes` are those of all parameters the optimized model holds, the embedding and the vision tower among them;
 `prompt bytes` are what the cache holds for adapters, such as weights blended for this prompt.
 
@@ -109,7 +111,8 @@ def main(
                 "prompt_bytes": known,
                 "weight_bytes": sum(p.nbytes for p in models[case.name].parameters()),
                 "read_bytes": weight_bytes(model.config, case.plan, model.dtype, case.fold) + kv,
-                "prefill_flops": prefill_flops(*where, exit_layer, case.plan, case.fold),
+                "prefill_flops": prefill_flops(*where, exit_layer, case.plan, case.fold)
+                - (0 if case.name == BASELINE else spared_flops(model, seq if exit_layer < 0 else seq - visual)),
                 "decode_flops": decode_flops(*where, exit_layer, plan=case.plan, fold=case.fold),
             }
         )
@@ -126,6 +129,15 @@ def main(
     show(rows, settings)
     if json_file is not None:
         write_report(json_file, "skip.py", settings, rows)
+
+
+def spared_flops(model: Any, tokens: int) -> int:
+    """What the last layer, which attends in all cases, is spared: all but keys and values of the other tokens."""
+    text = model.config.text_config
+    hidden, inner = text.hidden_size, text.intermediate_size
+    per_token = 2 * (2 * hidden * hidden + 3 * hidden * inner)  # q and o, and the FFN; heads are as many as keys
+    pairs = tokens * (tokens + 1) // 2 - tokens
+    return (tokens - 1) * per_token + 4 * hidden * pairs
 
 
 def spread(layers: int, count: int) -> list[int]:
