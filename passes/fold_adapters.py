@@ -74,6 +74,7 @@ class _Insertion:
         self.anchor = site.readers[0]
         self.values: dict[str, fx.Node] = {}
         """What is known of the prompt."""
+        self.weights: dict[str, fx.Node] = {}
 
     def run(self) -> None:
         prefill = self.graph.phase == "prefill"
@@ -227,15 +228,14 @@ class _Insertion:
 
     def _weight(self, name: str) -> fx.Node:
         """A folded weight; in the model's dtype now, whatever it was when it was folded."""
+        if name in self.weights:
+            return self.weights[name]
         target = f"folded_{self.site.layer}_{name}"
         read = self.folded.reader(self.site.layer, name)
-        known = next((n for n in self.graph.graph.nodes if n.op == "get_attr" and n.target == target), None)
-        if known is not None:
-            return known
         self.graph.module.register_buffer(target, read().detach(), persistent=False)
         self.graph.parameters[target] = read
         with self.graph.graph.inserting_before(self.anchor):
-            node = self.graph.graph.get_attr(target)
+            node = self.weights[name] = self.graph.graph.get_attr(target)
         node.meta["val"] = self._fake_mode.from_tensor(read().detach(), static_shapes=True)
         return node
 
