@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from vte_compile import GateExit, Plan, optimize
 from vte_compile.flops import prefill_flops
-from vte_compile.timing import Phases, Summary, interleaved
+from vte_compile.timing import Phases, Summary, interleaved, phases
 
 GATE_WIDTH = 256
 NEVER, ALWAYS = 1e9, -1e9
@@ -97,8 +97,9 @@ def build_cases(model: Any, embeds: Tensor, visual_mask: Tensor) -> tuple[dict[s
         **{name: optimize(without, plan) for name, plan in plans.items()},
     }
     plans["gates never fire"] = forced(model, None)
-    cases = {name: _prefill(m, embeds, visual_mask) for name, m in models.items()}
-    cases[TEXT_ONLY] = _prefill(models[BASELINE], embeds[:, ~visual_mask[0]], visual_mask[:, ~visual_mask[0]])
+    cases = {name: phases(m, embeds, visual_mask, 1) for name, m in models.items()}
+    text_only = embeds[:, ~visual_mask[0]], visual_mask[:, ~visual_mask[0]]
+    cases[TEXT_ONLY] = phases(models[BASELINE], *text_only, 1)
     return cases, plans
 
 
@@ -110,19 +111,6 @@ def forced(model: Any, layer: int | None) -> Plan:
     w1 = 0.01 * torch.randn(GATE_WIDTH, 2 * text.hidden_size, generator=generator)
     w2 = 0.01 * torch.randn(2, GATE_WIDTH, generator=generator)
     return Plan(exits=[GateExit(k, w1, w2, ALWAYS if k == layer else NEVER) for k in range(last + 1)])
-
-
-def _prefill(model: Any, embeds: Tensor, visual_mask: Tensor) -> Phases:
-    inputs: dict[str, Any] = {"inputs_embeds": embeds, "logits_to_keep": 1, "use_cache": True}
-    if hasattr(model, "plan"):
-        inputs["visual_mask"] = visual_mask
-
-    @torch.no_grad()
-    def run() -> Any:
-        return model(**inputs)
-
-    exit_layer = getattr(run(), "exit_layer", None)
-    return Phases(run, run, -1 if exit_layer is None else int(exit_layer[0]))
 
 
 def _row(name: str, exit_layer: int, times: dict[str, Summary], flops: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def test_cases(skip):
 
 def test_compare(skip):
     rows = [
-        {"case": case, "prefill": {"median_s": s}, "decode": {"median_s": 1.0}, "prefill_flops": n, "read_bytes": 1}
+        {"case": case, "prefill": {"median_s": s}, "decode": {"median_s": 1.0}, "prefill_flops": n, "moved_bytes": 1}
         for case, s, n in (("base", 8.0, 100), ("plain", 2.0, 50), ("adapted", 3.0, 50))
     ]
     skip.compare(rows, {"plain": None, "adapted": "plain"})

@@ -13,7 +13,7 @@ from vte_compile.environment import environment
 from vte_compile.errors import InputError
 from vte_compile.flops import kv_bytes, prefill_flops
 from vte_compile.plan import Plan, StaticExit
-from vte_compile.timing import interleaved, phases
+from vte_compile.timing import phases, time_phases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,13 +79,7 @@ def bench(
 
     cases = {name: phases(candidate, embeds, visual_mask, decode_tokens) for name, candidate in models.items()}
     with tqdm(total=2 * (runs + 1) * len(cases), desc="timing", unit="run") as bar:
-        prefill, decode = (
-            interleaved(functions, runs, device=model.device, after_each=lambda: bar.update())
-            for functions in (
-                {name: case.prefill for name, case in cases.items()},
-                {name: case.decode for name, case in cases.items()},
-            )
-        )
+        prefill, decode = time_phases(cases, runs, device=model.device, after_each=bar.update)
     rows = []
     base_flops = prefill_flops(model.config, seq, visual, -1)
     for name, case in cases.items():

@@ -36,6 +36,7 @@ def interleaved(
     warmup: int = 1,
     device: torch.device | None = None,
     after_each: Callable[[], object] = lambda: None,
+    resets: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Summary]:
     """Time some functions in turns, so that a slow moment of the machine hits all of them alike.
 
@@ -45,6 +46,7 @@ def interleaved(
         warmup: Untimed rounds before.
         device: Where the work happens, if that is not the CPU: waits for it.
         after_each: Called after each timed or untimed call, to show progress.
+        resets: By name, what undoes a call; called after it, and not timed.
     """
     names = list(cases)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -57,6 +59,8 @@ def interleaved(
             _synchronize(device)
             if turn >= 0:
                 times[name].append(time.perf_counter() - start)
+            if resets is not None:
+                resets[name]()
             after_each()
     return {name: Summary.of(values) for name, values in times.items()}
 
@@ -73,7 +77,9 @@ class Phases:
     prefill: Callable[[], object]
     """The decoder on the whole prompt, logits of the last token."""
     decode: Callable[[], object]
-    """Some decode steps behind the prompt; leaves the cache as it was."""
+    """Some decode steps behind the prompt, or behind what was decoded already."""
+    rewind: Callable[[], object]
+    """Removes the tokens of one ``decode`` from the cache; untimed, since some caches copy what is left for it."""
     exit_layer: int
     """Where the visual tokens left; -1 = never."""
 
@@ -103,7 +109,26 @@ def phases(model: Any, embeds: Tensor, visual_mask: Tensor, decode_tokens: int) 
     def decode() -> None:
         for _ in range(decode_tokens):
             model(input_ids=token, past_key_values=cache, use_cache=True)
+
+    def rewind() -> None:
         cache.crop(-decode_tokens)
 
     exit_layer = getattr(first, "exit_layer", None)
-    return Phases(prefill, decode, -1 if exit_layer is None else int(exit_layer[0]))
+    return Phases(prefill, decode, rewind, -1 if exit_layer is None else int(exit_layer[0]))
+
+
+def time_phases(
+    cases: Mapping[str, Phases], runs: int, *, device: torch.device | None, after_each: Callable[[], object]
+) -> tuple[dict[str, Summary], dict[str, Summary]]:
+    """Times of prefill, and of ``decode`` as a whole, by case; ``after_each`` is called 2 (runs + 1) times per case."""
+    prefill = interleaved(
+        {name: case.prefill for name, case in cases.items()}, runs, device=device, after_each=after_each
+    )
+    decode = interleaved(
+        {name: case.decode for name, case in cases.items()},
+        runs,
+        device=device,
+        after_each=after_each,
+        resets={name: case.rewind for name, case in cases.items()},
+    )
+    return prefill, decode

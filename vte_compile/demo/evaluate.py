@@ -24,7 +24,7 @@ from vte_compile.flops import decode_flops, kv_bytes, prefill_flops
 from vte_compile.loading import prompt
 from vte_compile.oracle import embed
 from vte_compile.plan import Plan, StaticExit
-from vte_compile.timing import Phases, Summary, interleaved, phases
+from vte_compile.timing import Phases, Summary, phases, time_phases
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,13 +124,7 @@ class Evaluation:
             for question in questions:
                 cases = self._phases(question)
                 device = self.configurations[0].model.device
-                prefill, decode = (
-                    interleaved(functions, TIMED_RUNS, device=device, after_each=lambda: bar.update())
-                    for functions in (
-                        {name: case.prefill for name, case in cases.items()},
-                        {name: case.decode for name, case in cases.items()},
-                    )
-                )
+                prefill, decode = time_phases(cases, TIMED_RUNS, device=device, after_each=bar.update)
                 for configuration in self.configurations:
                     configuration.prefill.append(prefill[configuration.name])
                     configuration.decode.append(decode[configuration.name].scaled(1 / _DECODE_TOKENS))
