@@ -32,7 +32,7 @@ from vte_compile.tuning.baselines import AttentionPruning, RandomDropping, Reduc
 from vte_compile.tuning.evaluation import Evaluation, Kind, StaticPoint
 from vte_compile.tuning.examine import GREEDY, Examiner
 from vte_compile.tuning.matching import Prompt, exit_within, mean_flops, removed, share_within
-from vte_compile.tuning.measures import CONFIDENCE, RESAMPLES, Asked, Case, Measurer, all_stay, exited
+from vte_compile.tuning.measures import CONFIDENCE, RESAMPLES, Asked, Case, Measurer, all_stay, earliest_exit, exited
 from vte_compile.tuning.samples import Sample, read_samples
 from vte_compile.tuning.store import ExaminedStore
 
@@ -269,9 +269,10 @@ class _Evaluator:
 
     def _oracle(self, asked: Sequence[Asked], full: Mapping[str, Answer], changing: Mapping[str, Answer]) -> Case:
         """Each sample leaves behind the earliest layer from which on no exit changes its answer."""
-        exits = {each.key: max(changing[each.key].tokens, default=-1) + 1 for each in asked}
-        # Behind the last layer there is nothing to save: nobody leaves.
-        answers = {key: Answer(full[key].tokens, k if k < self.layers - 1 else -1) for key, k in exits.items()}
+        answers = {}
+        for each in asked:
+            exit_layer = earliest_exit(changing[each.key].tokens, self.layers)
+            answers[each.key] = Answer(full[each.key].tokens, exit_layer)
         return Case(ORACLE, "oracle", answers, exited)
 
     def _static_exits(self, asked: Sequence[Asked], changing: Mapping[str, Answer]) -> tuple[StaticPoint, ...]:
