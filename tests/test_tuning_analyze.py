@@ -2,12 +2,14 @@
 
 import base64
 import dataclasses
+import io
 import json
 import logging
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 from test_tuning_ranking import by_oracle, sample, some_samples
 from tiny_models import LAYERS, one_thread, shared_model, tiny_llava  # noqa: F401
 
@@ -218,6 +220,16 @@ def test_losses_that_are_not_finite_are_told(monkeypatch, tmp_path):
     again = analyze(model, some_samples(2), max_new_tokens=2, work=tmp_path, progress=False)
     assert again.to_json() == analysis.to_json()
     assert "not finite" in write_analysis(analysis, tmp_path / "out")["page"].read_text()
+
+
+def test_the_table_fits_a_terminal(found):
+    _, _, analysis = found
+    rows = tuple(dataclasses.replace(row, exit_accuracy=row.exit_agreement) for row in analysis.layers)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(dataclasses.replace(analysis, layers=rows, answered=COUNT))
+    said = console.export_text()
+    assert "…" not in said
+    assert f"{analysis.layers[0].exit_loss_increase.value:+.3f}" in said
 
 
 def test_files(found, tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -86,12 +87,16 @@ class Analysis:
         return json.dumps({"schema_version": SCHEMA_VERSION} | asdict(self), indent=1, allow_nan=False) + "\n"
 
     def __rich__(self) -> RenderableType:
-        table = Table(title=f"{len(self.samples)} samples, {self.answered} of them with answers", title_justify="left")
+        table = Table(
+            title=f"{len(self.samples)} samples, {self.answered} of them with answers",
+            title_justify="left",
+            box=box.SIMPLE,
+        )
         right = self.answered > 0
         # Intervals are in the JSON and on the page: here all columns are to fit a terminal of 80.
-        headings: tuple[str, ...] = ("layer", "question\nto visual", "answer\nto visual", "exit:\nsame")
-        headings += (*(("exit:\nright",) if right else ()), "exit:\nloss", "may\nexit")
-        headings += ("deleted:\nsame", "deleted:\nloss") if self.deletions_refused is None else ()
+        headings: tuple[str, ...] = ("layer", "question\nto visual", "answer\nto visual", "exit\nsame")
+        headings += (*(("exit\nright",) if right else ()), "exit\nloss", "may\nexit")
+        headings += ("deleted\nsame", "deleted\nloss") if self.deletions_refused is None else ()
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.layers:
@@ -106,7 +111,7 @@ class Analysis:
             table.add_row(*cells)
         cost = self.oracle_cost
         notes = (
-            "to visual: share of the attention of these tokens. exit: all visual tokens leave after this layer. may "
+            "to visual: share of the attention on visual tokens. exit: all visual tokens leave after this layer. may "
             "exit: samples that no exit from here on changes. deleted: this attention alone goes. same: token for "
             "token the full model's answer. loss: of that answer, by how much it grows.\n"
             f"With an oracle exit {cost.value:.2f} ({cost.low:.2f} .. {cost.high:.2f}) of {len(self.layers)} layers "
