@@ -91,10 +91,11 @@ class Analysis:
             title=f"{len(self.samples)} samples, {self.answered} of them with answers",
             title_justify="left",
             box=box.SIMPLE,
+            padding=0,
         )
         right = self.answered > 0
         # Intervals are in the JSON and on the page: here all columns are to fit a terminal of 80.
-        headings: tuple[str, ...] = ("layer", "question\nto visual", "answer\nto visual", "exit\nsame")
+        headings: tuple[str, ...] = ("layer", "question\nto image", "answer\nto image", "exit\nsame")
         headings += (*(("exit\nright",) if right else ()), "exit\nloss", "may\nexit")
         headings += ("deleted\nsame", "deleted\nloss") if self.deletions_refused is None else ()
         for heading in headings:
@@ -111,7 +112,7 @@ class Analysis:
             table.add_row(*cells)
         cost = self.oracle_cost
         notes = (
-            "to visual: share of the attention on visual tokens. exit: all visual tokens leave after this layer. may "
+            "to image: share of the attention on visual tokens. exit: all visual tokens leave after this layer. may "
             "exit: samples that no exit from here on changes. deleted: this attention alone goes. same: token for "
             "token the full model's answer. loss: of that answer, by how much it grows.\n"
             f"With an oracle exit {cost.value:.2f} ({cost.low:.2f} .. {cost.high:.2f}) of {len(self.layers)} layers "
