@@ -31,7 +31,7 @@ def verify_prefill(model: PreTrainedModel, runner: DecoderRunner) -> None:
     Raises:
         CaptureError: They differ.
     """
-    _compare(model, runner, lambda embeds: model(inputs_embeds=embeds, use_cache=False).logits)
+    _compare(model, runner, lambda **inputs: model(**inputs, use_cache=False).logits)
 
 
 def verify_hidden(model: PreTrainedModel, runner: DecoderRunner) -> None:
@@ -41,10 +41,10 @@ def verify_hidden(model: PreTrainedModel, runner: DecoderRunner) -> None:
         CaptureError: They differ.
     """
     decoder: Any = runner.spec.decoder
-    _compare(model, runner, lambda embeds: decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state)
+    _compare(model, runner, lambda **inputs: decoder(**inputs, use_cache=False).last_hidden_state)
 
 
-def _compare(model: PreTrainedModel, runner: DecoderRunner, forward: Callable[[Tensor], Tensor]) -> None:
+def _compare(model: PreTrainedModel, runner: DecoderRunner, forward: Callable[..., Tensor]) -> None:
     # Skipped attentions and adapters change the numbers on purpose; exits do not, on text.
     reference = runner.with_plan(Plan()) if runner.plan.skips or runner.plan.adapters else runner
     embeddings: Any = model.get_input_embeddings()
@@ -53,8 +53,11 @@ def _compare(model: PreTrainedModel, runner: DecoderRunner, forward: Callable[[T
     ids = torch.randint(embeddings.num_embeddings, (1, _TOKENS), generator=generator).to(device)
     with torch.no_grad(), evaluating(model):
         embeds = embeddings(ids)
-        expected = forward(embeds)[:, -1]
         positions = torch.arange(_TOKENS, device=device)[None]
+        if (rows := runner.spec.position_rows) > 1:
+            # As of an image: each row counts in its own way.
+            positions = positions // torch.arange(1, rows + 1, device=device)[:, None, None]
+        expected = forward(inputs_embeds=embeds, position_ids=positions)[:, -1]
         got = reference.uncompiled_prefill().run([embeds, positions]).logits[:, -1]
     error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     tolerance = _TOLERANCE.get(expected.dtype, 5e-2)
