@@ -112,11 +112,11 @@ def _find_model(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[PreT
         # By type(): isinstance() would ask proxies for their class.
         if not issubclass(type(candidate), PreTrainedModel) or issubclass(type(candidate), OptimizedModel):
             continue
-        if candidate.get_output_embeddings() is None:
-            continue
         try:
+            if candidate.get_output_embeddings() is None:
+                continue
             layers: Any = find_decoder(candidate).layers
-        except (UnsupportedModelError, AttributeError):
+        except (UnsupportedModelError, AttributeError, NotImplementedError):
             continue
         read = [weights[id(p)] for p in layers[0].parameters() if id(p) in weights] if len(layers) else []
         if read:
@@ -163,7 +163,9 @@ def _runner(model: PreTrainedModel, spec: DecoderSpec, settings: Options) -> Dec
 def _phase(region: Region) -> Phase:
     if not region.past:
         return "prefill"
-    return "decode" if int(region.embeds.meta["example_value"].shape[1]) == 1 else "extend"
+    tokens = region.embeds.meta["example_value"].shape[1]
+    # A symbolic number of tokens is more than one; to compare it would specialize the graph.
+    return "decode" if isinstance(tokens, int) and tokens == 1 else "extend"
 
 
 def _with_call(
