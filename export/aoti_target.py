@@ -76,9 +76,7 @@ def _write_weights(weights: Mapping[str, Tensor], folder: Path) -> list[str]:
     for number, shard in enumerate(_shards(weights), 1):
         names.append(f"weights-{number:05d}.safetensors")
         # Copies: tensors may be views of each other, which safetensors refuses.
-        copies = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in shard.items()
-        }
+        copies = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in shard.items()}
         safetensors.torch.save_file(copies, folder / names[-1])
     return names
 

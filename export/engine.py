@@ -1,4 +1,4 @@
-"""Run an engine: prompts, decode steps and greedy generation from an exported folder, with torch and no transformers."""
+"""Run an engine: prompts, decode steps and greedy generation, with torch and without transformers."""
 
 from __future__ import annotations
 
@@ -43,14 +43,16 @@ class Generated:
 class Engine:
     """An exported model, from :func:`vte_compile.load_engine`. Nothing of a request is kept on it."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, folder: Path) -> None:
         self._loaded = loaded
+        self.folder = folder
+        """Where it was loaded from."""
         self._runner = EngineRunner(loaded)
 
     @classmethod
     def load(cls, folder: Path) -> Engine:
         """See :func:`vte_compile.load_engine`."""
-        return cls(load(folder))
+        return cls(load(folder), folder)
 
     @property
     def manifest(self) -> Manifest:

@@ -75,9 +75,8 @@ def _program(phase: PhaseSteps, weights: Mapping[str, Tensor], pieces: Mapping[s
             steps.append(_LoadedPiece(slot(step.inputs), slot(step.outputs), pieces[step.piece], own))
         else:
             [stream] = slot([step.stream])
-            steps.append(
-                ExitStep(slot(step.inputs), slot(step.outputs), step.layer, stream, step.dims, _gate(step, weights))
-            )
+            gate = _gate(step, weights)
+            steps.append(ExitStep(slot(step.inputs), slot(step.outputs), step.layer, stream, step.dims, gate))
     outputs = slot(phase.outputs)
     return StepProgram(steps, outputs, len(slots), phase.kv, phase.prompt_state)
 

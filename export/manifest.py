@@ -154,14 +154,12 @@ class Manifest:
         except ValueError as error:
             raise EngineError(f"{MANIFEST}: damaged ({error}): {remedy}.") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT:
-            raise EngineError(
-                f"{MANIFEST}: not the manifest of an engine: pass a folder that vte_compile.export() wrote."
-            )
+            raise EngineError(f"{MANIFEST}: not of an engine: pass a folder that vte_compile.export() wrote.")
         version = body.get("schema_version")
         if version != SCHEMA_VERSION:
             raise EngineError(
-                f"{MANIFEST}: schema_version {version!r}, but this vte-compile reads {SCHEMA_VERSION}: export the model "
-                "again with this vte-compile, or load the engine with the one that wrote it."
+                f"{MANIFEST}: schema_version {version!r}, but this vte-compile reads {SCHEMA_VERSION}: export the "
+                "model again with this vte-compile, or load the engine with the one that wrote it."
             )
         if body.pop("sha256", None) != _digest(body):
             raise EngineError(f"{MANIFEST}: altered since it was written: {remedy}.")
