@@ -122,7 +122,8 @@ def _compile(module: fx.GraphModule, examples: Sequence[Tensor], file: Path) -> 
     values = tuple(_value(example, _hint) for example in examples)
     dims = tuple({d: Dim.AUTO for d in sizes} for sizes in symbolic)
     # Sizes 0 and 1 are otherwise other programs to torch.export; here one has to do for all.
-    with symbolic_shapes_config.patch(backed_size_oblivious=True), torch.no_grad(), _quiet():
+    oblivious = symbolic_shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with oblivious, torch.no_grad(), _quiet():
         try:
             exported = torch.export.export(_Module(module), values, dynamic_shapes=(dims,), strict=False)
             inputs = [n for n in exported.graph.nodes if n.op == "placeholder"]
@@ -138,7 +139,8 @@ def _compile(module: fx.GraphModule, examples: Sequence[Tensor], file: Path) -> 
 
 def _check(module: fx.GraphModule, examples: Sequence[Tensor], function: Function) -> None:
     """Compare with the graph itself at other lengths: nothing else would show that one was taken for fixed."""
-    traced = {size.node.expr: _hint(size) for e in examples for size in e.shape if not isinstance(size, int)}
+    sizes: list[Any] = [size for e in examples for size in e.shape if not isinstance(size, int)]
+    traced = {size.node.expr: _hint(size) for size in sizes}
     traced = {size: length for size, length in traced.items() if size.is_symbol}
     for tried in _TRIED if traced else _TRIED[:1]:
         lengths = {symbol: tried(length) for symbol, length in traced.items()}
