@@ -58,7 +58,7 @@ def exported(fast, folder: Path):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A gate behind 0, an exit behind 1, a skipped attention with a folded adapter that is routed by the prompt, and one without."""
+    """A gate behind 0, an exit behind 1; attentions skipped with a folded adapter that is routed, and without."""
     parts = plan(gate(0, 0.5), StaticExit(1), SkippedAttention(1, random_adapter(PIA)), SkippedAttention(2))
     fast = optimize(tiny(num_hidden_layers=3), parts, compile=False)
     return fast, exported(fast, tmp_path_factory.mktemp("llama") / "engine")
