@@ -26,6 +26,17 @@ from vte_compile.tuning.samples import Sample, check_question
 # The paper's two conditions for the label "may exit".
 AGREEING_POSITIONS, LOSS_RATIO = 0.99, 1.03
 
+# Of generate(): nothing but the argmax decides, whatever the model's generation config says.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "return_dict_in_generate": False,
+}
+
 # What limits memory: branches run together up to as many tokens as the pass with the image has, or this many.
 _BRANCH_TOKENS = 4096
 # Answer positions whose logits are there at once.
@@ -90,8 +101,43 @@ class Examiner:
     @torch.no_grad()
     def examine_embeds(self, embeds: Tensor, visual: Tensor, answer: Tensor, name: str = "sample") -> Examined:
         """Embeddings of a prompt and its answer but for the last token: embeds [1, T, C], visual [T], answer [A]."""
+        branches, features = self._branch(embeds, visual, embeds.shape[1] + 1 - len(answer), name)
+        wide = features.dtype
+        # Behind the image there is only text: the last A text tokens are those that predict the answer.
+        losses, chosen = self._measure(branches[:, -len(answer) :], answer, wide)
+        loss = losses.mean(-1)
+        loss = torch.cat([loss, loss[-1:]])  # behind the last layer an exit changes nothing
+        same = (chosen == chosen[-1]).to(wide).mean(-1)
+        for what, value in (("loss", loss), ("features", features)):
+            if not bool(torch.isfinite(value).all()):
+                bad = sorted({int(index[0]) for index in (~torch.isfinite(value)).nonzero()})
+                raise InputError(
+                    f"{name}: NaN or infinite {what} for exits after layers {bad}: is the model's dtype "
+                    f"({embeds.dtype}) wide enough for it, and are its weights sound?"
+                )
+        counts = (torch.tensor([int(visual.sum())]), torch.tensor([embeds.shape[1] + 1 - len(answer)]))
+        return Examined(features[None].cpu(), same[None].cpu(), loss[None].cpu(), *counts)
+
+    @torch.no_grad()
+    def right(self, sample: Sample) -> Tensor:
+        """Which exits decode the sample's answer: bool [L] on the CPU; in the last place the full model.
+
+        With the answer as input, each of its tokens wins. What would follow the answer is not looked at.
+
+        Raises:
+            InputError: The sample has no answer, or no image.
+        """
+        answered = embed_answered(self.model, self.spec, sample)
+        branches, features = self._branch(answered.embeds, answered.visual, answered.prompt, sample.name)
+        _, chosen = self._measure(branches[:, -len(answered.answer) :], answered.answer, features.dtype)
+        return (chosen == answered.answer).all(-1).cpu()
+
+    def _branch(self, embeds: Tensor, visual: Tensor, prompt: int, name: str) -> tuple[Tensor, Tensor]:
+        """What exits behind all layers lead to.
+
+        Returns the text's states before the final norm [L, text tokens, C], and features [L, 2C] as in `Examined`.
+        """
         length, layers = embeds.shape[1], len(self.layers)
-        prompt = length + 1 - len(answer)
         if not bool(visual.any()):
             raise InputError(f"{name}: has no visual token, so there is nothing to leave.")
         question = slice(int(visual.nonzero().max()) + 1, prompt)
@@ -107,29 +153,14 @@ class Examiner:
         for index in range(layers):
             for start in range(0, index, at_once):
                 part = branches[start : min(start + at_once, index)]
-                part.copy_(self._run_layer(index, part, text_mask, text_positions))
-            hidden = self._run_layer(index, hidden, mask, positions)
+                part.copy_(self.run_layer(index, part, text_mask, text_positions))
+            hidden = self.run_layer(index, hidden, mask, positions)
             branches[index] = hidden[0, text]
             asked = hidden[0, question].to(wide)
             features.append(torch.cat([asked[:-1].mean(0), asked[-1]]))
+        return branches, torch.stack(features)
 
-        # Behind the image there is only text: the last A text tokens are those that predict the answer.
-        losses, chosen = self._measure(branches[:, -len(answer) :], answer, wide)
-        loss = losses.mean(-1)
-        loss = torch.cat([loss, loss[-1:]])  # behind the last layer an exit changes nothing
-        same = (chosen == chosen[-1]).to(wide).mean(-1)
-        found = torch.stack(features)
-        for what, value in (("loss", loss), ("features", found)):
-            if not bool(torch.isfinite(value).all()):
-                bad = sorted({int(index[0]) for index in (~torch.isfinite(value)).nonzero()})
-                raise InputError(
-                    f"{name}: NaN or infinite {what} for exits after layers {bad}: is the model's dtype "
-                    f"({embeds.dtype}) wide enough for it, and are its weights sound?"
-                )
-        counts = (torch.tensor([int(visual.sum())]), torch.tensor([prompt]))
-        return Examined(found[None].cpu(), same[None].cpu(), loss[None].cpu(), *counts)
-
-    def _run_layer(self, index: int, hidden: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def run_layer(self, index: int, hidden: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """A layer's output for hidden [B, T, C] with the additive mask [T, T] and positions [1, T], without a cache."""
         output = self.layers[index](
             hidden,
@@ -174,12 +205,6 @@ def answer_of(model: nn.Module, sample: Sample, max_new_tokens: int) -> Sample:
 
 def own_answer(examiner: Examiner, sample: Sample, max_new_tokens: int) -> Sample:
     """See :func:`answer_of`."""
-    output = examiner.model.generate(
-        **placed(examiner.spec, sample),
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        return_dict_in_generate=False,
-    )
+    output = examiner.model.generate(**placed(examiner.spec, sample), **GREEDY, max_new_tokens=max_new_tokens)
     answer = output[0, sample.inputs["input_ids"].shape[1] :].tolist()
     return Sample.of(sample.inputs, answer, sample.name)
