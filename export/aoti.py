@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
 import os
 import platform
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,6 @@ from vte_compile.version import __version__
 Function = Callable[[list[Tensor]], Sequence[Tensor]]
 """From inputs and then weights, all contiguous, to outputs."""
 
-logger = logging.getLogger(__name__)
 # Of outputs, relative to the largest expected value.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 # Tried in every piece: all lengths 1, and others than those it was traced with. Equal ones stay equal.
@@ -121,20 +117,22 @@ def _compile(module: fx.GraphModule, examples: Sequence[Tensor], file: Path) -> 
     symbolic = [{d for d, size in enumerate(e.shape) if not isinstance(size, int)} for e in examples]
     values = tuple(_value(example, _hint) for example in examples)
     dims = tuple({d: Dim.AUTO for d in sizes} for sizes in symbolic)
-    # Sizes 0 and 1 are otherwise other programs to torch.export; here one has to do for all.
+    # Sizes 0 and 1 are otherwise other programs to torch.export; here one has to do for all. Only while tracing: the
+    # Inductor of torch 2.11 cannot lower x[:, -1:] in this mode. _check tries length 1 on what came out.
     oblivious = symbolic_shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with oblivious, torch.no_grad(), _quiet():
-        try:
-            exported = torch.export.export(_Module(module), values, dynamic_shapes=(dims,), strict=False)
+    try:
+        with torch.no_grad():
+            with oblivious:
+                exported = torch.export.export(_Module(module), values, dynamic_shapes=(dims,), strict=False)
             inputs = [n for n in exported.graph.nodes if n.op == "placeholder"]
             for node, sizes in zip(inputs, symbolic, strict=True):
                 if fixed := [d for d in sizes if isinstance(node.meta["val"].shape[d], int)]:
                     raise CaptureError(f"torch.export fixed dim {fixed[0]} of {node.name} of a piece.")
             torch._inductor.aoti_compile_and_package(exported, package_path=str(file))
-        except CaptureError:
-            raise
-        except Exception as error:
-            raise CaptureError(f"AOTInductor could not compile a piece: {error}") from error
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"AOTInductor could not compile a piece: {error}") from error
 
 
 def _check(module: fx.GraphModule, examples: Sequence[Tensor], function: Function) -> None:
@@ -173,11 +171,3 @@ def _hint(size: Any) -> int:
 
 def _at(size: Any, lengths: dict[Any, int]) -> int:
     return size if isinstance(size, int) else int(size.node.expr.xreplace(lengths))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Inductor repeats for every piece that these flags make no difference here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
