@@ -124,14 +124,8 @@ def _compile(module: fx.GraphModule, examples: Sequence[Tensor], file: Path) -> 
         with torch.no_grad():
             with oblivious:
                 exported = torch.export.export(_Module(module), values, dynamic_shapes=(dims,), strict=False)
-            inputs = [n for n in exported.graph.nodes if n.op == "placeholder"]
-            for node, sizes in zip(inputs, symbolic, strict=True):
-                if fixed := [d for d in sizes if isinstance(node.meta["val"].shape[d], int)]:
-                    raise CaptureError(f"torch.export fixed dim {fixed[0]} of {node.name} of a piece.")
             torch._inductor.aoti_compile_and_package(exported, package_path=str(file))
-    except CaptureError:
-        raise
-    except Exception as error:
+    except Exception as error:  # whatever torch.export, Inductor and the C++ compiler raise
         raise CaptureError(f"AOTInductor could not compile a piece: {error}") from error
 
 
@@ -159,7 +153,7 @@ def _value(example: Tensor, size: Callable[[Any], int]) -> Tensor:
     shape = [size(s) for s in example.shape]
     if not example.dtype.is_floating_point:
         # Positions count on; where a row begins (one number per row) may be nowhere but at 0.
-        count = torch.arange(max(shape[-1:] or [1]), device=example.device).expand(shape)
+        count = torch.arange(shape[-1], device=example.device).expand(shape)
         return (count if len(shape) > 1 else torch.zeros_like(count)).to(example.dtype).contiguous()
     generator = torch.Generator().manual_seed(len(shape))
     return torch.randn(shape, generator=generator).to(example.device, example.dtype)

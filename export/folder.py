@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from vte_compile.errors import EngineError
-from vte_compile.export.manifest import MANIFEST, FileFacts, Manifest
+from vte_compile.export.manifest import MANIFEST, FileFacts, Manifest, is_manifest
 
 
 def check_target_folder(path: Path) -> None:
@@ -21,13 +21,8 @@ def check_target_folder(path: Path) -> None:
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise EngineError(f"{path}: is no folder: choose a new path for the engine.")
-    if path.is_dir() and any(path.iterdir()):
-        try:
-            Manifest.from_json((path / MANIFEST).read_bytes())
-        except (OSError, EngineError) as error:
-            raise EngineError(
-                f"{path}: holds something else than an engine ({error}): choose another folder, or empty it."
-            ) from error
+    if path.is_dir() and any(path.iterdir()) and not is_manifest(path / MANIFEST):
+        raise EngineError(f"{path}: holds something else than an engine: choose another folder, or empty it.")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from vte_compile.errors import EngineError
@@ -167,6 +168,15 @@ class Manifest:
             return _manifest({k: v for k, v in body.items() if k not in ("format", "schema_version")})
         except (KeyError, TypeError, AttributeError) as error:
             raise EngineError(f"{MANIFEST}: not of schema {SCHEMA_VERSION} ({error!r}): {remedy}.") from error
+
+
+def is_manifest(file: Path) -> bool:
+    """Whether a file is the manifest of an engine, of whatever version."""
+    try:
+        body = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(body, dict) and body.get("format") == FORMAT
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -11,11 +11,14 @@ from test_cli import _restore_log_level, llava, plan, run  # noqa: F401
 from test_packaging import modules_after
 from tiny_models import gate, one_thread, tiny, tiny_llava  # noqa: F401
 from tiny_models import plan as exits
+from torch import fx
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import vte_compile
 from vte_compile import Plan, optimize
 from vte_compile.errors import CaptureError, EngineError, InputError, UnsupportedModelError
-from vte_compile.export import aoti_target, staged
+from vte_compile.export import aoti, aoti_target, staged
 from vte_compile.export.manifest import MANIFEST, Built, Manifest, ModelFacts
 
 
@@ -106,6 +109,35 @@ def test_an_image_encoder_that_cannot_be_traced_is_left_out(monkeypatch, caplog)
 def test_no_folder_that_is_no_engine(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"manifest.json: No such file or directory: pass a folder"):
         vte_compile.load_engine(tmp_path / "nowhere")
+
+
+def traced(length: int = 11):
+    """x * 2, for any length."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    sizes = StatelessSymbolicContext([DimDynamic.STATIC, DimDynamic.DYNAMIC])
+    example = mode.from_tensor(torch.zeros(1, length), symbolic_context=sizes)
+    graph = fx.Graph()
+    graph.output((graph.call_function(torch.mul, (graph.placeholder("x"), 2)),))
+    return fx.GraphModule({}, graph), [example]
+
+
+def test_a_piece_that_is_taken_for_another_length_is_refused(tmp_path: Path, monkeypatch) -> None:
+    """And what was refused is not kept."""
+    compiled = []
+    monkeypatch.setattr(aoti, "cache_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr(aoti, "_compile", lambda module, examples, file: compiled.append(file.write_bytes(b"code")))
+    module, examples = traced()
+    monkeypatch.setattr(aoti, "load_piece", lambda file: lambda values: [values[0][:, :11] * 2])
+    with pytest.raises(CaptureError, match=r"does not compute what its graph does at lengths \[15\]"):
+        aoti.compile_piece(module, "x * 2", examples, tmp_path / "piece.pt2")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(aoti, "load_piece", lambda file: lambda values: [values[0] * 2])
+    for _ in range(2):
+        aoti.compile_piece(module, "x * 2", examples, tmp_path / "piece.pt2")
+        assert (tmp_path / "piece.pt2").read_bytes() == b"code"
+    assert len(compiled) == 2  # the last one came from the cache
+    aoti.compile_piece(module, "another", examples, tmp_path / "piece.pt2")
+    assert len(compiled) == 3
 
 
 def test_command(llava: Path, plan: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
