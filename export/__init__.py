@@ -41,7 +41,7 @@ def export(fast: Any, path: str | os.PathLike[str], target: str = "aoti") -> Pat
     Raises:
         InputError: Unknown target, or not an optimized model.
         EngineError: ``path`` holds something else than an engine.
-        UnsupportedModelError: The model embeds its tokens in a way no engine knows.
+        UnsupportedModelError: The model embeds or numbers its tokens in a way no engine knows.
         CaptureError: A part could not be traced or compiled, or does not compute what it did.
     """
     if target not in TARGETS:

@@ -94,7 +94,7 @@ class EngineRunner(RowRunner):
     def __init__(self, loaded: Loaded) -> None:
         steps = [step for phase in loaded.manifest.phases.values() for step in phase.steps]
         exits = any(isinstance(step, ExitCall) for step in steps)
-        super().__init__(exits, loaded.manifest.routed, decodes_one_row_apart=False)
+        super().__init__(exits, loaded.manifest.routed, decodes_one_row_apart=False, position_rows=1)
         self._programs = loaded.programs
 
     def program(

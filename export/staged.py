@@ -74,7 +74,7 @@ def stage(fast: Any) -> Staged:
 
     Raises:
         InputError: Not an optimized model with a decoder.
-        UnsupportedModelError: Its tokens are not embedded by a table alone.
+        UnsupportedModelError: Its tokens are not embedded by a table alone, or not numbered one by one.
         CaptureError: A phase could not be traced or rewritten.
     """
     if not isinstance(fast, OptimizedModel):
@@ -83,6 +83,10 @@ def stage(fast: Any) -> Staged:
             f"{type(fast).__name__}: call optimize(model, plan) first (plan=Plan() changes nothing)."
         )
     runner = fast._vte_runner
+    if fast._vte_spec.position_rows > 1:
+        raise UnsupportedModelError(
+            f"{type(fast).__name__} has multimodal rotary positions: engines number tokens one by one so far."
+        )
     staged = Staged(_facts(fast), "", runner.routed)
     for phase, batched in _PHASES:
         lowered = runner.lowered(phase, batched=batched)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_cli import _restore_log_level, llava, plan, run  # noqa: F401
 from test_packaging import modules_after
+from tiny_families import tiny_family
 from tiny_models import gate, one_thread, tiny, tiny_llava  # noqa: F401
 from tiny_models import plan as exits
 from torch import fx
@@ -161,3 +162,9 @@ def test_command(llava: Path, plan: Path, tmp_path: Path, monkeypatch) -> None: 
     (tmp_path / "full" / "file").touch()
     refused = run("export", llava, "--out", tmp_path / "full", code=1)
     assert "something else than an engine" in refused.stderr
+
+
+def test_multimodal_positions_are_refused() -> None:
+    fast = optimize(tiny_family("qwen2_vl"), Plan(), compile=False)
+    with pytest.raises(UnsupportedModelError, match="has multimodal rotary positions: engines number tokens"):
+        staged.stage(fast)

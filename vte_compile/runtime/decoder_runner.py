@@ -38,7 +38,7 @@ class DecoderRunner(RowRunner):
         self.folded = FoldedWeights() if folded is None else folded
         adapters = [part.adapter for parts in (plan.adapters, plan.skips) for part in parts if part.adapter is not None]
         routed = any(isinstance(adapter.router, Router) for adapter in adapters)
-        super().__init__(bool(plan.exits), routed, decodes_one_row_apart=True)
+        super().__init__(bool(plan.exits), routed, decodes_one_row_apart=True, position_rows=spec.position_rows)
         self._captures: dict[tuple[Any, ...], DecoderGraph] = {}
         self._graphs: dict[_Key, tuple[PiecewiseGraph, list[PassResult]]] = {}
         self._programs: dict[_Key, Program] = {}

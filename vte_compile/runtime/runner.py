@@ -17,7 +17,7 @@ from vte_compile.runtime.prompt_state import PromptState, PromptValue
 from vte_compile.runtime.steps import Phase, StepProgram, VisualTokens
 
 _RowInput = tuple[Tensor, Tensor, Tensor]
-"""One row without padding: embeddings [n, C], visual mask [n], positions [n]."""
+"""One row without padding: embeddings [n, C], visual mask [n], positions [n] or, multimodal ones, [3, n]."""
 
 
 @dataclass
@@ -48,10 +48,12 @@ class RowRunner:
         may_exit: Whether a program has exits.
         routed: Whether what adapters do depends on the prompt.
         decodes_one_row_apart: Whether there is a decode program for one row alone, without masks.
+        position_rows: How many numbers make a token's position.
     """
 
-    def __init__(self, may_exit: bool, routed: bool, decodes_one_row_apart: bool) -> None:
+    def __init__(self, may_exit: bool, routed: bool, decodes_one_row_apart: bool, position_rows: int) -> None:
         self.may_exit, self.routed, self._one_row_apart = may_exit, routed, decodes_one_row_apart
+        self._position_rows = position_rows
 
     def program(
         self, phase: Phase, *, batched: bool = False, last: bool = True, one_prompt: bool = True
@@ -82,7 +84,7 @@ class RowRunner:
             embeds: [B, T, C].
             visual_mask: [B, T] bool.
             attention_mask: [B, T] bool of this chunk: False at padding.
-            position_ids: [B, T], or None to count each row's tokens.
+            position_ids: [B, T], or [3, B, T] if positions are multimodal; None to count each row's tokens.
             cache: Of the same rows; empty in prefill.
             last: Return the logits of each row's last token only.
         """
@@ -95,7 +97,7 @@ class RowRunner:
 
     def _decode(self, embeds: Tensor, position_ids: Tensor | None, cache: RowsCache) -> RunnerOutput:
         batch = embeds.shape[0]
-        positions = cache.next_positions[:, None] if position_ids is None else position_ids.expand(batch, -1)
+        positions = self._expanded(cache.next_positions[:, None] if position_ids is None else position_ids, batch)
         attending = [i for i, layer in enumerate(cache.layers) if layer.is_initialized]
         past = [t for i in attending for t in (cache.layers[i].keys, cache.layers[i].values)]
         batched = batch > 1 or not self._one_row_apart
@@ -107,6 +109,14 @@ class RowRunner:
         output = program.run([embeds.contiguous(), positions.contiguous(), *past, *starts, *known])
         cache.append(output.kv)
         return RunnerOutput(output.logits, torch.full((batch,), -1, device=embeds.device))
+
+    def _expanded(self, positions: Tensor, batch: int) -> Tensor:
+        """Positions as graphs take them, [B, T] or [3, B, T], from such of which leading dims are missing or 1."""
+        rows = self._position_rows
+        shape = (batch, positions.shape[-1]) if rows == 1 else (rows, batch, positions.shape[-1])
+        if positions.ndim > len(shape):
+            raise InputError(f"position_ids: this decoder takes {list(shape)}, got {list(positions.shape)}.")
+        return positions.expand(shape)
 
     def _rows(
         self,
@@ -131,11 +141,11 @@ class RowRunner:
                 inputs.append(None)
                 next_positions.append(start)
                 continue
-            positions = (
-                torch.arange(start, start + len(real[b]), device=embeds.device)
-                if position_ids is None
-                else position_ids.expand(batch, -1)[b, real[b]]
-            )
+            if position_ids is None:
+                counted = torch.arange(start, start + len(real[b]), device=embeds.device)
+                positions = self._expanded(counted[None], 1)[..., 0, :]
+            else:
+                positions = self._expanded(position_ids, batch)[..., b, real[b]]
             next_positions.append(int(positions.max()) + 1)
             inputs.append((embeds[b, real[b]], visual_mask[b, real[b]], positions))
         rows = self._prompts(inputs, cache, last) if cache.is_empty else self._continue(inputs, cache, last)
@@ -178,7 +188,7 @@ class RowRunner:
     def _row(self, program: StepProgram, row: _RowInput, past: list[Tensor]) -> _RowOutput:
         embeds, visual_mask, positions = row
         visual = VisualTokens.find(visual_mask) if self.may_exit else None
-        output = program.run([embeds[None], positions[None], *past], visual)
+        output = program.run([embeds[None], positions.unsqueeze(-2).contiguous(), *past], visual)
         kept = torch.arange(len(embeds), device=embeds.device)
         if visual is not None and output.exit_layer >= 0:
             kept = visual.keep

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vte_compile.errors import InputError
+from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import describe
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
@@ -80,7 +80,7 @@ class Examiner:
     `model`: a Hugging Face MLLM in eval mode, as it was loaded, with "sdpa" or "eager" attention. That its layers can
     be run one by one is tried out once.
 
-    Raises UnsupportedModelError if they cannot, InputError for an optimized model.
+    Raises UnsupportedModelError if they cannot, or if its positions are multimodal; InputError for an optimized model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -88,6 +88,11 @@ class Examiner:
             raise InputError("model: is an optimized one, whose answers have exits in them: pass the original model.")
         self.model: Any = model
         self.spec = describe(model)
+        if self.spec.position_rows > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has multimodal (3-D) rotary positions: samples of such models cannot be "
+                "examined so far. Plans made by hand work."
+            )
         oracle = Oracle(model, Plan())  # for its checks
         self.layers, self.decoder, self.lm_head = oracle.layers, oracle.decoder, oracle.lm_head
 
