@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor.exc import InductorError
 from transformers import PreTrainedModel
 
 from vte_compile.dynamo.decoder_call import DecoderCall
@@ -208,4 +209,10 @@ def _inductor(gm: fx.GraphModule, settings: Options) -> Compiled:
     if not find_backend(device or torch.device("cpu"), settings.compile):
         return gm.forward
     examples = [n.meta["example_value"] for n in placeholders]
-    return torch._inductor.standalone_compile(gm, examples, dynamic_shapes="from_tracing_context")
+    try:
+        compiled: Compiled = torch._inductor.standalone_compile(gm, examples, dynamic_shapes="from_tracing_context")
+    except InductorError as error:
+        # Of what surrounds the decoder; its own pieces never run uncompiled without having been asked to.
+        logger.warning("backend='vte': Inductor failed on a graph beside the decoder, which runs uncompiled: %s", error)
+        return gm.forward
+    return compiled

@@ -142,9 +142,9 @@ def _stored(attention: fx.Node, which: int, layer: int) -> fx.Node:
     node: Any = attention.args[which]
     while isinstance(node, fx.Node):
         name = getattr(node.target, "__name__", str(node.target))
-        if node.op == "placeholder" or name in ("cat", "index_copy_", "zeros"):
+        if node.op == "placeholder" or name in ("cat", "zeros"):
             return node
-        if name == "__setitem__" or not node.args:
+        if not node.args:
             break
         node = node.args[0]
     raise UnsupportedModelError(f"layer {layer}: its attention does not read keys and values that a cache holds.")
@@ -154,8 +154,10 @@ def _past(stored: fx.Node) -> fx.Node | None:
     """The input that held the earlier ones."""
     if stored.op == "placeholder":
         return stored
-    arguments: Any = stored.args[0] if isinstance(stored.args[0], (list, tuple)) else stored.args[:1]
-    return next((n for n in arguments if isinstance(n, fx.Node) and n.op == "placeholder"), None)
+    if getattr(stored.target, "__name__", "") == "zeros":
+        return None  # a StaticCache that begins in this graph
+    earlier: Any = stored.args[0]
+    return earlier[0] if isinstance(earlier[0], fx.Node) and earlier[0].op == "placeholder" else None
 
 
 def _embeds(first: list[fx.Node], path: str) -> fx.Node:
@@ -263,7 +265,7 @@ def replace_region(gm: fx.GraphModule, region: Region) -> CallLayout:
 def _fixed_sizes(node: fx.Node, region: Region) -> tuple[int, ...]:
     """[-1, heads, -1 or the length of a StaticCache's buffer, size]."""
     shape = node.meta["example_value"].shape
-    buffer = getattr(node.target, "__name__", str(node.target)) in ("index_copy_", "zeros")
+    buffer = getattr(node.target, "__name__", "") == "zeros"
     return (-1, int(shape[1]), int(shape[2]) if buffer else -1, int(shape[3]))
 
 
