@@ -19,6 +19,7 @@ from vte_compile.errors import InputError
 from vte_compile.families.decoder import describe
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
+from vte_compile.oracle_blocks import Block, OwnBlock
 from vte_compile.plan import Plan
 from vte_compile.tuning.answered import embed_answered, placed
 from vte_compile.tuning.samples import Sample, check_question
@@ -37,7 +38,8 @@ class Examined:
     """What exits do to n samples, for the decoder's L layers.
 
     `features` [n, L, 2C] float32 (float64 of such a model): what a gate after each layer reads. `same` [n, L]: the
-    share of answer positions whose argmax an exit after that layer leaves as it is. `loss` [n, L + 1]: mean cross
+    share of answer positions at which an exit after that layer leaves the full model's argmax; after the last layer an
+    exit changes nothing, so there it is 1, unless attentions are skipped or adapted. `loss` [n, L + 1]: mean cross
     entropy of the answer for each exit, and in the last column for none. `visual`, `tokens` [n] int64: visual tokens,
     and all tokens, of the prompt.
     """
@@ -50,12 +52,17 @@ class Examined:
 
     @property
     def unchanged(self) -> Tensor:
-        """[n, L]: no answer position changes."""
+        """[n, L]: no answer position changes; in the last column by the skips and adapters alone."""
         return self.same == 1
 
     def may_exit(self, slack: float = 0.0) -> Tensor:
         """[n, L]: the label. With a slack of 0 it is the paper's; a slack lets a small loss grow by as much."""
         return (self.same > AGREEING_POSITIONS) & (self.loss[:, :-1] < LOSS_RATIO * self.loss[:, -1:] + slack)
+
+    def at(self, places: Sequence[int]) -> Examined:
+        """The samples at these places, in this order."""
+        index = torch.tensor(places, dtype=torch.long)
+        return Examined(*(getattr(self, field.name)[index] for field in fields(Examined)))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Examined]) -> Examined:
@@ -67,18 +74,25 @@ class Examiner:
     """Examines samples of one model.
 
     `model`: a Hugging Face MLLM in eval mode, as it was loaded, with "sdpa" or "eager" attention. That its layers can
-    be run one by one is tried out once.
+    be run one by one is tried out once. `base`: skips and adapters that the exits come on top of; the answers that are
+    to stay are still those of the model without them.
 
-    Raises UnsupportedModelError if they cannot, InputError for an optimized model.
+    Raises UnsupportedModelError if they cannot, InputError for an optimized model or a base with exits,
+    PlanMismatchError if the base is for another model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, base: Plan | None = None) -> None:
         if isinstance(model, OptimizedModel):
             raise InputError("model: is an optimized one, whose answers have exits in them: pass the original model.")
         self.model: Any = model
         self.spec = describe(model)
-        oracle = Oracle(model, Plan())  # for its checks
+        base = base or Plan()
+        if base.exits:
+            raise InputError("base: has exits, which are what is to be found: pass a plan of skips and adapters only.")
+        oracle = Oracle(model, base)  # for its checks
         self.layers, self.decoder, self.lm_head = oracle.layers, oracle.decoder, oracle.lm_head
+        self._blocks = oracle.blocks
+        self._changed = bool(base.skips or base.adapters)
 
     @torch.no_grad()
     def examine(self, sample: Sample) -> Examined:
@@ -100,6 +114,9 @@ class Examiner:
         text = ~visual
         mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
         text_mask, text_positions = mask[text][:, text], positions[:, text]
+        # What adapters know of the prompt, at inference, is not of the answer.
+        asks = positions < prompt
+        text_asks = asks[:, text]
         at_once = max(1, max(length, _BRANCH_TOKENS) // text_positions.shape[1])
 
         hidden, features = embeds, []
@@ -107,8 +124,8 @@ class Examiner:
         for index in range(layers):
             for start in range(0, index, at_once):
                 part = branches[start : min(start + at_once, index)]
-                part.copy_(self._run_layer(index, part, text_mask, text_positions))
-            hidden = self._run_layer(index, hidden, mask, positions)
+                part.copy_(self._run_layer(self._blocks[index], part, text_mask, text_positions, text_asks))
+            hidden = self._run_layer(self._blocks[index], hidden, mask, positions, asks)
             branches[index] = hidden[0, text]
             asked = hidden[0, question].to(wide)
             features.append(torch.cat([asked[:-1].mean(0), asked[-1]]))
@@ -117,7 +134,14 @@ class Examiner:
         losses, chosen = self._measure(branches[:, -len(answer) :], answer, wide)
         loss = losses.mean(-1)
         loss = torch.cat([loss, loss[-1:]])  # behind the last layer an exit changes nothing
-        same = (chosen == chosen[-1]).to(wide).mean(-1)
+        if self._changed:
+            full = embeds
+            for layer in self.layers:
+                full = self._run_layer(OwnBlock(layer), full, mask, positions, asks)
+            _, reference = self._measure(full[:, -len(answer) :], answer, wide)
+        else:
+            reference = chosen[-1:]
+        same = (chosen == reference).to(wide).mean(-1)
         found = torch.stack(features)
         for what, value in (("loss", loss), ("features", found)):
             if not bool(torch.isfinite(value).all()):
@@ -129,16 +153,19 @@ class Examiner:
         counts = (torch.tensor([int(visual.sum())]), torch.tensor([prompt]))
         return Examined(found[None].cpu(), same[None].cpu(), loss[None].cpu(), *counts)
 
-    def _run_layer(self, index: int, hidden: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """A layer's output for hidden [B, T, C] with the additive mask [T, T] and positions [1, T], without a cache."""
-        output = self.layers[index](
+    def _run_layer(self, block: Block, hidden: Tensor, mask: Tensor, positions: Tensor, asks: Tensor) -> Tensor:
+        """A block's output for hidden [B, T, C], without a cache.
+
+        `mask` [T, T] is additive; `positions` and `asks`, where the prompt is, are [1, T].
+        """
+        result: Tensor = block(
             hidden,
+            block.statistics(hidden, asks.expand(len(hidden), -1)),
             attention_mask=mask[None, None],
             position_ids=positions,
             position_embeddings=self.decoder.rotary_emb(hidden, position_ids=positions),
             use_cache=False,
-        )
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        )[0]
         return result
 
     def _measure(self, states: Tensor, answer: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
