@@ -302,6 +302,10 @@ def calibrate(
     slack: Annotated[
         float, typer.Option(min=0.0, help="Nats by which an answer's loss may grow where the visual tokens may leave.")
     ] = 0.0,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="PLAN", help="Skips and adapters to be in the plan too, from `search`."),
+    ] = None,
     measured: Annotated[
         bool, typer.Option("--measured", help="Choose layers by times measured here, instead of FLOPs.")
     ] = False,
@@ -338,6 +342,7 @@ def calibrate(
         widths=compare_width or (),
         slack=slack,
         costs="measured" if measured else "flops",
+        base=_load_plan(base),
         max_new_tokens=max_new_tokens,
         work=work,
         seed=seed,
@@ -393,8 +398,10 @@ def demo(
             "never" if layer < 0 else f"layer {layer}",
         )
     console.print(gallery)
-    results = show.evaluate()
-    files = show.write(results, out)
+    comparison = show.compare()
+    console.print(comparison, highlight=False)
+    results = show.evaluate(comparison)
+    files = show.write(results, comparison, out)
     console.print(_demo_table(results))
     console.print(f"[dim]took {results['seconds']:.0f} s; wrote[/]", highlight=False)
     for file in files.values():
@@ -419,8 +426,7 @@ def _demo_table(results: dict[str, Any]) -> Table:
             f"{case['decode_tokens_per_s']:.0f}",
             style="bold" if case["kind"] == "learned" else None,
         )
-    best = results["comparison"]["best_static_same_agreement"]
-    table.caption = f"layers: that see the visual tokens, on average. A static exit agrees as often at {best['cost']}."
+    table.caption = "layers: that see the visual tokens, on average."
     table.caption_justify = "left"
     return table
 
