@@ -2,12 +2,12 @@
 
     python benchmarks/skip.py --json benchmarks/results/skip.json
 
-All cases take the same embedded prompt and run in turns in one process; ratios are of medians, to the unmodified model
-through torch.compile (Inductor, logits of the last token only, a DynamicCache; prefill at its one length, decode at any
-length, after Dynamo has seen what changes: that it compiles nothing while times are taken is checked). The skipped
-attentions are spread evenly over the upper two thirds of the layers, about where the published sets are, but without
-the last one: skipping that lets optimize() spare the layers below it work that is not counted here. The exit is a
-static one at half depth.
+All cases take the same embedded prompt and run in turns in one process. Ratios are medians over the rounds: of a case's
+time by that of the unmodified model through torch.compile in the same round (Inductor, logits of the last token only, a
+DynamicCache; prefill at its one length, decode at any length, after Dynamo has seen what changes: that it compiles
+nothing while times are taken is checked). The skipped attentions are spread evenly over the upper two thirds of the
+layers, about where the published sets are, but without the last one: skipping that lets optimize() spare the layers
+below it work that is not counted here. The exit is a static one at half depth.
 
 Prefill is bound by arithmetic: a quotient of 1 says that its time falls exactly as FLOPs do; what optimize() spares the
 last layer, and the baseline computes for all tokens, is left out of its FLOPs (vte_compile/flops.py counts it). Decode
@@ -78,6 +78,7 @@ def main(
     dtype: DtypeOption = "float32",
     threads: ThreadsOption = 0,
     runs: int = 7,
+    decode_runs: Annotated[int, typer.Option(help="A run is short, and the machine is not quiet: many.")] = 40,
     decode_tokens: Annotated[int, typer.Option(help="Decode steps in each run.")] = 8,
     adapters: Annotated[bool, typer.Option(help="Also time skips with adapters.")] = True,
     json_file: JsonOption = None,
@@ -94,7 +95,7 @@ def main(
     # These share with the first one what was traced and compiled.
     models |= {case.name: optimize(without, case.plan, fold=case.fold) for case in cases}
     timed = {name: phases(candidate, embeds, visual_mask, decode_tokens) for name, candidate in models.items()}
-    prefill, decode = measure(timed, runs, model.device)
+    prefill, decode = measure(timed, runs, decode_runs, model.device)
     decode = {name: summary.scaled(1 / decode_tokens) for name, summary in decode.items()}
 
     where = (model.config, seq, visual)
@@ -126,6 +127,7 @@ def main(
         "visual": visual,
         "dtype": dtype,
         "runs": runs,
+        "decode_runs": decode_runs,
         "decode_tokens": decode_tokens,
     }
     show(rows, settings)
@@ -179,7 +181,9 @@ def with_adapters(layers: int, hidden: int, dtype: torch.dtype) -> Iterator[Case
             yield Case(f"{plain}, {name}, {'' if fold else 'un'}folded", Plan(skips=skips), fold, plain)
 
 
-def measure(timed: dict[str, Phases], runs: int, device: torch.device) -> tuple[dict[str, Summary], dict[str, Summary]]:
+def measure(
+    timed: dict[str, Phases], runs: int, decode_runs: int, device: torch.device
+) -> tuple[dict[str, Summary], dict[str, Summary]]:
     """Times of prefill and of decode, by case.
 
     Raises:
@@ -192,8 +196,8 @@ def measure(timed: dict[str, Phases], runs: int, device: torch.device) -> tuple[
             phase.decode()
             phase.rewind()
     graphs = counters["stats"]["unique_graphs"]
-    with tqdm(total=2 * len(timed) * (runs + 1), desc="timing", unit="run") as bar:
-        prefill, decode = time_phases(timed, runs, device=device, after_each=bar.update)
+    with tqdm(total=len(timed) * (runs + decode_runs + 2), desc="timing", unit="run") as bar:
+        prefill, decode = time_phases(timed, runs, decode_runs, device=device, after_each=bar.update)
     if counters["stats"]["unique_graphs"] != graphs:
         raise RuntimeError("torch.compile compiled the baseline again while times were taken: they mean nothing.")
     return prefill, decode
@@ -215,11 +219,12 @@ def compare(rows: list[dict[str, Any]], without_adapters: dict[str, str | None])
     for row in rows:
         for phase, cost in (("prefill", "prefill_flops"), ("decode", "moved_bytes")):
             times = row[phase]
-            times["time_ratio"] = times["median_s"] / rows[0][phase]["median_s"]
+            runs = Summary.of(times["runs_s"])
+            times["time_ratio"] = runs.ratio_to(Summary.of(rows[0][phase]["runs_s"]))
             times["cost_ratio"] = row[cost] / rows[0][cost]
             times["quotient"] = times["time_ratio"] / times["cost_ratio"]
             if (plain := without_adapters.get(row["case"])) is not None:
-                times["to_no_adapter"] = times["median_s"] / by_name[plain][phase]["median_s"]
+                times["to_no_adapter"] = runs.ratio_to(Summary.of(by_name[plain][phase]["runs_s"]))
 
 
 def show(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:

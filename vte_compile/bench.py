@@ -79,13 +79,13 @@ def bench(
 
     cases = {name: phases(candidate, embeds, visual_mask, decode_tokens) for name, candidate in models.items()}
     with tqdm(total=2 * (runs + 1) * len(cases), desc="timing", unit="run") as bar:
-        prefill, decode = time_phases(cases, runs, device=model.device, after_each=bar.update)
+        prefill, decode = time_phases(cases, runs, runs, device=model.device, after_each=bar.update)
     rows = []
     base_flops = prefill_flops(model.config, seq, visual, -1)
     for name, case in cases.items():
         applied = getattr(models[name], "plan", None)
         flops = prefill_flops(model.config, seq, visual, case.exit_layer, applied)
-        time_ratio, flop_ratio = prefill[name].median_s / prefill[_BASELINE].median_s, flops / base_flops
+        time_ratio, flop_ratio = prefill[name].ratio_to(prefill[_BASELINE]), flops / base_flops
         rows.append(
             {
                 "case": name,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +19,20 @@ class Summary:
     median_s: float
     min_s: float
     max_s: float
+    runs_s: tuple[float, ...]
+    """Of each round, in order."""
 
     @classmethod
-    def of(cls, times: list[float]) -> Summary:
-        return cls(statistics.median(times), min(times), max(times))
+    def of(cls, times: Sequence[float]) -> Summary:
+        return cls(statistics.median(times), min(times), max(times), tuple(times))
 
     def scaled(self, factor: float) -> Summary:
         """All of it times a factor, such as 1 / tokens."""
-        return Summary(*(value * factor for value in asdict(self).values()))
+        return Summary.of([time * factor for time in self.runs_s])
+
+    def ratio_to(self, other: Summary) -> float:
+        """The median over rounds of this case's time by the other's, so that a machine that drifts hits both alike."""
+        return statistics.median(a / b for a, b in zip(self.runs_s, other.runs_s, strict=True))
 
 
 def interleaved(
@@ -118,15 +124,23 @@ def phases(model: Any, embeds: Tensor, visual_mask: Tensor, decode_tokens: int) 
 
 
 def time_phases(
-    cases: Mapping[str, Phases], runs: int, *, device: torch.device | None, after_each: Callable[[], object]
+    cases: Mapping[str, Phases],
+    runs: int,
+    decode_runs: int,
+    *,
+    device: torch.device | None,
+    after_each: Callable[[], object],
 ) -> tuple[dict[str, Summary], dict[str, Summary]]:
-    """Times of prefill, and of ``decode`` as a whole, by case; ``after_each`` is called 2 (runs + 1) times per case."""
+    """Times of prefill, and of ``decode`` as a whole, by case.
+
+    ``after_each`` is called runs + decode_runs + 2 times per case: each phase is run once untimed.
+    """
     prefill = interleaved(
         {name: case.prefill for name, case in cases.items()}, runs, device=device, after_each=after_each
     )
     decode = interleaved(
         {name: case.decode for name, case in cases.items()},
-        runs,
+        decode_runs,
         device=device,
         after_each=after_each,
         resets={name: case.rewind for name, case in cases.items()},

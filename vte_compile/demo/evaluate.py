@@ -124,7 +124,7 @@ class Evaluation:
             for question in questions:
                 cases = self._phases(question)
                 device = self.configurations[0].model.device
-                prefill, decode = time_phases(cases, TIMED_RUNS, device=device, after_each=bar.update)
+                prefill, decode = time_phases(cases, TIMED_RUNS, TIMED_RUNS, device=device, after_each=bar.update)
                 for configuration in self.configurations:
                     configuration.prefill.append(prefill[configuration.name])
                     configuration.decode.append(decode[configuration.name].scaled(1 / _DECODE_TOKENS))
