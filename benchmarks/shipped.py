@@ -6,15 +6,17 @@ Answers, FLOPs and intervals are those of `vte-compile eval` (docs/evaluation.md
 share a picture, which the intervals do not know. The best static exit, random dropping and FastV have at most the FLOPs
 of the learned exit.
 
-Times are of the decoder alone, one prompt at a time, all cases in turns, over one question of each type: of each
-question the median of its runs, and then the mean over questions. Decode is per token, behind the prompt. Two baselines
-are the full model: as transformers runs it, and through torch.compile, which compiles nothing while times are taken
-(checked). Random dropping and FastV run in eager PyTorch, row by row, so their times would say nothing of the methods.
+Times are of the decoder alone, one prompt at a time, all cases in turns, over one question of each type: of each round
+the mean over questions, and of the rounds the median, with the least and the greatest; ratios to torch.compile are
+medians over rounds too. Decode is per token, behind the prompt. Two baselines are the full model: as transformers runs
+it, and through torch.compile, which compiles nothing while times are taken (checked). Random dropping and FastV run in
+eager PyTorch, row by row, so their times would say nothing of the methods.
 """
 
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +47,7 @@ UNTIMED = {
     ORACLE: "knows the answer: nothing that could run",
 }
 DECODE_TOKENS = 8
+PHASES = ("prefill", "decode")
 
 
 def main(
@@ -65,7 +68,7 @@ def main(
     found = evaluate(model, [each.as_sample() for each in asked], plans, processor=processor, folder=work)
     cases = timed_cases(model, plans, found)
     times = time_all(cases, processor, assets.one_of_each_type(), runs)
-    rows = [row_of(found, name, times.get(name)) for name in (FULL, BASELINE, NO_EXIT, *names_of(found))]
+    rows = [row_of(found, name, times) for name in (FULL, BASELINE, NO_EXIT, *names_of(found))]
     settings = {
         "questions": found.samples, "timed_questions": len(assets.one_of_each_type()), "runs": runs,
         "decode_tokens": DECODE_TOKENS, "threads": torch.get_num_threads(), "baselines_within": found.matched,
@@ -98,7 +101,7 @@ def timed_cases(model: Any, plans: Mapping[str, Plan], found: Evaluation) -> dic
 def time_all(
     models: Mapping[str, Any], processor: Any, questions: Sequence[Question], runs: int
 ) -> dict[str, dict[str, Summary]]:
-    """Prefill, and decode per token, of each model: means over the questions of their medians, least and greatest.
+    """Prefill, and decode per token, of each model: of each round the mean over the questions.
 
     Raises:
         RuntimeError: The baseline was compiled again while times were taken.
@@ -118,19 +121,19 @@ def time_all(
                 case.decode()
                 case.rewind()
     compiled = counters["stats"]["unique_graphs"]
-    found: dict[str, dict[str, list[Summary]]] = {name: {"prefill": [], "decode": []} for name in models}
+    found: dict[str, dict[str, list[Summary]]] = {phase: {name: [] for name in models} for phase in PHASES}
     with tqdm(total=2 * (runs + 1) * len(prompts) * len(models), desc="timing", unit="run", dynamic_ncols=True) as bar:
         for prompt in prompts:
-            prefill, decode = time_phases(prepared(prompt), runs, device=model.device, after_each=bar.update)
+            prefill, decode = time_phases(prepared(prompt), runs, runs, device=model.device, after_each=bar.update)
             for name in models:
-                found[name]["prefill"].append(prefill[name])
-                found[name]["decode"].append(decode[name].scaled(1 / DECODE_TOKENS))
+                found["prefill"][name].append(prefill[name])
+                found["decode"][name].append(decode[name].scaled(1 / DECODE_TOKENS))
     if counters["stats"]["unique_graphs"] != compiled:
         raise RuntimeError("torch.compile compiled the baseline again while times were taken: they mean nothing.")
-    return {name: {phase: _mean(each) for phase, each in phased.items()} for name, phased in found.items()}
+    return {phase: {name: _mean(each) for name, each in of.items()} for phase, of in found.items()}
 
 
-def row_of(found: Evaluation, name: str, times: Mapping[str, Summary] | None) -> dict[str, Any]:
+def row_of(found: Evaluation, name: str, times: Mapping[str, Mapping[str, Summary]]) -> dict[str, Any]:
     """One case; the full model's other ways to run answer as it does, which the tests of optimize() check."""
     measured = found[FULL if name in (BASELINE, NO_EXIT) else name]
     full = found[FULL].measures
@@ -145,9 +148,11 @@ def row_of(found: Evaluation, name: str, times: Mapping[str, Summary] | None) ->
         "prefill_flops": measured.measures["prefill_flops"].value / full["prefill_flops"].value,
         "total_flops": measured.measures["total_flops"].value / full["total_flops"].value,
     }
-    if times is None:
+    if name in UNTIMED:
         return row | {"untimed": UNTIMED[name]}
-    return row | {phase: asdict(summary) for phase, summary in times.items()}
+    return row | {
+        phase: asdict(of[name]) | {"time_ratio": of[name].ratio_to(of[BASELINE])} for phase, of in times.items()
+    }
 
 
 def show(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
@@ -157,7 +162,7 @@ def show(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None
         table.add_column(column, no_wrap=True)
     for row in rows:
         same = row["agreement"]
-        phased = [_milliseconds(row[phase]) if phase in row else "" for phase in ("prefill", "decode")]
+        phased = [_milliseconds(row[phase]) if phase in row else "" for phase in PHASES]
         table.add_row(
             row["case"],
             f"{row['accuracy']['value']:.1%}",
@@ -170,12 +175,12 @@ def show(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None
 
 
 def _milliseconds(summary: Mapping[str, float]) -> str:
-    return "{median_s:.2f} ({min_s:.2f} .. {max_s:.2f})".format(**{k: 1e3 * v for k, v in summary.items()})
+    median, least, greatest = (1e3 * summary[key] for key in ("median_s", "min_s", "max_s"))
+    return f"{median:.2f} ({least:.2f} .. {greatest:.2f})"
 
 
 def _mean(summaries: Sequence[Summary]) -> Summary:
-    values = torch.tensor([list(asdict(each).values()) for each in summaries], dtype=torch.float64)
-    return Summary(*values.mean(0).tolist())
+    return Summary.of([statistics.fmean(times) for times in zip(*(each.runs_s for each in summaries), strict=True)])
 
 
 if __name__ == "__main__":

@@ -124,11 +124,13 @@ def test_shipped_table_names_a_reason_for_each_missing_time(monkeypatch):
     ]
     found = Evaluation(10, 10, shipped.LEARNED, {}, tuple(cases), ())
     assert shipped.names_of(found) == [shipped.RANDOM, shipped.LEARNED]
-    summary = Summary(0.002, 0.001, 0.003)
-    row = shipped.row_of(found, shipped.LEARNED, {"prefill": summary, "decode": summary})
-    assert row["prefill"] == {"median_s": 0.002, "min_s": 0.001, "max_s": 0.003}
+    of = {shipped.LEARNED: Summary.of([0.002, 0.001, 0.003]), shipped.BASELINE: Summary.of([0.004, 0.004, 0.004])}
+    times = {"prefill": of, "decode": of}
+    row = shipped.row_of(found, shipped.LEARNED, times)
+    assert (row["prefill"]["median_s"], row["prefill"]["min_s"], row["prefill"]["max_s"]) == (0.002, 0.001, 0.003)
+    assert row["decode"]["time_ratio"] == 0.5
     assert (row["prefill_flops"], row["total_flops"]) == (0.5, 0.5)
-    assert "eager" in shipped.row_of(found, shipped.RANDOM, None)["untimed"]
-    assert shipped.row_of(found, shipped.BASELINE, {"prefill": summary})["total_flops"] == 1.0
+    assert "eager" in shipped.row_of(found, shipped.RANDOM, times)["untimed"]
+    assert shipped.row_of(found, shipped.BASELINE, times)["total_flops"] == 1.0
     for name in ("shipped", "common"):
         sys.modules.pop(name)
