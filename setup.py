@@ -48,6 +48,7 @@ setup(
     },
     entry_points={
         "console_scripts": ["vte-compile = vte_compile.cli:main"],
+        "torch_dynamo_backends": ["vte = vte_compile.dynamo.backend:vte"],
         "lmms_eval.models": ["vte_compile = vte_compile.tuning.lmms_eval_plugin:manifest"],
     },
 )

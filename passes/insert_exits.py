@@ -48,10 +48,10 @@ def insert_exits(graph: DecoderGraph, settings: PassSettings) -> PassResult:
 
 
 def _add_visual_mask(graph: DecoderGraph) -> fx.Node:
-    positions = graph.placeholder("position_ids")
-    with graph.graph.inserting_after(positions):
+    with graph.graph.inserting_after(graph.placeholder("position_ids")):
         node = graph.graph.placeholder("visual_mask")
-    node.meta["val"] = torch.empty_like(positions.meta["val"], dtype=torch.bool)
+    embeds = graph.placeholder("inputs_embeds").meta["val"]
+    node.meta["val"] = torch.empty_like(embeds[..., 0], dtype=torch.bool)
     return node
 
 

@@ -28,12 +28,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     StaticCache,
 )
 
-from vte_compile import GateExit, Plan, StaticExit, optimize
+from vte_compile import GateExit, Oracle, Plan, StaticExit, optimize
 from vte_compile.errors import CaptureError, InputError, PlanError, PlanMismatchError, UnsupportedModelError
 from vte_compile.fingerprint import Fingerprint
 
@@ -108,11 +108,23 @@ def test_positions_the_graph_would_get_wrong():
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(UnsupportedModelError, match="dynamic rotary"):
         optimize(tiny(rope_parameters=rope), Plan())
-    text = dict(TINY, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]})
-    vision = dict(depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=32)
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
-    with pytest.raises(UnsupportedModelError, match="3-D"):
-        optimize(model.eval(), Plan(), compile=False)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    with pytest.raises(UnsupportedModelError, match=r"3-D.* of which its LlamaRotaryEmbedding knows nothing"):
+        optimize(tiny(rope_parameters=rope), Plan())
+
+
+def test_multimodal_positions_with_more_than_embeddings():
+    """Qwen3-VL adds visual features behind several layers."""
+    text = dict(
+        TINY, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    )
+    vision = dict(
+        depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=32, deepstack_visual_indexes=[0]
+    )
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
+    for use in (Oracle, lambda model, plan: optimize(model, plan, compile=False)):
+        with pytest.raises(UnsupportedModelError, match="visual_pos_masks, deepstack_visual_embeds besides embeddings"):
+            use(model, Plan())
 
 
 def test_placement(caplog):

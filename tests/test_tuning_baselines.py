@@ -18,7 +18,7 @@ from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.flops import prefill_flops
 from vte_compile.oracle import Oracle
 from vte_compile.plan import Plan, StaticExit
-from vte_compile.tuning import baselines
+from vte_compile.tuning import baselines, watched_attention
 from vte_compile.tuning.baselines import AttentionPruning, RandomDropping, ReducingOracle, TokenReduction
 from vte_compile.tuning.matching import (
     Prompt,
@@ -148,7 +148,7 @@ def test_bad_reductions(layer, share, message):
 def test_attention_that_cannot_be_seen_is_refused(monkeypatch):
     model = tiny(attn_implementation="eager")
     oracle = ReducingOracle(model, AttentionPruning(0, 0.5))
-    monkeypatch.setattr(baselines, "_ATTENTION", "eager")  # a layer that pays no heed to what it is told
+    monkeypatch.setattr(watched_attention, "_ATTENTION", "eager")  # a layer that pays no heed to what it is told
     with pytest.raises(UnsupportedModelError, match="layer 0"):
         oracle(*chunk(LAYOUT)[:2])
 

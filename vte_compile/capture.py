@@ -6,6 +6,7 @@ Each graph has flat tensors in and out, with lengths that stay symbolic:
     extend   (inputs_embeds [1, T, C], position_ids [1, T], past ...)               -> the same, keys and values grown
     decode   (inputs_embeds [B, 1, C], position_ids [B, 1], past ..., kv_start ...) -> the same
 
+Where positions are multimodal, position_ids have a leading dim of 3 rows: [3, 1, S], [3, B, 1].
 A layer's keys and values are [B, key/value heads, length of that layer, head size]; lengths differ from layer to layer.
 Prefill and extend take one row at a time (rows leave at different layers); decode takes the batch, with rows aligned at
 the end and ``kv_start_i`` [B] the first real column of each row in layer i (absent for B = 1).
@@ -38,7 +39,7 @@ Parameter = Callable[[], Tensor]
 
 _ATTENTION = "vte_capture"
 # Example lengths: any numbers do that are neither 0 nor 1 and differ, so that no two dims are taken for one.
-_EXAMPLE_TOKENS, _EXAMPLE_BATCH, _EXAMPLE_PAST = 11, 3, 17
+_EXAMPLE_TOKENS, _EXAMPLE_BATCH, _EXAMPLE_PAST = 11, 5, 17
 
 
 @dataclass
@@ -261,8 +262,10 @@ def _examples(spec: DecoderSpec, phase: Phase, batched: bool) -> tuple[tuple[Any
     batch = _EXAMPLE_BATCH if batched else 1
     tokens = 1 if phase == "decode" else _EXAMPLE_TOKENS
     embeds = torch.zeros(batch, tokens, spec.hidden_size, **options)
-    positions = torch.arange(tokens, device=spec.device).expand(batch, -1).contiguous()
+    rows = (spec.position_rows,) if spec.position_rows > 1 else ()
+    positions = torch.arange(tokens, device=spec.device).expand(*rows, batch, -1).contiguous()
     dims = ({0: Dim.AUTO} if batched else {}) | ({} if phase == "decode" else {1: Dim.AUTO})
+    position_dims = {dim + len(rows): kind for dim, kind in dims.items()}
     past: list[Tensor] = []
     kv_start: list[Tensor] = []
     if phase != "prefill":
@@ -273,7 +276,7 @@ def _examples(spec: DecoderSpec, phase: Phase, batched: bool) -> tuple[tuple[Any
             if batched:
                 kv_start.append(torch.zeros(batch, dtype=torch.long, device=spec.device))
     past_dims = ({0: Dim.AUTO} if batched else {}) | {2: Dim.AUTO}
-    shapes = (dims, dims, [past_dims] * len(past), [{0: Dim.AUTO}] * len(kv_start))
+    shapes = (dims, position_dims, [past_dims] * len(past), [{0: Dim.AUTO}] * len(kv_start))
     return (embeds, positions, past, kv_start), shapes
 
 

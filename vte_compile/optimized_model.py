@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vte_compile.errors import InputError
 from vte_compile.families.decoder import DecoderSpec
-from vte_compile.families.inputs import decoder_inputs
+from vte_compile.families.inputs import chunk_tokens, decoder_inputs, image_positions
 from vte_compile.folded_weights import FoldReport
 from vte_compile.module_tree import shallow_copy
 from vte_compile.plan import Plan
@@ -134,8 +134,11 @@ class OptimizedModel:
         given = arguments.get
         self._refuse_unsupported(arguments)
         cache = self._cache(given("past_key_values"))
-        tokens = given("input_ids") if given("input_ids") is not None else given("inputs_embeds")
-        decoding = tokens is not None and tokens.shape[1] == 1 and not cache.is_empty
+        tokens = chunk_tokens(given("input_ids"), given("inputs_embeds"))
+        decoding = tokens.shape[1] == 1 and not cache.is_empty
+        batch, length = tokens.shape[:2]
+        mask = _chunk_mask(given("attention_mask"), batch, length, cache.get_seq_length(), self._vte_spec.device)
+        positions = _positions(given("position_ids"), self._vte_spec.position_rows, mask)
         extra = {k: v for k, v in arguments.items() if k not in _DECODER_ARGUMENTS and v is not None}
         with torch.no_grad():
             inputs = decoder_inputs(
@@ -146,10 +149,11 @@ class OptimizedModel:
                 visual_mask=given("visual_mask"),
                 may_exit=bool(self.plan.exits) and not decoding,
                 multimodal=extra,
+                attention_mask=mask,
+                position_ids=positions,
             )
-            batch, length = inputs.embeds.shape[:2]
-            mask = _chunk_mask(given("attention_mask"), batch, length, cache.get_seq_length(), inputs.embeds.device)
-            positions = _positions(given("position_ids"), batch, length)
+            if inputs.position_ids is not None:
+                positions = _counted_on(inputs.position_ids, cache)
             keep = given("logits_to_keep", 0)
             last = isinstance(keep, int) and keep == 1
             output = self._vte_runner.run(inputs.embeds, inputs.visual_mask, mask, positions, cache, last=last)
@@ -213,8 +217,27 @@ class OptimizedModel:
             inputs["visual_mask"] = visual_mask[:, seen:] if whole else visual_mask
         return inputs
 
-    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """None: the runner counts each row's tokens. The usual ones go wrong behind padding on the right."""
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+        """Multimodal positions [3, B, T] of the prompt's new tokens. Of text None: the runner counts each row's tokens.
+
+        The usual ones of text go wrong behind padding on the right.
+        """
+        ids = model_kwargs.get("input_ids")
+        ids = ids if ids is not None and ids.shape[1] else inputs_tensor
+        if self._vte_spec.position_rows == 1 or ids.ndim != 2:
+            return None
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs["attention_mask"]
+        seen = cache.get_seq_length() if cache is not None else 0
+        if ids.shape[1] == mask.shape[1]:  # else these are the new tokens alone
+            ids = ids[:, seen:]
+        mask = _chunk_mask(mask, ids.shape[0], ids.shape[1], seen, ids.device)
+        positions = image_positions(self, self._vte_spec, ids, mask, model_kwargs)  # type: ignore[arg-type]
+        if positions is None:
+            return None
+        # generate() counts on from the last column: behind padding on the right, that is the row's last token.
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        last = (mask * columns).amax(1, keepdim=True)
+        return _counted_on(positions.gather(-1, columns.minimum(last).expand_as(positions)), cache)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate(). The result carries ``exit_layer`` [rows of the result] int64, -1 = never.
@@ -283,12 +306,30 @@ def _chunk_mask(mask: Tensor | None, batch: int, length: int, past: int, device:
     return mask[:, -length:].to(device=device, dtype=torch.bool)
 
 
-def _positions(position_ids: Tensor | None, batch: int, length: int) -> Tensor | None:
-    if position_ids is not None and (
-        position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length
-    ):
-        raise InputError(f"position_ids: expected shape [{batch}, {length}], got {list(position_ids.shape)}.")
-    return position_ids
+def _positions(position_ids: Tensor | None, rows: int, mask: Tensor) -> Tensor | None:
+    """[B or 1, T], or [rows, B or 1, T] where positions have several rows, of a chunk with a mask [B, T]."""
+    if position_ids is None:
+        return None
+    batch, length = mask.shape
+    leads: list[tuple[int, ...]] = [()] if rows == 1 else [(), (rows,), (rows + 1,)]
+    lead, chunk = position_ids.shape[:-2], position_ids.shape[-2:]
+    if lead not in leads or chunk not in ((1, length), (batch, length)):
+        expected = " or ".join(str([*known, batch, length]) for known in leads)
+        raise InputError(f"position_ids: expected shape {expected}, got {list(position_ids.shape)}.")
+    if rows == 1 or lead != (rows + 1,):
+        return position_ids
+    # One row more, in front, numbers the tokens as text: where it starts anew, so does another sequence.
+    text = position_ids[0].expand_as(mask)
+    if bool(((text[:, 1:] <= text[:, :-1]) & mask[:, 1:] & mask[:, :-1]).any()):
+        raise InputError("position_ids: rows of several packed sequences are not supported: pass them as a batch.")
+    return position_ids[1:]
+
+
+def _counted_on(positions: Tensor, cache: Any) -> Tensor:
+    """Positions [3, B, T] that count from 0 in each row, behind what the row has cached."""
+    if not isinstance(cache, ExitCache) or cache.is_empty:
+        return positions
+    return positions + cache.next_positions[:, None].to(positions.device)
 
 
 def _keep_logits(logits: Tensor, keep: int | Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vte_compile.errors import InputError, UnsupportedModelError
-from vte_compile.families.decoder import find_decoder
+from vte_compile.families.decoder import find_decoder, position_rows
 from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, PromptStatistics, planned_blocks
 from vte_compile.plan import GateExit, Plan, StaticExit
 
@@ -105,7 +105,7 @@ class RowRun:
 
     hidden: Tensor  # [1, n, C]
     visual: Tensor  # bool [n]
-    positions: Tensor  # int64 [1, n]
+    positions: Tensor  # int64 [1, n], or [3, 1, n] if positions are multimodal
     columns: Tensor  # int64 [n], where the tokens stand in the chunk
     statistics: dict[int, PromptStatistics]  # by layer, of the row's prompt
     exit_layer: int = -1
@@ -115,7 +115,7 @@ class RowRun:
 
     def keep(self, keep: Tensor) -> None:
         """Remove all tokens but those of the mask [n]. Their positions keep their numbers."""
-        self.hidden, self.positions = self.hidden[:, keep], self.positions[:, keep]
+        self.hidden, self.positions = self.hidden[:, keep], self.positions[..., keep]
         self.columns, self.visual = self.columns[keep], self.visual[keep]
 
 
@@ -145,6 +145,7 @@ class Oracle:
                 "the oracle is causal throughout"
             )
         self.config = self.decoder.config
+        self.position_rows = position_rows(self.decoder)
         self.layers: Sequence[nn.Module] = list(self.decoder.layers)[: self.config.num_hidden_layers]
         self.lm_head: Any = self.model.get_output_embeddings()
         if self.lm_head is None:
@@ -172,17 +173,22 @@ class Oracle:
         """Run one chunk.
 
         inputs_embeds [B, T, C]; visual_mask bool [B, T], True at visual tokens (None: there are none); attention_mask
-        [B, T] of THIS chunk, nonzero = real token, padding anywhere (None: all real); position_ids int [B, T] (None:
-        each row counts its real tokens on from its cache); cache: of the earlier chunks, not modified. A row without a
-        real token does nothing. Raises InputError on shapes that do not fit.
+        [B, T] of THIS chunk, nonzero = real token, padding anywhere (None: all real); position_ids int [B, T], or
+        [3, B, T] if the decoder's positions are multimodal (None: each row counts its real tokens on from its cache, as
+        of text); cache: of the earlier chunks, not modified. A row without a real token does nothing. Raises InputError
+        on shapes that do not fit.
         """
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[0] == 0:
             raise InputError(f"inputs_embeds must be [B, T, C] with at least one row, got {list(inputs_embeds.shape)}")
         batch, length = inputs_embeds.shape[:2]
         real = _chunk_mask(attention_mask, "attention_mask", inputs_embeds, default=True)
         visual = _chunk_mask(visual_mask, "visual_mask", inputs_embeds, default=False)
-        if position_ids is not None and position_ids.shape != (batch, length):
-            raise InputError(f"position_ids must be {[batch, length]} like the chunk, got {list(position_ids.shape)}")
+        shapes = [(batch, length)] + ([(self.position_rows, batch, length)] if self.position_rows > 1 else [])
+        if position_ids is not None and position_ids.shape not in shapes:
+            raise InputError(
+                f"position_ids must be {' or '.join(str(list(shape)) for shape in shapes)} like the chunk, got "
+                f"{list(position_ids.shape)}"
+            )
         if cache is None:
             cache = OracleCache((RowCache((None,) * len(self.layers)),) * batch)
         if len(cache.rows) != batch:
@@ -195,9 +201,9 @@ class Oracle:
             if position_ids is None:
                 positions = torch.arange(len(columns), device=inputs_embeds.device) + past.next_position
             else:
-                positions = position_ids[b, columns]
+                positions = position_ids[..., b, columns]
             embeds = inputs_embeds[b : b + 1, columns]
-            run = RowRun(embeds, visual[b, columns], positions[None], columns, dict(past.statistics))
+            run = RowRun(embeds, visual[b, columns], self._positions(positions), columns, dict(past.statistics))
             rows.append(self._run_row(run, past))
             runs.append(run)
         return self._collect(runs, tuple(rows), length)
@@ -253,6 +259,11 @@ class Oracle:
             output = self.forward(self._embed_tokens(next_ids), None, chunk_mask, None, output.cache)
             last = [0] * len(tokens)
         return OracleGeneration(tokens, exit_layer, output.cache)
+
+    def _positions(self, positions: Tensor) -> Tensor:
+        """A row's positions [n] or [3, n] as the rotary embedding takes them: [1, n], or [3, 1, n]."""
+        lead = (self.position_rows, 1) if self.position_rows > 1 else (1,)
+        return positions.unsqueeze(-2).expand(*lead, -1)
 
     def _run_row(self, run: RowRun, past: RowCache) -> RowCache:
         """Take one row through all layers and the final norm (in `run`), and return its new cache."""
@@ -354,8 +365,10 @@ class Oracle:
     def _check_against_model(self) -> None:
         """Compare with the model's own forward on a few tokens: the same modules, so only rounding may differ."""
         weight = self.model.get_input_embeddings().weight
-        embeds = self._embed_tokens(torch.arange(min(8, weight.shape[0]), device=weight.device)[None])
-        expected = self.model(inputs_embeds=embeds, use_cache=False).logits
+        ids = torch.arange(min(8, weight.shape[0]), device=weight.device)[None]
+        embeds = self._embed_tokens(ids)
+        # Given, since a model with multimodal positions may count on from those of its latest images.
+        expected = self.model(inputs_embeds=embeds, position_ids=ids, use_cache=False).logits
         actual = self.forward(embeds).logits
         scale = expected.abs().max().item()
         tolerance = 5e-2 if torch.finfo(expected.dtype).bits <= 16 else 1e-4
@@ -376,7 +389,8 @@ class Oracle:
         positions = torch.arange(8, device=weight.device)
         outputs = []
         for block in (OwnBlock(self.layers[index]), KeptBlock(self.layers[index], None)):
-            run = RowRun(hidden, torch.zeros_like(positions, dtype=torch.bool), positions[None], positions, {})
+            visual = torch.zeros_like(positions, dtype=torch.bool)
+            run = RowRun(hidden, visual, self._positions(positions), positions, {})
             self._run_layer(index, block, run, None)
             outputs.append(run.hidden)
         own, spelled_out = outputs
@@ -395,9 +409,10 @@ def embed(
     """Input embeddings of a LLaVA-type MLLM, and where its visual tokens are.
 
     `model` has `get_image_features` and `config.image_token_id`; input_ids [B, T] is already expanded to one
-    placeholder per visual token. Of the other outputs of the processor those named image_* or pixel_* go to
-    `get_image_features`; the rest (attention_mask, ...) is ignored. Returns inputs_embeds [B, T, C] and visual_mask
-    bool [B, T]. Raises InputError if the placeholders and the image features do not match in number.
+    placeholder per visual token. Of the other outputs of the processor those named image_* or pixel_*, and those that
+    `get_image_features` names, go there; the rest (attention_mask, ...) is ignored. Returns inputs_embeds [B, T, C] and
+    visual_mask bool [B, T]; multimodal positions are the model's own business (`get_rope_index`). Raises InputError if
+    the placeholders and the image features do not match in number.
     """
     mllm = cast(Any, model)
     image_token_id = getattr(mllm.config, "image_token_id", None)
@@ -408,7 +423,12 @@ def embed(
     inputs_embeds: Tensor = mllm.get_input_embeddings()(input_ids.masked_fill(visual_mask, 0))
     features = inputs_embeds.new_zeros(0, inputs_embeds.shape[-1])
     if pixel_values is not None:
-        extras = {key: value for key, value in processor_outputs.items() if key.startswith(("image_", "pixel_"))}
+        taken = inspect.signature(mllm.get_image_features).parameters
+        extras = {
+            key: value
+            for key, value in processor_outputs.items()
+            if key.startswith(("image_", "pixel_")) or (key in taken and key not in ("input_ids", "attention_mask"))
+        }
         output = mllm.get_image_features(pixel_values=pixel_values, **extras)
         images = getattr(output, "pooler_output", output)
         features = torch.cat([image.reshape(-1, image.shape[-1]) for image in images]).to(inputs_embeds)
@@ -494,10 +514,6 @@ def _check_structure(decoder: Any) -> None:
             f"decoder {name} has rotary embeddings that differ per layer type, which the oracle does not support"
         )
     rope = getattr(config, "rope_parameters", None) or {}
-    if "mrope_section" in rope:
-        raise UnsupportedModelError(
-            f"decoder {name} has multimodal (3-D) rotary positions, which the oracle does not support"
-        )
     if rope.get("rope_type") == "dynamic":
         raise UnsupportedModelError(
             f"decoder {name} has dynamic rope: it remembers the longest row, so rows would not be independent"

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 
 from vte_compile.errors import UnsupportedModelError
 
+# What a decoder with multimodal rotary positions may take; others are given more than embeddings (DeepStack).
+_KNOWN_ARGUMENTS = frozenset(
+    "input_ids inputs_embeds attention_mask position_ids past_key_values use_cache cache_position return_dict "
+    "output_attentions output_hidden_states".split()
+)
 # The config fields in which transformers' multimodal families keep the ids of their placeholder tokens.
 VISUAL_TOKEN_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -29,6 +34,8 @@ class DecoderSpec:
     """The decoder's own (text) config."""
     visual_token_ids: tuple[int, ...]
     """Placeholder ids whose embeddings are replaced by visual features; empty for a language model alone."""
+    position_rows: int = 1
+    """How many numbers make a token's position, see :func:`position_rows`."""
     freed: Mapping[str, torch.Size] = field(default_factory=dict)
     """Shapes of the weights, by their name in the decoder, that it has no more, because no graph reads them."""
 
@@ -83,6 +90,37 @@ def find_decoder(model: nn.Module) -> nn.Module:
         decoder = inner
 
 
+def position_rows(decoder: nn.Module) -> int:
+    """How many numbers make a token's position: 3 (time, height, width) with multimodal rotary positions, else 1.
+
+    Such a decoder takes position_ids [3, B, T]; of text, all three rows are the same.
+
+    Raises:
+        UnsupportedModelError: Its multimodal positions are not those of Qwen2-VL, or come with more than embeddings.
+    """
+    name, rotary = type(decoder).__name__, decoder.rotary_emb
+    sections = getattr(rotary, "mrope_section", None)
+    if sections is None:
+        if "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {}):
+            raise UnsupportedModelError(
+                f"{name}: its config asks for multimodal (3-D) rotary positions, of which its "
+                f"{type(rotary).__name__} knows nothing."
+            )
+        return 1
+    if len(sections) != 3:
+        raise UnsupportedModelError(
+            f"{name} has rotary positions of {len(sections)} rows: only those of three (3-D: time, height, width) are "
+            "supported so far."
+        )
+    parameters = inspect.signature(decoder.forward).parameters.values()
+    if extra := [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in _KNOWN_ARGUMENTS]:
+        raise UnsupportedModelError(
+            f"{name} has multimodal (3-D) rotary positions and takes {', '.join(extra)} besides embeddings: not "
+            "supported so far."
+        )
+    return 3
+
+
 def describe(model: nn.Module) -> DecoderSpec:
     """Describe a causal language model or an MLLM of transformers.
 
@@ -104,7 +142,8 @@ def describe(model: nn.Module) -> DecoderSpec:
         raise UnsupportedModelError(f"{name}: no language-modelling head: load the ...ForConditionalGeneration class.")
     _refuse_sliding_window(name, decoder)
     _refuse_unknown_layout(model, decoder)
-    return DecoderSpec(decoder, lm_head, _path_of(model, decoder), decoder.config, _visual_token_ids(model))
+    path, ids = _path_of(model, decoder), _visual_token_ids(model)
+    return DecoderSpec(decoder, lm_head, path, decoder.config, ids, position_rows(decoder))
 
 
 def _path_of(model: nn.Module, decoder: nn.Module) -> str:
@@ -138,8 +177,6 @@ def _refuse_unknown_layout(model: nn.Module, decoder: nn.Module) -> None:
     name = type(model).__name__
     config: Any = decoder.config
     rope = getattr(config, "rope_parameters", None) or {}
-    if "mrope_section" in rope:
-        raise UnsupportedModelError(f"{name}: its decoder has multimodal (3-D) rotary positions: not supported so far.")
     if rope.get("rope_type") in ("dynamic", "longrope"):
         raise UnsupportedModelError(
             f"{name}: its decoder has {rope['rope_type']} rotary positions, which depend on the longest row: not "

@@ -18,6 +18,8 @@ _DECODER_ARGUMENTS = frozenset(
     "attention_mask position_ids past_key_values use_cache cache_position return_dict output_attentions "
     "output_hidden_states logits_to_keep".split()
 )
+# Inputs that only say of images and videos where they are and how large: without any of those they change nothing.
+_PLACES = frozenset("mm_token_type_ids image_grid_thw video_grid_thw second_per_grid_ts".split())
 
 
 @dataclass
@@ -30,22 +32,79 @@ class DecoderInputs:
     """[B, T] bool, True at visual tokens."""
     image_hidden_states: Tensor | None
     """The projected visual features, if the family returns them."""
+    position_ids: Tensor | None = None
+    """[3, B, T] of a chunk with images, where positions are multimodal: counted from 0 in each row. None: as text."""
 
 
-def _recorder(decoder: nn.Module, recorded: list[Tensor]) -> nn.Module:
+def chunk_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The one of both that was given.
+
+    Raises:
+        InputError: Both or none.
+    """
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    if tokens is None or (input_ids is not None and inputs_embeds is not None):
+        raise InputError("Pass exactly one of input_ids and inputs_embeds.")
+    return tokens
+
+
+def _recorder(decoder: nn.Module, recorded: list[tuple[Tensor, Tensor | None]]) -> nn.Module:
     """A stand-in for the decoder while the model's own code merges text and images: same attributes, no layers run."""
 
-    def forward(inputs_embeds: Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+    def forward(inputs_embeds: Tensor, position_ids: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
         if extra := sorted(k for k, v in kwargs.items() if k not in _DECODER_ARGUMENTS and v is not None):
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} is given {', '.join(extra)} besides embeddings: not supported so far."
             )
-        recorded.append(inputs_embeds)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            raise UnsupportedModelError(
+                f"{type(decoder).__name__} is given a mask of its model's own making: only causal attention is "
+                "supported so far."
+            )
+        recorded.append((inputs_embeds, position_ids))
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
     stand_in = copy.copy(decoder)
     stand_in.forward = forward
     return stand_in
+
+
+def _merge(model: nn.Module, spec: DecoderSpec, **inputs: Any) -> tuple[Tensor, Tensor | None, Any]:
+    """Run the model's merging code: what it hands to the decoder (embeddings, positions), and what it returns.
+
+    What that code keeps on its module (Qwen2-VL its rope_deltas) is kept on a copy, and so forgotten.
+    """
+    parent, _, attribute = spec.path.rpartition(".")
+    recorded: list[tuple[Tensor, Tensor | None]] = []
+    merger = copy.copy(model.get_submodule(parent))
+    merger._modules = {**merger._modules, attribute: _recorder(spec.decoder, recorded)}
+    output = merger(**inputs)
+    return *recorded[0], output
+
+
+def image_positions(
+    model: nn.Module, spec: DecoderSpec, input_ids: Tensor, attention_mask: Tensor, multimodal: dict[str, Any]
+) -> Tensor | None:
+    """Positions of a chunk with images, of a model whose positions are multimodal, without looking at any pixel.
+
+    Args:
+        model: The user's model.
+        spec: Where its decoder is.
+        input_ids: [B, T].
+        attention_mask: [B, T] bool.
+        multimodal: Other inputs of the model's forward; of those of one number per token, the last T count.
+
+    Returns:
+        [3, B, T] int64, counted from 0 in each row; None if no image is spoken of.
+    """
+    places = {name: value for name, value in multimodal.items() if name in _PLACES and value is not None}
+    types = places.get("mm_token_type_ids")
+    if types is None or len(places) == 1:
+        return None
+    places["mm_token_type_ids"] = types[:, -input_ids.shape[1] :]
+    _, positions, _ = _merge(model, spec, input_ids=input_ids, attention_mask=attention_mask.long(), **places)
+    return None if positions is None else positions[-spec.position_rows :]
 
 
 def decoder_inputs(
@@ -57,6 +116,8 @@ def decoder_inputs(
     visual_mask: Tensor | None,
     may_exit: bool,
     multimodal: dict[str, Any],
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> DecoderInputs:
     """Embed one chunk.
 
@@ -68,14 +129,13 @@ def decoder_inputs(
         visual_mask: [B, T] bool; found from the placeholder ids if None.
         may_exit: Whether it matters which tokens are visual (the plan has exits and this is not a decode step).
         multimodal: The other inputs of the model's forward (``pixel_values`` ...).
+        attention_mask: [B, T] bool of this chunk; only multimodal positions depend on it.
+        position_ids: [3, B or 1, T] or [B or 1, T] if the caller knows them: then none are asked for.
 
     Raises:
         InputError: Contradicting or misshaped inputs; the message says which.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise InputError("Pass exactly one of input_ids and inputs_embeds.")
-    tokens = input_ids if input_ids is not None else inputs_embeds
-    assert tokens is not None
+    tokens = chunk_tokens(input_ids, inputs_embeds)
     shape = tuple(tokens.shape[:2])
     mask = _visual_mask(spec, input_ids, visual_mask, shape, may_exit, tokens.device)
     if _has_images(multimodal) and input_ids is not None and not bool(mask.any()):
@@ -84,22 +144,33 @@ def decoder_inputs(
             "put the image token into the prompt, or leave pixel_values out. In a later turn with a cache, pass only "
             "the images of the new turn."
         )
-    parent, _, attribute = spec.path.rpartition(".")
-    if not multimodal or not spec.is_multimodal:
-        if multimodal:
+    if not multimodal.keys() - _PLACES or not spec.is_multimodal:
+        if multimodal and not spec.is_multimodal:
             raise InputError(f"{type(model).__name__} takes no {', '.join(sorted(multimodal))}.")
         embeds = inputs_embeds if inputs_embeds is not None else model.get_input_embeddings()(input_ids)  # type: ignore[operator]
         return DecoderInputs(embeds, mask, None)
-    recorded: list[Tensor] = []
-    merger = copy.copy(model.get_submodule(parent))
-    merger._modules = {**merger._modules, attribute: _recorder(spec.decoder, recorded)}
-    output = merger(input_ids=input_ids, inputs_embeds=inputs_embeds, **multimodal)
-    return DecoderInputs(recorded[0], mask, getattr(output, "image_hidden_states", None))
+    inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **multimodal}
+    if spec.position_rows == 1:
+        embeds, _, output = _merge(model, spec, **inputs)
+        return DecoderInputs(embeds, mask, getattr(output, "image_hidden_states", None))
+    real = None if attention_mask is None else attention_mask.long()
+    embeds, positions, output = _merge(model, spec, **inputs, attention_mask=real, position_ids=position_ids)
+    if position_ids is not None:
+        positions = None
+    elif _has_images(multimodal) and (positions is None or input_ids is None):
+        raise InputError(
+            f"{type(model).__name__} cannot tell the positions of its images from these inputs: pass input_ids, "
+            "mm_token_type_ids and image_grid_thw (or video_grid_thw), as the processor gives them, or position_ids."
+        )
+    positions = None if positions is None else positions[-spec.position_rows :]
+    return DecoderInputs(embeds, mask, getattr(output, "image_hidden_states", None), positions)
 
 
 def _has_images(multimodal: dict[str, Any]) -> bool:
     # generate() may run the vision tower first and pass what it gave.
-    return "pixel_values" in multimodal or bool(multimodal.get("mm_encoder_outputs"))
+    return any(multimodal.get(name) is not None for name in ("pixel_values", "pixel_values_videos")) or bool(
+        multimodal.get("mm_encoder_outputs")
+    )
 
 
 def _visual_mask(

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # What these refuse is something the user asked for.
 _ASKED_FOR = ("insert_exits", "fold_adapters", "skip_attention")
 _RowInput = tuple[Tensor, Tensor, Tensor]
-"""One row without padding: embeddings [n, C], visual mask [n], positions [n]."""
+"""One row without padding: embeddings [n, C], visual mask [n], positions [n] or, multimodal ones, [3, n]."""
 _Key = tuple[Phase, bool, bool, bool, torch.dtype, torch.device]
 """Phase, batched, logits of the last token only, all rows from one prompt, and the weights' dtype and device."""
 
@@ -169,7 +169,7 @@ class DecoderRunner:
             embeds: [B, T, C].
             visual_mask: [B, T] bool.
             attention_mask: [B, T] bool of this chunk: False at padding.
-            position_ids: [B, T], or None to count each row's tokens.
+            position_ids: [B, T], or [3, B, T] if positions are multimodal; None to count each row's tokens.
             cache: Of the same rows; empty in prefill.
             last: Return the logits of each row's last token only.
         """
@@ -182,7 +182,7 @@ class DecoderRunner:
 
     def _decode(self, embeds: Tensor, position_ids: Tensor | None, cache: ExitCache) -> RunnerOutput:
         batch = embeds.shape[0]
-        positions = cache.next_positions[:, None] if position_ids is None else position_ids.expand(batch, -1)
+        positions = self._expanded(cache.next_positions[:, None] if position_ids is None else position_ids, batch)
         attending = [i for i, layer in enumerate(cache.layers) if layer.is_initialized]
         past = [t for i in attending for t in (cache.layers[i].keys, cache.layers[i].values)]
         starts = [cache.starts[i] for i in attending] if batch > 1 else []
@@ -193,6 +193,14 @@ class DecoderRunner:
         output = program.run([embeds.contiguous(), positions.contiguous(), *past, *starts, *known])
         cache.append(output.kv)
         return RunnerOutput(output.logits, torch.full((batch,), -1, device=embeds.device))
+
+    def _expanded(self, positions: Tensor, batch: int) -> Tensor:
+        """Positions as graphs take them, [B, T] or [3, B, T], from such of which leading dims are missing or 1."""
+        rows = self.spec.position_rows
+        shape = (batch, positions.shape[-1]) if rows == 1 else (rows, batch, positions.shape[-1])
+        if positions.ndim > len(shape):
+            raise InputError(f"position_ids: this decoder takes {list(shape)}, got {list(positions.shape)}.")
+        return positions.expand(shape)
 
     def _rows(
         self,
@@ -217,11 +225,11 @@ class DecoderRunner:
                 inputs.append(None)
                 next_positions.append(start)
                 continue
-            positions = (
-                torch.arange(start, start + len(real[b]), device=embeds.device)
-                if position_ids is None
-                else position_ids.expand(batch, -1)[b, real[b]]
-            )
+            if position_ids is None:
+                counted = torch.arange(start, start + len(real[b]), device=embeds.device)
+                positions = self._expanded(counted[None], 1)[..., 0, :]
+            else:
+                positions = self._expanded(position_ids, batch)[..., b, real[b]]
             next_positions.append(int(positions.max()) + 1)
             inputs.append((embeds[b, real[b]], visual_mask[b, real[b]], positions))
         rows = self._prompts(inputs, cache, last) if cache.is_empty else self._continue(inputs, cache, last)
@@ -264,7 +272,7 @@ class DecoderRunner:
     def _row(self, program: Program, row: _RowInput, past: list[Tensor]) -> _RowOutput:
         embeds, visual_mask, positions = row
         visual = VisualTokens.find(visual_mask) if self.plan.exits else None
-        output = program.run([embeds[None], positions[None], *past], visual)
+        output = program.run([embeds[None], positions.unsqueeze(-2).contiguous(), *past], visual)
         kept = torch.arange(len(embeds), device=embeds.device)
         if visual is not None and output.exit_layer >= 0:
             kept = visual.keep

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from vte_compile.capture import evaluating
 from vte_compile.errors import CaptureError
@@ -29,6 +31,20 @@ def verify_prefill(model: PreTrainedModel, runner: DecoderRunner) -> None:
     Raises:
         CaptureError: They differ.
     """
+    _compare(model, runner, lambda **inputs: model(**inputs, use_cache=False).logits)
+
+
+def verify_hidden(model: PreTrainedModel, runner: DecoderRunner) -> None:
+    """The same for a runner whose decoder has no lm_head: compare the last hidden state.
+
+    Raises:
+        CaptureError: They differ.
+    """
+    decoder: Any = runner.spec.decoder
+    _compare(model, runner, lambda **inputs: decoder(**inputs, use_cache=False).last_hidden_state)
+
+
+def _compare(model: PreTrainedModel, runner: DecoderRunner, forward: Callable[..., Tensor]) -> None:
     # Skipped attentions and adapters change the numbers on purpose; exits do not, on text.
     reference = runner.with_plan(Plan()) if runner.plan.skips or runner.plan.adapters else runner
     embeddings: Any = model.get_input_embeddings()
@@ -37,8 +53,11 @@ def verify_prefill(model: PreTrainedModel, runner: DecoderRunner) -> None:
     ids = torch.randint(embeddings.num_embeddings, (1, _TOKENS), generator=generator).to(device)
     with torch.no_grad(), evaluating(model):
         embeds = embeddings(ids)
-        expected = model(inputs_embeds=embeds, use_cache=False).logits[:, -1]
         positions = torch.arange(_TOKENS, device=device)[None]
+        if (rows := runner.spec.position_rows) > 1:
+            # As of an image: each row counts in its own way.
+            positions = positions // torch.arange(1, rows + 1, device=device)[:, None, None]
+        expected = forward(inputs_embeds=embeds, position_ids=positions)[:, -1]
         got = reference.uncompiled_prefill().run([embeds, positions]).logits[:, -1]
     error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     tolerance = _TOLERANCE.get(expected.dtype, 5e-2)

@@ -6,28 +6,18 @@ row, as the oracle does. With a share of 0 both are the static exit after that l
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vte_compile.capture import attention_implementation
-from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.errors import InputError
 from vte_compile.oracle import Oracle, RowRun
 from vte_compile.oracle_blocks import Block
 from vte_compile.plan import Plan
-
-# An attention that also notes what the last query pays to each key; the notes of the call that is running.
-_ATTENTION = "vte_last_query"
-_paid: contextvars.ContextVar[list[Tensor]] = contextvars.ContextVar("vte_paid")
+from vte_compile.tuning.watched_attention import watched
 
 
 @dataclass(frozen=True)
@@ -105,13 +95,11 @@ class ReducingOracle(Oracle):
         if not bool(run.visual.any()) or bool(run.visual[-1]) or index != self.reduction.layer:
             return super()._run_layer(index, block, run, past)
         if isinstance(self.reduction, AttentionPruning):
-            with _noting_attention(self.config) as paid:
+            paid: list[Tensor] = []
+            with watched(
+                self.config, index, self.layers[index], lambda *seen: paid.append(_last_query_attention(*seen))
+            ):
                 cached = super()._run_layer(index, block, run, past)
-            if len(paid) != 1:
-                raise UnsupportedModelError(
-                    f"layer {index} ({type(self.layers[index]).__name__}) does not attend through transformers' "
-                    "AttentionInterface: which tokens it attends to cannot be seen."
-                )
             scores = paid[0][-len(run.visual) :]  # of this chunk's tokens
         else:
             cached = super()._run_layer(index, block, run, past)
@@ -122,42 +110,15 @@ class ReducingOracle(Oracle):
         return cached
 
 
-@contextlib.contextmanager
-def _noting_attention(config: Any) -> Iterator[list[Tensor]]:
-    """The attention that last queries pay in the layers that run meanwhile, [keys] each."""
-    paid: list[Tensor] = []
-    token = _paid.set(paid)
-    try:
-        with attention_implementation(config, _ATTENTION):
-            yield paid
-    finally:
-        _paid.reset(token)
+def _last_query_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """What the last query pays to each key [keys], in the mean of the heads; query and key as `Watch` gets them.
 
-
-def _noted_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one row, through the usual function: query [1, heads, n, D], key [1, kv_heads, keys, D].
-
-    The last query's scores are computed once more, without those of all others: the last token attends to all keys.
+    It attends to all keys, so its scores are computed once more, without those of all others.
     """
-    heads = query.shape[1]
-    keys = key[0].repeat_interleave(heads // key.shape[1], dim=0)
+    keys = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
     wide = torch.promote_types(query.dtype, torch.float32)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (keys.to(wide) @ query[0, :, -1, :, None].to(wide))[..., 0] * scale
-    _paid.get().append(scores.softmax(-1).mean(0))
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return output, None
-
-
-AttentionInterface.register(_ATTENTION, _noted_attention)
+    scores = (keys.to(wide) @ query[:, -1, :, None].to(wide))[..., 0] * scaling
+    return scores.softmax(-1).mean(0)
 
 
 def _highest(scores: Tensor, among: Tensor, count: int) -> Tensor:

@@ -27,9 +27,9 @@ from vte_compile.tuning.answered import embed_answered, placed
 from vte_compile.tuning.answers import Answer, Answers
 from vte_compile.tuning.baselines import AttentionPruning, RandomDropping, ReducingOracle, TokenReduction
 from vte_compile.tuning.evaluation import Evaluation, Kind, StaticPoint
-from vte_compile.tuning.examine import Examiner
+from vte_compile.tuning.examine import GREEDY, Examiner
 from vte_compile.tuning.matching import Prompt, exit_within, mean_flops, removed, share_within
-from vte_compile.tuning.measures import CONFIDENCE, RESAMPLES, Asked, Case, Measurer, all_stay, exited
+from vte_compile.tuning.measures import CONFIDENCE, RESAMPLES, Asked, Case, Measurer, all_stay, earliest_exit, exited
 from vte_compile.tuning.samples import Sample, read_samples
 from vte_compile.tuning.store import ExaminedStore, plan_digest
 
@@ -42,16 +42,6 @@ FULL, STATIC, RANDOM, ATTENTION, ORACLE = "full model", "static exit", "random d
 _REDUCTIONS: tuple[Kind, ...] = ("random", "attention")
 # Of random dropping and FastV: its K = 2 layers see all tokens. Fewer do where the budget asks for it.
 _PRUNED_BEHIND = 1
-# Nothing but the argmax decides, whatever the model's generation config says.
-_GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "return_dict_in_generate": False,
-}
 
 
 def evaluate(
@@ -206,7 +196,7 @@ class _Evaluator:
     @torch.no_grad()
     def _generate(self, model: Any, sample: Sample) -> Answer:
         inputs = placed(self.examiner.spec, sample)
-        output: Tensor = model.generate(**inputs, **_GREEDY, max_new_tokens=self.max_new_tokens)
+        output: Tensor = model.generate(**inputs, **GREEDY, max_new_tokens=self.max_new_tokens)
         exits = getattr(output, "exit_layer", None)
         tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
         return Answer(tuple(tokens), -1 if exits is None else int(exits[0]))
@@ -276,9 +266,10 @@ class _Evaluator:
 
     def _oracle(self, asked: Sequence[Asked], full: Mapping[str, Answer], changing: Mapping[str, Answer]) -> Case:
         """Each sample leaves behind the earliest layer from which on no exit changes its answer."""
-        exits = {each.key: max(changing[each.key].tokens, default=-1) + 1 for each in asked}
-        # Behind the last layer there is nothing to save: nobody leaves.
-        answers = {key: Answer(full[key].tokens, k if k < self.layers - 1 else -1) for key, k in exits.items()}
+        answers = {}
+        for each in asked:
+            exit_layer = earliest_exit(changing[each.key].tokens, self.layers)
+            answers[each.key] = Answer(full[each.key].tokens, exit_layer)
         return Case(ORACLE, "oracle", answers, exited)
 
     def _static_exits(self, asked: Sequence[Asked], changing: Mapping[str, Answer]) -> tuple[StaticPoint, ...]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vte_compile.errors import InputError
+from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import describe
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
@@ -26,6 +26,17 @@ from vte_compile.tuning.samples import Sample, check_question
 
 # The paper's two conditions for the label "may exit".
 AGREEING_POSITIONS, LOSS_RATIO = 0.99, 1.03
+
+# Of generate(): nothing but the argmax decides, whatever the model's generation config says.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "return_dict_in_generate": False,
+}
 
 # What limits memory: branches run together up to as many tokens as the pass with the image has, or this many.
 _BRANCH_TOKENS = 4096
@@ -77,8 +88,8 @@ class Examiner:
     be run one by one is tried out once. `base`: skips and adapters that the exits come on top of; the answers that are
     to stay are still those of the model without them.
 
-    Raises UnsupportedModelError if they cannot, InputError for an optimized model or a base with exits,
-    PlanMismatchError if the base is for another model.
+    Raises UnsupportedModelError if they cannot, or if its positions are multimodal; InputError for an optimized model
+    or a base with exits; PlanMismatchError if the base is for another model.
     """
 
     def __init__(self, model: nn.Module, base: Plan | None = None) -> None:
@@ -86,6 +97,11 @@ class Examiner:
             raise InputError("model: is an optimized one, whose answers have exits in them: pass the original model.")
         self.model: Any = model
         self.spec = describe(model)
+        if self.spec.position_rows > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has multimodal (3-D) rotary positions: samples of such models cannot be "
+                "examined so far. Plans made by hand work."
+            )
         base = base or Plan()
         if base.exits:
             raise InputError("base: has exits, which are what is to be found: pass a plan of skips and adapters only.")
@@ -104,8 +120,46 @@ class Examiner:
     @torch.no_grad()
     def examine_embeds(self, embeds: Tensor, visual: Tensor, answer: Tensor, name: str = "sample") -> Examined:
         """Embeddings of a prompt and its answer but for the last token: embeds [1, T, C], visual [T], answer [A]."""
+        branches, features = self._branch(embeds, visual, embeds.shape[1] + 1 - len(answer), name)
+        wide = features.dtype
+        # Behind the image there is only text: the last A text tokens are those that predict the answer.
+        losses, chosen = self._measure(branches[:, -len(answer) :], answer, wide)
+        loss = losses.mean(-1)
+        loss = torch.cat([loss, loss[-1:]])  # behind the last layer an exit changes nothing
+        reference = chosen[-1:]
+        if self._changed:
+            _, reference = self._measure(self._full(embeds)[:, -len(answer) :], answer, wide)
+        same = (chosen == reference).to(wide).mean(-1)
+        for what, value in (("loss", loss), ("features", features)):
+            if not bool(torch.isfinite(value).all()):
+                bad = sorted({int(index[0]) for index in (~torch.isfinite(value)).nonzero()})
+                raise InputError(
+                    f"{name}: NaN or infinite {what} for exits after layers {bad}: is the model's dtype "
+                    f"({embeds.dtype}) wide enough for it, and are its weights sound?"
+                )
+        counts = (torch.tensor([int(visual.sum())]), torch.tensor([embeds.shape[1] + 1 - len(answer)]))
+        return Examined(features[None].cpu(), same[None].cpu(), loss[None].cpu(), *counts)
+
+    @torch.no_grad()
+    def right(self, sample: Sample) -> Tensor:
+        """Which exits decode the sample's answer: bool [L] on the CPU; in the last place the full model.
+
+        With the answer as input, each of its tokens wins. What would follow the answer is not looked at.
+
+        Raises:
+            InputError: The sample has no answer, or no image.
+        """
+        answered = embed_answered(self.model, self.spec, sample)
+        branches, features = self._branch(answered.embeds, answered.visual, answered.prompt, sample.name)
+        _, chosen = self._measure(branches[:, -len(answered.answer) :], answered.answer, features.dtype)
+        return (chosen == answered.answer).all(-1).cpu()
+
+    def _branch(self, embeds: Tensor, visual: Tensor, prompt: int, name: str) -> tuple[Tensor, Tensor]:
+        """What exits behind all layers lead to.
+
+        Returns the text's states before the final norm [L, text tokens, C], and features [L, 2C] as in `Examined`.
+        """
         length, layers = embeds.shape[1], len(self.layers)
-        prompt = length + 1 - len(answer)
         if not bool(visual.any()):
             raise InputError(f"{name}: has no visual token, so there is nothing to leave.")
         question = slice(int(visual.nonzero().max()) + 1, prompt)
@@ -124,40 +178,32 @@ class Examiner:
         for index in range(layers):
             for start in range(0, index, at_once):
                 part = branches[start : min(start + at_once, index)]
-                part.copy_(self._run_layer(self._blocks[index], part, text_mask, text_positions, text_asks))
-            hidden = self._run_layer(self._blocks[index], hidden, mask, positions, asks)
+                part.copy_(self._run_block(self._blocks[index], part, text_mask, text_positions, text_asks))
+            hidden = self._run_block(self._blocks[index], hidden, mask, positions, asks)
             branches[index] = hidden[0, text]
             asked = hidden[0, question].to(wide)
             features.append(torch.cat([asked[:-1].mean(0), asked[-1]]))
+        return branches, torch.stack(features)
 
-        # Behind the image there is only text: the last A text tokens are those that predict the answer.
-        losses, chosen = self._measure(branches[:, -len(answer) :], answer, wide)
-        loss = losses.mean(-1)
-        loss = torch.cat([loss, loss[-1:]])  # behind the last layer an exit changes nothing
-        if self._changed:
-            full = embeds
-            for layer in self.layers:
-                full = self._run_layer(OwnBlock(layer), full, mask, positions, asks)
-            _, reference = self._measure(full[:, -len(answer) :], answer, wide)
-        else:
-            reference = chosen[-1:]
-        same = (chosen == reference).to(wide).mean(-1)
-        found = torch.stack(features)
-        for what, value in (("loss", loss), ("features", found)):
-            if not bool(torch.isfinite(value).all()):
-                bad = sorted({int(index[0]) for index in (~torch.isfinite(value)).nonzero()})
-                raise InputError(
-                    f"{name}: NaN or infinite {what} for exits after layers {bad}: is the model's dtype "
-                    f"({embeds.dtype}) wide enough for it, and are its weights sound?"
-                )
-        counts = (torch.tensor([int(visual.sum())]), torch.tensor([prompt]))
-        return Examined(found[None].cpu(), same[None].cpu(), loss[None].cpu(), *counts)
+    def _full(self, embeds: Tensor) -> Tensor:
+        """The states [1, T, C] before the final norm of the model without the base."""
+        length = embeds.shape[1]
+        positions = torch.arange(length, device=embeds.device)[None]
+        mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
+        for index in range(len(self.layers)):
+            embeds = self.run_layer(index, embeds, mask, positions)
+        return embeds
 
-    def _run_layer(self, block: Block, hidden: Tensor, mask: Tensor, positions: Tensor, asks: Tensor) -> Tensor:
-        """A block's output for hidden [B, T, C], without a cache.
+    def run_layer(self, index: int, hidden: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """A layer's output for hidden [B, T, C] with the additive mask [T, T] and positions [1, T], without a cache.
 
-        `mask` [T, T] is additive; `positions` and `asks`, where the prompt is, are [1, T].
+        It is the model's own layer, whatever the base does to it.
         """
+        everything = torch.ones_like(positions, dtype=torch.bool)
+        return self._run_block(OwnBlock(self.layers[index]), hidden, mask, positions, everything)
+
+    def _run_block(self, block: Block, hidden: Tensor, mask: Tensor, positions: Tensor, asks: Tensor) -> Tensor:
+        """A block's output, as :meth:`run_layer`; `asks` [1, T]: where the prompt is."""
         result: Tensor = block(
             hidden,
             block.statistics(hidden, asks.expand(len(hidden), -1)),
@@ -201,12 +247,6 @@ def answer_of(model: nn.Module, sample: Sample, max_new_tokens: int) -> Sample:
 
 def own_answer(examiner: Examiner, sample: Sample, max_new_tokens: int) -> Sample:
     """See :func:`answer_of`."""
-    output = examiner.model.generate(
-        **placed(examiner.spec, sample),
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        return_dict_in_generate=False,
-    )
+    output = examiner.model.generate(**placed(examiner.spec, sample), **GREEDY, max_new_tokens=max_new_tokens)
     answer = output[0, sample.inputs["input_ids"].shape[1] :].tolist()
     return Sample.of(sample.inputs, answer, sample.name)

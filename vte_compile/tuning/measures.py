@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,17 @@ def exited(prompt: Prompt, answer: Answer) -> Removed:
 def all_stay(prompt: Prompt, answer: Answer) -> Removed:
     """Of the full model."""
     return Removed(-1, prompt.visual)
+
+
+def earliest_exit(changing: Collection[int], layers: int) -> int:
+    """The oracle exit: the earliest layer from which on no exit changes the answer; -1: none but the last.
+
+    Args:
+        changing: The layers behind which an exit changes it.
+        layers: How many there are. Behind the last there is nothing to save.
+    """
+    layer = max(changing, default=-1) + 1
+    return layer if layer < layers - 1 else -1
 
 
 class Measurer:

@@ -1,0 +1,278 @@
+"""Tiny random models of each multimodal family, and prompts for them through the model's real inputs.
+
+Prompts are what a processor would give: ids with one placeholder per visual token, an attention mask, and the images.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tiny_models import TINY, VOCAB
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SiglipVisionConfig,
+)
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
+
+FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl")
+MROPE = ("qwen2_vl", "qwen2_5_vl")
+"""Families whose positions have three rows."""
+IMAGE_TOKEN, VIDEO_TOKEN, START_TOKEN, END_TOKEN, PAD_TOKEN = 60, 59, 58, 57, 0
+_TILE = 8
+_PINPOINTS = [[8, 16], [16, 8], [16, 16]]
+_SIZES = [[6, 16], [16, 16], [14, 8]]
+"""[height, width] of images in LLaVA-NeXT and OneVision: three, five and three tiles, one of them the whole image."""
+_GRIDS = [[1, 4, 6], [1, 4, 4], [1, 6, 4]]
+"""Patches [time, height, width] of images in Qwen2-VL; 2 x 2 patches are one token."""
+_PATCH = 4
+
+
+def _clip() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=_TILE,
+        patch_size=_PATCH,
+    )
+
+
+def _llava() -> Any:
+    config = LlavaConfig(
+        vision_config=_clip(), text_config=LlamaConfig(**TINY), vision_feature_layer=-1, image_token_id=IMAGE_TOKEN
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def _llava_next() -> Any:
+    config = LlavaNextConfig(
+        vision_config=_clip(),
+        text_config=LlamaConfig(**TINY),
+        vision_feature_layer=-1,
+        image_token_index=IMAGE_TOKEN,
+        image_grid_pinpoints=_PINPOINTS,
+    )
+    return LlavaNextForConditionalGeneration(config)
+
+
+def _llava_onevision() -> Any:
+    vision = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=_TILE,
+        patch_size=_PATCH,
+        vision_use_head=False,
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=Qwen2Config(**TINY),
+        image_token_index=IMAGE_TOKEN,
+        video_token_index=VIDEO_TOKEN,
+        image_grid_pinpoints=_PINPOINTS,
+    )
+    return LlavaOnevisionForConditionalGeneration(config)
+
+
+def _internvl() -> Any:
+    vision = InternVLVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=_TILE,
+        patch_size=2,
+    )
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=Qwen2Config(**TINY),
+        image_token_id=IMAGE_TOKEN,
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    return InternVLForConditionalGeneration(config)
+
+
+def _qwen_options(text: Any, vision: Any) -> dict[str, Any]:
+    return dict(
+        text_config=text(
+            **TINY,
+            bos_token_id=None,
+            eos_token_id=None,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        ),
+        vision_config=vision,
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=VIDEO_TOKEN,
+        vision_start_token_id=START_TOKEN,
+        vision_end_token_id=END_TOKEN,
+    )
+
+
+def _qwen2_vl() -> Any:
+    vision = Qwen2VLVisionConfig(
+        depth=2, embed_dim=16, hidden_size=TINY["hidden_size"], num_heads=2, mlp_ratio=2, patch_size=_PATCH
+    )
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(**_qwen_options(Qwen2VLTextConfig, vision)))
+
+
+def _qwen2_5_vl() -> Any:
+    vision = Qwen2_5_VLVisionConfig(
+        depth=2,
+        hidden_size=16,
+        intermediate_size=24,
+        num_heads=2,
+        patch_size=_PATCH,
+        window_size=4 * _PATCH,
+        fullatt_block_indexes=[1],
+        out_hidden_size=TINY["hidden_size"],
+    )
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**_qwen_options(Qwen2_5_VLTextConfig, vision)))
+
+
+_BUILDERS = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "internvl": _internvl,
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+}
+
+
+def tiny_family(name: str) -> Any:
+    """A random model of a family, of four layers, in eval mode; the same at every call. It never stops by itself."""
+    torch.manual_seed(0)
+    model = _BUILDERS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms and biases start as ones and zeros, which would hide that they are used
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD_TOKEN
+    return model
+
+
+@functools.cache
+def shared_family(name: str) -> Any:
+    """The same model object for all tests that do not change it."""
+    return tiny_family(name)
+
+
+def family_inputs(
+    name: str,
+    images: int | Sequence[int] = 1,
+    batch: int = 1,
+    *,
+    seed: int = 0,
+    side: str = "left",
+    before: int = 3,
+    behind: int = 4,
+) -> dict[str, Tensor]:
+    """A batch of prompts for ``tiny_family(name)``, as its processor would give it to forward() or generate().
+
+    Args:
+        name: The family.
+        images: How many each row has, or how many which row has.
+        batch: Number of rows, where `images` is a number. Row b has b tokens of text more before its images, and 2 b
+            more behind them.
+        seed: Of texts and pixels.
+        side: Where shorter rows are padded.
+        before: Tokens of text before the first image.
+        behind: Tokens of text behind the last one.
+    """
+    counts = [images] * batch if isinstance(images, int) else list(images)
+    generator = torch.Generator().manual_seed(seed)
+    pixels, lengths = _pixels(name, counts, generator)
+    rows = []
+    for b, count in enumerate(counts):
+        row = _text(before + b, generator)
+        for i in range(count):
+            row += [START_TOKEN, *[IMAGE_TOKEN] * lengths.pop(0), END_TOKEN, *(_text(1, generator) if i else [])]
+        rows.append(row + _text(behind + 2 * b, generator))
+    return _padded(name, rows, side) | pixels
+
+
+def video_inputs(name: str, *, frames: int = 4, seed: int = 0) -> dict[str, Tensor]:
+    """A prompt of one row with one video."""
+    generator = torch.Generator().manual_seed(seed)
+    if name in MROPE:
+        grid = torch.tensor([[frames // 2, 4, 4]])
+        pixels = {
+            "pixel_values_videos": torch.randn(int(grid.prod()), 3 * 2 * _PATCH**2, generator=generator),
+            "video_grid_thw": grid,
+        }
+        length = int(grid.prod()) // 4
+    else:
+        pixels = {"pixel_values_videos": torch.randn(1, frames, 3, _TILE, _TILE, generator=generator)}
+        length = frames + 1  # each frame pooled to one token, and the newline's embedding behind them
+    row = [*_text(3, generator), *[VIDEO_TOKEN] * length, *_text(4, generator)]
+    return _padded(name, [row], "left") | pixels
+
+
+def _text(length: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(3, END_TOKEN, (length,), generator=generator).tolist()
+
+
+def _padded(name: str, rows: list[list[int]], side: str) -> dict[str, Tensor]:
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), PAD_TOKEN), torch.zeros(len(rows), width, dtype=torch.long)
+    for b, row in enumerate(rows):
+        columns = slice(width - len(row), width) if side == "left" else slice(len(row))
+        ids[b, columns], mask[b, columns] = torch.tensor(row), 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if name in MROPE:
+        inputs["mm_token_type_ids"] = (ids == IMAGE_TOKEN).long() + 2 * (ids == VIDEO_TOKEN)
+    return inputs
+
+
+def _pixels(name: str, counts: list[int], generator: torch.Generator) -> tuple[dict[str, Tensor], list[int]]:
+    """The images of all rows, as the family takes them, and how many tokens each of them has."""
+    total = sum(counts)
+    if not total:
+        return {}, []
+    pixels: dict[str, Tensor] = {}
+    if name in MROPE:
+        pixels["image_grid_thw"] = torch.tensor([_GRIDS[i % len(_GRIDS)] for i in range(total)])
+        patches = int(pixels["image_grid_thw"].prod(-1).sum())
+        pixels["pixel_values"] = torch.randn(patches, 3 * 2 * _PATCH**2, generator=generator)
+    elif name in ("llava_next", "llava_onevision"):
+        pixels["image_sizes"] = torch.tensor([_SIZES[i % len(_SIZES)] for i in range(total)])
+        pixels["pixel_values"] = torch.randn(total, 5, 3, _TILE, _TILE, generator=generator)
+        if name == "llava_onevision":  # images of a row with several of them are not cut into tiles
+            pixels["batch_num_images"] = torch.tensor([count for count in counts if count])
+    else:
+        # InternVL's tiles are images to the model: two of them make one image here.
+        tiles = 2 * total if name == "internvl" else total
+        pixels["pixel_values"] = torch.randn(tiles, 3, _TILE, _TILE, generator=generator)
+    with torch.no_grad():
+        features = shared_family(name).get_image_features(**pixels).pooler_output
+    lengths = [feature.reshape(-1, TINY["hidden_size"]).shape[0] for feature in features]
+    if name == "internvl":
+        lengths = [sum(lengths[i : i + 2]) for i in range(0, len(lengths), 2)]
+    return pixels, lengths
+
+
+assert VOCAB > IMAGE_TOKEN

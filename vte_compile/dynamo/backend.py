@@ -1,0 +1,208 @@
+"""torch.compile(model, backend="vte", options={"plan": ...}): the entry point.
+
+Dynamo calls it with each graph it traced. Where the graph holds the decoder, the decoder is replaced by its rewritten
+graphs, the very ones that optimize() makes; the rest of it, and graphs without decoder, go to Inductor.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import PreTrainedModel
+
+from vte_compile.dynamo.decoder_call import DecoderCall
+from vte_compile.dynamo.region import Region, find_region, replace_region, split
+from vte_compile.dynamo.report import Graph, record
+from vte_compile.dynamo.visual import remember
+from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.families.decoder import DecoderSpec, describe, find_decoder
+from vte_compile.folded_weights import FoldedWeights
+from vte_compile.optimized_model import OptimizedModel
+from vte_compile.plan import Plan
+from vte_compile.runtime.inductor import PieceCompiler, find_backend
+from vte_compile.runtime.runner import DecoderRunner
+from vte_compile.runtime.verify import verify_hidden
+
+logger = logging.getLogger(__name__)
+Compiled = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``options=`` may hold."""
+
+    plan: Plan | str | os.PathLike[str] | None = None
+    """What to do, or the folder or hub id of it. None: only what is lossless."""
+    compile: bool | None = None
+    """Whether graphs run through Inductor. None: if its compiler is there (a warning says if it is not)."""
+    fold: bool = True
+    """Fold adapters into the weights behind them."""
+    visual_token_ids: Sequence[int] | None = None
+    """Ids that stand for visual features, where the model's config does not name them."""
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any] | None) -> Options:
+        """Check what the user wrote.
+
+        Raises:
+            InputError: An option is not known, or of another type.
+        """
+        valid = cls.__dataclass_fields__
+        given = dict(given or {})
+        if unknown := sorted(given.keys() - valid.keys()):
+            raise InputError(f"options: unknown {', '.join(unknown)}; valid are {', '.join(valid)}.")
+        plan = given.get("plan")
+        if not isinstance(plan, (Plan, str, os.PathLike, type(None))):
+            raise InputError(f"options['plan']: expected a Plan, or the folder or hub id of one, got {plan!r}.")
+        for name in ("compile", "fold"):
+            if given.get(name) not in (None, True, False):
+                raise InputError(f"options[{name!r}]: expected True or False, got {given[name]!r}.")
+        return cls(**given)
+
+
+def vte(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Compiled:
+    """Compile one of Dynamo's graphs.
+
+    Args:
+        gm: The graph.
+        example_inputs: Its inputs; weights are the model's own parameters.
+        options: See :class:`Options`.
+
+    Raises:
+        InputError: Wrong options.
+        PlanError: The plan is invalid, or (PlanMismatchError) made for another model.
+    """
+    settings = Options.read(options)
+    report = Graph(len(gm.graph.nodes))
+    record(report)
+    found = _find_model(gm, example_inputs)
+    if found is None:
+        report.decoder = "no decoder layer in it"
+        return remember(gm, lambda graph: _inductor(graph, settings))
+    model, weights = found
+    try:
+        _refuse_training(model)
+        spec = describe(model)
+        region = find_region(gm.graph, weights, spec.num_layers)
+    except UnsupportedModelError as error:
+        logger.warning("backend='vte': no pass applies to this graph, it runs as Inductor compiles it: %s", error)
+        report.decoder = f"left as it is: {error}"
+        return remember(gm, lambda graph: _inductor(graph, settings))
+    runner = _runner(model, spec, settings)
+    report.decoder, report.runner, report.phase = "rewritten", runner, _phase(region)
+    return _with_call(gm, region, runner, model, settings)
+
+
+def _find_model(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[PreTrainedModel, list[fx.Node]] | None:
+    """The model whose decoder layers the graph reads, and its inputs that are weights of the first of them.
+
+    Dynamo names modules, but does not hand them out; the parameters are the model's own objects, though, and tell it.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    weights = {id(value): n for n, value in zip(placeholders, example_inputs, strict=True) if isinstance(value, Tensor)}
+    for candidate in gc.get_objects():
+        # By type(): isinstance() would ask proxies for their class.
+        if not issubclass(type(candidate), PreTrainedModel) or issubclass(type(candidate), OptimizedModel):
+            continue
+        if candidate.get_output_embeddings() is None:
+            continue
+        try:
+            layers: Any = find_decoder(candidate).layers
+        except (UnsupportedModelError, AttributeError):
+            continue
+        read = [weights[id(p)] for p in layers[0].parameters() if id(p) in weights] if len(layers) else []
+        if read:
+            return candidate, read
+    return None
+
+
+def _refuse_training(model: nn.Module) -> None:
+    if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+        raise UnsupportedModelError("gradients are wanted: call the model under torch.no_grad() or inference_mode().")
+
+
+class _NoHead(nn.Module):
+    """In the place of lm_head: Dynamo's graph has the model's own behind the decoder, or in another graph."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight  # tells dtype and device
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+_runners: weakref.WeakValueDictionary[tuple[Any, ...], DecoderRunner] = weakref.WeakValueDictionary()
+"""By decoder and options; those in use are kept alive, with their decoder, by what Dynamo compiled."""
+
+
+def _runner(model: PreTrainedModel, spec: DecoderSpec, settings: Options) -> DecoderRunner:
+    """The decoder's runner, which all graphs of it share."""
+    given = settings.plan if isinstance(settings.plan, Plan) else os.fspath(settings.plan or "")
+    ids = tuple(spec.visual_token_ids if settings.visual_token_ids is None else settings.visual_token_ids)
+    key = (id(spec.decoder), id(given) if isinstance(given, Plan) else given, settings.compile, settings.fold, ids)
+    if (runner := _runners.get(key)) is not None:
+        return runner
+    plan = given if isinstance(given, Plan) else Plan.from_pretrained(given) if given else Plan()
+    plan.check(model)
+    compiler = PieceCompiler() if find_backend(spec.device, settings.compile) else None
+    headless = replace(spec, lm_head=_NoHead(next(spec.decoder.parameters())), visual_token_ids=ids)
+    runner = DecoderRunner(headless, plan, compiler, FoldedWeights(settings.fold))
+    _runners[key] = runner
+    return runner
+
+
+def _phase(region: Region) -> str:
+    if not region.past:
+        return "prefill"
+    return "decode" if int(region.embeds.meta["example_value"].shape[1]) == 1 else "extend"
+
+
+def _with_call(
+    gm: fx.GraphModule, region: Region, runner: DecoderRunner, model: PreTrainedModel, settings: Options
+) -> Compiled:
+    verified: list[bool] = []
+
+    def verify() -> None:
+        # At the first run and not here: Dynamo is in the middle of tracing.
+        if not verified:
+            verify_hidden(model, runner)
+            runner.unused_weights()  # refuses adapters that cannot apply
+            verified.append(True)
+
+    layout = replace_region(gm, region)
+    call = DecoderCall(runner, layout, verify)
+    before, node, behind = split(gm)
+    first, second = _inductor(before.module, settings), _inductor(behind.module, settings)
+    inputs = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    given = [n.name for n in node.all_input_nodes]
+    results: Any = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        values = dict(zip(inputs, args, strict=True))
+        values |= zip(before.outputs, first(*[values[name] for name in before.inputs]), strict=True)
+        values[node.name] = call(*[values[name] for name in given])
+        values |= zip(behind.outputs, second(*[values[name] for name in behind.inputs]), strict=True)
+        return tuple(values[n.name] if isinstance(n, fx.Node) else n for n in results)
+
+    return run
+
+
+def _inductor(gm: fx.GraphModule, settings: Options) -> Compiled:
+    """Compile a graph as it is."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    device = next((v.device for n in placeholders if isinstance(v := n.meta.get("example_value"), Tensor)), None)
+    if not any(n.op.startswith("call") for n in gm.graph.nodes):
+        return gm.forward
+    if not find_backend(device or torch.device("cpu"), settings.compile):
+        return gm.forward
+    examples = [n.meta["example_value"] for n in placeholders]
+    return torch._inductor.standalone_compile(gm, examples, dynamic_shapes="from_tracing_context")

@@ -1,0 +1,113 @@
+"""What stands in a Dynamo graph in the place of the decoder: one call of its rewritten graphs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from vte_compile.dynamo.handles import attach, cache_of, make_handle
+from vte_compile.dynamo.visual import visual_mask_of
+from vte_compile.runtime.cache import ExitCache
+from vte_compile.runtime.runner import DecoderRunner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """Which inputs a call has, and what it gives, as the graph it stands in wants it."""
+
+    masked: bool
+    """Whether the attention mask [B, 1, T, columns] is given."""
+    ids: bool
+    """Whether the token ids [B, T] are given."""
+    visual: bool
+    """Whether the visual mask [B, T] is given."""
+    past: bool
+    """Whether keys and values of earlier calls are given, those of all layers in turn."""
+    counted: bool
+    """Whether how many tokens a StaticCache holds, these included, is given."""
+    kv: tuple[tuple[int, ...] | None, ...]
+    """Of keys and values in turn, what of them is returned: the shape where it is fixed and -1 elsewhere ([B, heads,
+    tokens, size]); None of buffers that are given and stay."""
+    last: bool
+    """Whether hidden states of the last token alone are wanted."""
+
+
+class DecoderCall:
+    """The decoder of one graph.
+
+    Takes ``embeds`` [B, T, C] and ``position_ids`` ([B, T], [1, T], or [3, B, T]), then what the layout names; returns
+    hidden states [B, T or 1, C] and handles of keys and values.
+    """
+
+    def __init__(self, runner: DecoderRunner, layout: CallLayout, check: Callable[[], None]) -> None:
+        self._runner, self._layout, self._check = runner, layout, check
+
+    @torch.no_grad()
+    def __call__(self, embeds: Tensor, position_ids: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """One chunk."""
+        self._check()
+        layout, runner, given = self._layout, self._runner, iter(rest)
+        mask = next(given) if layout.masked else None
+        ids = next(given) if layout.ids else None
+        visual = next(given) if layout.visual else None
+        counted = next(given) if layout.counted else None
+        past = tuple(given) if layout.past else ()
+        batch, tokens = embeds.shape[:2]
+        seen = 0
+        if past:
+            seen = int(counted) - tokens if counted is not None else past[0].shape[2]
+        if seen:
+            cache = cache_of(past, seen)
+        else:
+            cache = ExitCache.adopt(DynamicCache())
+            for buffer in past:  # of a StaticCache that is empty
+                attach(buffer, cache)
+        decoding = tokens == 1 and bool(seen)
+        visual_mask = torch.zeros(batch, tokens, dtype=torch.bool, device=embeds.device)
+        if runner.plan.exits and not decoding:
+            visual_mask = visual_mask_of(embeds, ids, visual, runner.spec.visual_token_ids)
+        output = runner.run(
+            embeds, visual_mask, _chunk(mask, batch, tokens, seen, embeds), position_ids, cache, last=layout.last
+        )
+        columns = seen + tokens
+        handles = [
+            make_handle([_size(size, i, batch, columns) for i, size in enumerate(shape)], embeds, cache)
+            for shape in layout.kv
+            if shape is not None
+        ]
+        return output.logits, *handles
+
+
+def _size(size: int, dim: int, batch: int, columns: int) -> int:
+    return size if size >= 0 else (batch if dim == 0 else columns)
+
+
+def _chunk(mask: Tensor | None, batch: int, tokens: int, seen: int, embeds: Tensor) -> Tensor:
+    """[B, T] bool: the tokens of this chunk that are not padding. A causal mask lets each of them attend to itself."""
+    if mask is None:
+        return torch.ones(batch, tokens, dtype=torch.bool, device=embeds.device)
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    return allowed[:, 0].diagonal(seen, dim1=-2, dim2=-1)[:, :tokens].expand(batch, -1)
+
+
+def exit_layers(past_key_values: Any) -> Tensor:
+    """[B] int64: where each row's visual tokens left in the latest chunk that was no decode step; -1 = never.
+
+    Args:
+        past_key_values: The cache that a model compiled with backend="vte" filled.
+
+    Raises:
+        InputError: It was filled by something else.
+    """
+    keys = [layer.keys for layer in past_key_values.layers]
+    cache = cache_of(keys, getattr(keys[0], "_vte_cache", ExitCache()).get_seq_length())
+    assert cache.exit_layer is not None
+    return cache.exit_layer

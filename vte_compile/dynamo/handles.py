@@ -1,0 +1,62 @@
+"""What Dynamo sees of keys and values: tensors of the shapes it traced, of which only the first element exists.
+
+After an exit the layers' keys and values differ in length, but a model's forward makes one mask for all layers and
+counts positions by the first layer's, so it would not trace. So the compiled function hands out handles: tensors of the
+full length, with stride 0, that take no memory, and carry the ExitCache that holds the real ones. All that transformers
+asks of them, shapes, is then as without exits, and nothing is compiled again because of an exit. Whatever copies or
+slices a handle loses the cache, and the next call says so instead of reading the numbers.
+
+Buffers of a StaticCache that exist before the decoder runs are given the cache likewise, and stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vte_compile.errors import InputError
+from vte_compile.runtime.cache import ExitCache
+
+_ATTRIBUTE = "_vte_cache"
+
+
+def make_handle(shape: Sequence[int], like: Tensor, cache: ExitCache) -> Tensor:
+    """A tensor of this shape, NaN all over, that carries a cache."""
+    handle = torch.empty_strided(tuple(shape), (0,) * len(shape), dtype=like.dtype, device=like.device)
+    torch.as_strided(handle, (1,), (1,)).fill_(math.nan)
+    attach(handle, cache)
+    return handle
+
+
+def attach(tensor: Tensor, cache: ExitCache) -> None:
+    """Let a tensor of transformers' cache carry the cache with the real keys and values."""
+    setattr(tensor, _ATTRIBUTE, cache)
+
+
+def cache_of(tensors: Sequence[Tensor], columns: int) -> ExitCache:
+    """The cache behind the handles of all layers.
+
+    Args:
+        tensors: Handles, or buffers of a StaticCache.
+        columns: How many tokens the caller has seen.
+
+    Raises:
+        InputError: They are not handles of one cache in its present state.
+    """
+    caches = [getattr(tensor, _ATTRIBUTE, None) for tensor in tensors]
+    first = caches[0]
+    if first is None or any(cache is not first for cache in caches):
+        raise InputError(
+            "past_key_values: its keys and values are not those that this compiled model returned. Beam search, crop() "
+            "and other ways to copy or slice a cache are not supported by backend='vte' (vte_compile.optimize(model, "
+            "plan).generate() does them), nor is a cache that the uncompiled model filled."
+        )
+    if first.get_seq_length() != columns:
+        raise InputError(
+            f"past_key_values: holds {columns} tokens, but {first.get_seq_length()} were seen since: a cache cannot go "
+            "back to an earlier state; start from the prompt."
+        )
+    return first

@@ -1,0 +1,313 @@
+"""Find the decoder in a Dynamo graph, and put a call of its rewritten graphs in its place.
+
+What enters the decoder and what leaves it is read off the graph: nodes carry the path of the module they were traced
+in. What is inside is not used: Dynamo has made the batch, and often the lengths, constants there.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from vte_compile.dynamo.decoder_call import CallLayout
+from vte_compile.dynamo.visual import looked_up, scatter_mask
+from vte_compile.errors import UnsupportedModelError
+
+_LAYER = re.compile(r"\.layers\.(\d+)(?:\.|$)")
+
+
+def decoder_call(*values: Any) -> Any:
+    """The mark in a graph where :class:`DecoderCall` runs; it is never called itself."""
+    raise NotImplementedError
+
+
+@dataclass
+class Region:
+    """Where the decoder is in a graph."""
+
+    path: str
+    """Of the decoder, as nodes name it."""
+    embeds: fx.Node
+    positions: fx.Node
+    mask: fx.Node | None
+    hidden: fx.Node
+    """What leaves the decoder: hidden states of all tokens, or what slices the last one's from them."""
+    last: bool
+    past: list[fx.Node]
+    """Keys and values of all layers in turn, inputs of the graph; empty in prefill."""
+    kv: list[fx.Node | None]
+    """Keys and values of all layers in turn that the graph returns; None of buffers that are changed in place."""
+    counted: fx.Node | None
+    """How many tokens a StaticCache holds."""
+    nodes: list[fx.Node] = field(repr=False)
+
+
+def find_region(graph: fx.Graph, weights: Sequence[fx.Node], num_layers: int) -> Region:
+    """The decoder in a graph.
+
+    Args:
+        graph: Dynamo's.
+        weights: Its inputs that are weights of the decoder's first layer.
+        num_layers: Of the decoder.
+
+    Raises:
+        UnsupportedModelError: The graph does not hold the decoder as a whole, or not as transformers writes it.
+    """
+    path = _decoder_path(weights)
+    nodes = [n for n in graph.nodes if n.op != "placeholder" and _inside(n, path)]
+    by_layer: dict[int, list[fx.Node]] = {}
+    for node in nodes:
+        if (layer := _layer(node, path)) is not None:
+            by_layer.setdefault(layer, []).append(node)
+    if sorted(by_layer) != list(range(num_layers)):
+        raise UnsupportedModelError(
+            f"the graph holds {len(by_layer)} of the decoder's {num_layers} layers: a graph break splits the decoder."
+        )
+    attentions = [_attention(by_layer[layer], layer) for layer in range(num_layers)]
+    kv = [_stored(attention, which, layer) for layer, attention in enumerate(attentions) for which in (1, 2)]
+    returned = set(next(n for n in graph.nodes if n.op == "output").all_input_nodes)
+    past = [_past(node) for node in kv]
+    if any(p is None for p in past) and any(p is not None for p in past):
+        raise UnsupportedModelError("some layers have earlier keys and values, others have none.")
+    masks = {_mask(attention) for attention in attentions}
+    if len(masks) > 1:
+        raise UnsupportedModelError("the layers attend through different masks.")
+    hidden, last = _hidden(by_layer[num_layers - 1], nodes, kv)
+    region = Region(
+        path,
+        _embeds(by_layer[0], path),
+        _positions(nodes, path),
+        masks.pop(),
+        hidden,
+        last,
+        [p for p in past if p is not None],
+        [node if node in returned else None for node in kv],
+        _counted(graph, nodes),
+        nodes,
+    )
+    _refuse_other_outputs(region, set(nodes) | {hidden}, set(kv))
+    return region
+
+
+def _stack(node: fx.Node) -> list[str]:
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def _decoder_path(weights: Sequence[fx.Node]) -> str:
+    for weight in weights:
+        for user in weight.users:
+            for path in _stack(user):
+                if found := _LAYER.search(path):
+                    return path[: found.start()]
+    raise UnsupportedModelError("no node of the graph says that it belongs to a layer of the decoder.")
+
+
+def _inside(node: fx.Node, path: str) -> bool:
+    return any(p == path or p.startswith(path + ".") for p in _stack(node))
+
+
+def _layer(node: fx.Node, path: str) -> int | None:
+    for p in _stack(node):
+        if p.startswith(path + ".layers."):
+            found = _LAYER.match(p, len(path))
+            if found is not None:
+                return int(found.group(1))
+    return None
+
+
+def _attention(nodes: list[fx.Node], layer: int) -> fx.Node:
+    found = [n for n in nodes if n.target is F.scaled_dot_product_attention]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"layer {layer}: {len(found)} scaled_dot_product_attention, expected one: load the model with "
+            "attn_implementation='sdpa'."
+        )
+    return found[0]
+
+
+def _mask(attention: fx.Node) -> fx.Node | None:
+    mask = attention.kwargs.get("attn_mask", attention.args[3] if len(attention.args) > 3 else None)
+    return mask if isinstance(mask, fx.Node) else None
+
+
+def _stored(attention: fx.Node, which: int, layer: int) -> fx.Node:
+    """What a cache layer keeps of the keys (1) or values (2) that an attention reads, repeated heads undone."""
+    node: Any = attention.args[which]
+    while isinstance(node, fx.Node):
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "placeholder" or name in ("cat", "index_copy_", "zeros"):
+            return node
+        if name == "__setitem__" or not node.args:
+            break
+        node = node.args[0]
+    raise UnsupportedModelError(f"layer {layer}: its attention does not read keys and values that a cache holds.")
+
+
+def _past(stored: fx.Node) -> fx.Node | None:
+    """The input that held the earlier ones."""
+    if stored.op == "placeholder":
+        return stored
+    arguments: Any = stored.args[0] if isinstance(stored.args[0], (list, tuple)) else stored.args[:1]
+    return next((n for n in arguments if isinstance(n, fx.Node) and n.op == "placeholder"), None)
+
+
+def _embeds(first: list[fx.Node], path: str) -> fx.Node:
+    """The stream that enters the first layer: the floating-point [B, T, C] that it reads and does not compute."""
+    inside = set(first)
+    found = dict.fromkeys(n for node in first for n in node.all_input_nodes if n not in inside and _is_stream(n))
+    entering = [n for n in found if not _is_rotary(n, path)]
+    if len(entering) != 1:
+        names = ", ".join(n.name for n in entering) or "nothing"
+        raise UnsupportedModelError(f"layer 0: expected one stream of embeddings to enter it, found {names}.")
+    return entering[0]
+
+
+def _is_stream(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point()
+
+
+def _is_rotary(node: fx.Node, path: str) -> bool:
+    return any(p.startswith(path + ".rotary_emb") for p in _stack(node))
+
+
+def _positions(nodes: list[fx.Node], path: str) -> fx.Node:
+    for node in nodes:
+        if _is_rotary(node, path):
+            for source in node.all_input_nodes:
+                value = source.meta.get("example_value")
+                if isinstance(value, torch.Tensor) and value.dtype == torch.long and not _is_rotary(source, path):
+                    return source
+    raise UnsupportedModelError("no positions enter the decoder's rotary_emb.")
+
+
+def _hidden(top: list[fx.Node], nodes: list[fx.Node], kv: list[fx.Node]) -> tuple[fx.Node, bool]:
+    """What leaves the decoder besides keys and values, and whether that is the last token's only."""
+    inside, held = set(nodes), set(kv)
+    first = nodes.index(top[0])
+    leaving = [n for n in nodes[first:] if n not in held and _is_stream(n) and any(u not in inside for u in n.users)]
+    if len(leaving) != 1:
+        names = ", ".join(n.name for n in leaving) or "nothing"
+        raise UnsupportedModelError(f"expected hidden states alone to leave the decoder's top, found {names}.")
+    hidden = leaving[0]
+    users = [u for u in hidden.users if u not in inside]
+    if len(users) == 1 and users[0].args[1:] == ((slice(None), slice(-1, None), slice(None)),):
+        return users[0], True
+    return hidden, False
+
+
+def _counted(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node | None:
+    """The first layer's count of a StaticCache that existed before."""
+    inside = set(nodes)
+    for node in graph.nodes:
+        if node.op == "placeholder" and "cumulative_length" in node.name and any(u in inside for u in node.users):
+            return node
+    return None
+
+
+def _refuse_other_outputs(region: Region, inside: set[fx.Node], kv: set[fx.Node]) -> None:
+    for node in region.nodes:
+        value = node.meta.get("example_value")
+        # Whole numbers are what a StaticCache counts.
+        if node in kv or node is region.hidden or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        if any(user not in inside for user in node.users) and _layer(node, region.path) is not None:
+            raise UnsupportedModelError(
+                f"{node.name}, of {_stack(node)[-1]}, is used outside of the decoder (output_hidden_states or "
+                "output_attentions?)."
+            )
+
+
+def replace_region(gm: fx.GraphModule, region: Region) -> CallLayout:
+    """Put a call in the place of the decoder, in the graph.
+
+    Args:
+        gm: The graph; it is changed.
+        region: What :func:`find_region` found in it.
+    """
+    graph = gm.graph
+    visual = scatter_mask(region.embeds)
+    ids = None if visual is not None else looked_up(region.embeds)
+    named = [region.embeds, region.positions]
+    named += [n for n in (region.mask, ids, visual, region.counted) if n is not None]
+    after = region.hidden if region.last else region.nodes[-1]
+    with graph.inserting_after(after):
+        node = graph.call_function(decoder_call, tuple(named + region.past))
+    results = [region.hidden, *[n for n in region.kv if n is not None]]
+    at = node
+    for i, old in enumerate(results):
+        with graph.inserting_after(at):
+            at = graph.call_function(operator.getitem, (node, i))
+        at.meta["example_value"] = old.meta["example_value"]
+        old.replace_all_uses_with(at)
+    _remove(graph, region)
+    graph.lint()
+    return CallLayout(
+        masked=region.mask is not None,
+        ids=ids is not None,
+        visual=visual is not None,
+        past=bool(region.past),
+        counted=region.counted is not None,
+        kv=tuple(None if n is None else _fixed_sizes(n, region) for n in region.kv),
+        last=region.last,
+    )
+
+
+def _fixed_sizes(node: fx.Node, region: Region) -> tuple[int, ...]:
+    """[-1, heads, -1 or the length of a StaticCache's buffer, size]."""
+    shape = node.meta["example_value"].shape
+    buffer = getattr(node.target, "__name__", str(node.target)) in ("index_copy_", "zeros")
+    return (-1, int(shape[1]), int(shape[2]) if buffer else -1, int(shape[3]))
+
+
+def _remove(graph: fx.Graph, region: Region) -> None:
+    """Delete what nothing uses any more; that a StaticCache counts its tokens stays."""
+    doomed = set(region.nodes) | {region.hidden}
+    for node in reversed(list(graph.nodes)):
+        counts = node.op == "call_method" and node.target == "add_"
+        if node in doomed and not node.users and not counts:
+            graph.erase_node(node)
+
+
+@dataclass
+class Part:
+    """A part of a graph as a module of its own: names of the values that it takes and gives."""
+
+    module: fx.GraphModule
+    inputs: list[str]
+    outputs: list[str]
+
+
+def split(gm: fx.GraphModule) -> tuple[Part, fx.Node, Part]:
+    """What comes before the call, the call, and what follows it."""
+    call = next(n for n in gm.graph.nodes if n.target is decoder_call)
+    before: list[fx.Node] = []
+    behind: dict[fx.Node, None] = {}
+    for node in gm.graph.nodes:
+        if any(n is call or n in behind for n in node.all_input_nodes):
+            behind[node] = None
+        elif node.op != "placeholder" and node is not call:
+            before.append(node)
+    return _part(gm, before), call, _part(gm, [n for n in behind if n.op != "output"])
+
+
+def _part(gm: fx.GraphModule, nodes: list[fx.Node]) -> Part:
+    own = set(nodes)
+    inputs = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own))
+    outputs = [n for n in nodes if any(user not in own for user in n.users)]
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+    for node in nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[n] for n in outputs))
+    return Part(fx.GraphModule(gm, graph), [n.name for n in inputs], [n.name for n in outputs])
