@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vte_compile.version import __version__
 
 if TYPE_CHECKING:
+    from vte_compile.dynamo.explain import explain
     from vte_compile.optimizer import optimize
     from vte_compile.oracle import Oracle
     from vte_compile.plan import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
@@ -27,6 +28,7 @@ __all__ = [
     "StaticExit",
     "__version__",
     "calibrate",
+    "explain",
     "optimize",
     "search_skips",
 ]
@@ -40,6 +42,7 @@ _HOME = {
     "SkippedAttention": "vte_compile.plan",
     "StaticExit": "vte_compile.plan",
     "calibrate": "vte_compile.tuning.calibrate",
+    "explain": "vte_compile.dynamo.explain",
     "optimize": "vte_compile.optimizer",
     "search_skips": "vte_compile.tuning.search",
 }

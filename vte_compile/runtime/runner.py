@@ -131,6 +131,10 @@ class DecoderRunner:
         named = (*decoder.named_parameters(remove_duplicate=False), *decoder.named_buffers(remove_duplicate=False))
         return [name for name, value in named if name.startswith("layers.") and id(value) in read - used]
 
+    def pass_results(self, phase: Phase) -> list[PassResult]:
+        """What the passes did in the graph of a phase (in the form that was lowered first); [] before it is."""
+        return next((results for key, (_, results) in self._graphs.items() if key[0] == phase), [])
+
     def _lowered(self, key: _Key) -> tuple[PiecewiseGraph, list[PassResult]]:
         if key not in self._graphs:
             phase, batched, last, one_prompt, *where = key
