@@ -218,8 +218,11 @@ def test_demo_shows_examples_and_the_table(finished: tuple[Path, str]) -> None:
     report = json.loads((out / "report.json").read_text())
     for example in report["examples"]:
         assert example["question"] in said
-    for case in report["configurations"]:
+    for case in (*report["configurations"], *report["comparison"]["configurations"]):
         assert case["name"] in said
+    table = said[said.index("as the full model") :]
+    assert "…" not in table
+    assert max(map(len, table.splitlines()[:30])) <= 80
 
 
 @needs_model
