@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
-from vte_compile.capture import Phase
 from vte_compile.dynamo.decoder_call import DecoderCall
 from vte_compile.dynamo.region import Part, Region, find_region, replace_region, split
 from vte_compile.dynamo.report import Graph, record
@@ -28,8 +27,9 @@ from vte_compile.families.decoder import DecoderSpec, describe, find_decoder
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.plan import Plan
+from vte_compile.runtime.decoder_runner import DecoderRunner
 from vte_compile.runtime.inductor import PieceCompiler, find_backend
-from vte_compile.runtime.runner import DecoderRunner
+from vte_compile.runtime.steps import Phase
 from vte_compile.runtime.verify import verify_hidden
 
 logger = logging.getLogger(__name__)

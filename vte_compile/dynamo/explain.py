@@ -19,7 +19,7 @@ from vte_compile.errors import InputError
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.passes import PassResult
 from vte_compile.plan import Plan
-from vte_compile.runtime.runner import DecoderRunner
+from vte_compile.runtime.decoder_runner import DecoderRunner
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vte_compile.capture import Phase
-    from vte_compile.runtime.runner import DecoderRunner
+    from vte_compile.runtime.decoder_runner import DecoderRunner
+    from vte_compile.runtime.steps import Phase
 
 
 @dataclass
