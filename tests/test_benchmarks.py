@@ -1,10 +1,18 @@
-"""The cases of the benchmarks: which attentions they skip. Their times are not tested."""
+"""The benchmarks: which attentions they skip, and what they make of what they measured. Their times are not tested."""
 
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
+
+from vte_compile.timing import Summary
+from vte_compile.tuning.bootstrap import Interval
+from vte_compile.tuning.calibrate_examined import Costing, Promise, Splits, choose, fit_gates
+from vte_compile.tuning.evaluation import Configuration, Evaluation
+from vte_compile.tuning.examine import Examined
+from vte_compile.tuning.splits import PARTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,3 +58,79 @@ def test_compare(skip):
     assert rows[1]["prefill"] == {"runs_s": [2, 4, 2], "time_ratio": 0.25, "cost_ratio": 0.5, "quotient": 0.5}
     assert rows[2]["prefill"]["to_no_adapter"] == 1.5
     assert rows[2]["decode"]["to_no_adapter"] == 1.0
+
+
+@pytest.fixture
+def guarantee(monkeypatch):
+    """benchmarks/guarantee.py, importable for the length of a test."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    yield __import__("guarantee")
+    for name in ("guarantee", "common"):
+        sys.modules.pop(name)
+
+
+@pytest.mark.parametrize("samples", [10, 2500, 777])
+def test_divided_as_calibrate_divides(guarantee, samples):
+    parts = guarantee.divided(samples)
+    assert len(parts) == samples
+    assert set(parts) == set(PARTS)
+    for part, share in PARTS.items():
+        assert abs(parts.count(part) - share * samples) <= 1
+
+
+def examined(count, seed):
+    """Samples of which the gates' one feature tells whether they may leave after layer 0, nearly always."""
+    generator = torch.Generator().manual_seed(seed)
+    easy = torch.rand(count, generator=generator) < 0.5
+    features = torch.zeros(count, 2, 4)
+    features[:, 0, 0] = torch.where(easy, 1.0, -1.0) + 0.6 * torch.randn(count, generator=generator)
+    same = torch.stack([easy.float(), torch.ones(count)], 1)
+    return Examined(features, same, torch.zeros(count, 3), torch.full((count,), 6), torch.full((count,), 10))
+
+
+def test_compare_and_summarize(guarantee):
+    config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)
+    splits = Splits.of(examined(2000, 0), guarantee.divided(2000))
+    # No sum of losses decides here, but which answers are the same.
+    gates = fit_gates(splits.train, slack=1.0, width=4, epochs=5, seed=0)
+    costing = Costing(config)
+    choice = choose(gates, splits, 1.0, Promise(0.1, 0.05), costing)
+    row = guarantee.compare(choice, splits, {"fresh": examined(4000, 1)}, 1.0, costing, 0.1)
+    certified, naive = row["certified"]["fresh"], row["naive"]["fresh"]
+    assert certified["disagreement"] < naive["disagreement"]
+    assert 1.0 < certified["speedup"] < naive["speedup"]
+    assert naive["disagreement"] == pytest.approx(0.1, abs=0.02)
+
+    high = {**row, "certified": {"fresh": {"disagreement": 0.11, "speedup": 3.0}}}
+    summary = guarantee.summarize([row, high, {"run": 2, "refused": "too few"}], 0.1)[0]
+    assert (summary["calibrations"], summary["refused"], summary["within"]) == (3, 1, 1)
+    assert summary["disagreement"]["max"] == 0.11
+    assert summary["speedup"]["mean"] == pytest.approx((3.0 + certified["speedup"]) / 2)
+
+
+def test_shipped_table_names_a_reason_for_each_missing_time(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    shipped = __import__("shipped")
+    one = {"agreement": Interval(0.9, 0.8, 1.0), "accuracy": Interval(0.7, 0.6, 0.8), "cost": Interval(4.0, 4.0, 4.0)}
+    work = {"prefill_flops": Interval(50.0, 50.0, 50.0), "total_flops": Interval(80.0, 80.0, 80.0)}
+    full = {**one, "prefill_flops": Interval(100.0, 100.0, 100.0), "total_flops": Interval(160.0, 160.0, 160.0)}
+    cases = [
+        Configuration(name, "plan", None, None, measures, one, {})
+        for name, measures in (
+            (shipped.FULL, full),
+            (shipped.LEARNED, {**one, **work}),
+            (shipped.RANDOM, {**one, **work}),
+        )
+    ]
+    found = Evaluation(10, 10, shipped.LEARNED, {}, tuple(cases), ())
+    assert shipped.names_of(found) == [shipped.RANDOM, shipped.LEARNED]
+    of = {shipped.LEARNED: Summary.of([0.002, 0.001, 0.003]), shipped.BASELINE: Summary.of([0.004, 0.004, 0.004])}
+    times = {"prefill": of, "decode": of}
+    row = shipped.row_of(found, shipped.LEARNED, times)
+    assert (row["prefill"]["median_s"], row["prefill"]["min_s"], row["prefill"]["max_s"]) == (0.002, 0.001, 0.003)
+    assert row["decode"]["time_ratio"] == 0.5
+    assert (row["prefill_flops"], row["total_flops"]) == (0.5, 0.5)
+    assert "eager" in shipped.row_of(found, shipped.RANDOM, times)["untimed"]
+    assert shipped.row_of(found, shipped.BASELINE, times)["total_flops"] == 1.0
+    for name in ("shipped", "common"):
+        sys.modules.pop(name)

@@ -14,7 +14,7 @@ from rich.console import Console
 from tiny_models import IMAGE, LAYERS, image_prompt, one_thread, tiny_llava  # noqa: F401
 
 import vte_compile
-from vte_compile import Plan, StaticExit, optimize
+from vte_compile import Plan, SkippedAttention, StaticExit, optimize
 from vte_compile.errors import CalibrationError, InputError
 from vte_compile.flops import prefill_flops
 from vte_compile.tuning.costs import LayerCosts
@@ -99,6 +99,27 @@ def test_the_plan_does_to_generate_what_the_report_says(calibrated) -> None:
     assert report.speedup > 1.05
 
 
+def test_exits_on_top_of_skips_are_compared_with_the_model_without_both(calibrate, tmp_path) -> None:
+    base = Plan(skips=[SkippedAttention(2)])
+    options = {"base": base, "work": tmp_path, "max_disagreement": 0.5}
+    plan, report = calibrate(**options)
+    assert plan.skips == base.skips
+    assert plan.exits
+    fast = optimize(model(), plan, compile=False)
+    changed, stayed, costs = 0, 0, []
+    for prompt in certified_prompts():
+        full, found = (m.generate(**prompt, do_sample=False, max_new_tokens=1) for m in (model(), fast))
+        differs, exit_layer = not torch.equal(full, found), int(found.exit_layer[0])
+        changed += differs
+        stayed += differs and exit_layer < 0
+        costs.append(prefill_flops(model().config, prompt["input_ids"].shape[1], 4, exit_layer, plan))
+    assert report.certificate.changed == changed
+    assert changed - sum(row.changed for row in report.layers) == stayed > 0
+    assert report.certificate.expected_cost == pytest.approx(sum(costs) / len(costs))
+    with pytest.raises(InputError, match="base differ"):
+        calibrate(work=tmp_path)
+
+
 def test_the_promise_holds_on_fresh_prompts(calibrated) -> None:
     fast = optimize(model(), calibrated[0], compile=False)
     changed = 0
@@ -157,7 +178,7 @@ def test_measured_costs(calibrate, monkeypatch) -> None:
     monkeypatch.setattr("vte_compile.tuning.calibrate.measure_costs", measure)
     report = calibrate(costs="measured")[1]
     # Prompts of 8 to 11 tokens, of which 4 are visual.
-    assert asked == [{"tokens": 10, "visual": 4, "width": 16}]
+    assert asked == [{"tokens": 10, "visual": 4, "width": 16, "base": None}]
     assert report.cost_unit == "seconds"
     assert report.certificate.full_cost == pytest.approx(0.5)
 
@@ -169,8 +190,8 @@ def test_the_papers_procedure(calibrate) -> None:
 
 
 def test_layers_where_no_sample_may_exit_are_no_candidates(calibrate, monkeypatch, caplog) -> None:
-    def without_layer_0(*arguments):
-        examined = collect(*arguments)
+    def without_layer_0(*arguments, **options):
+        examined = collect(*arguments, **options)
         return replace(examined, same=examined.same * torch.tensor([0.0] + [1.0] * (LAYERS - 1)))
 
     monkeypatch.setattr("vte_compile.tuning.calibrate.collect", without_layer_0)
@@ -193,6 +214,8 @@ def test_layers_where_no_sample_may_exit_are_no_candidates(calibrate, monkeypatc
         ({"procedure": "both"}, InputError, "procedure='both'"),
         ({"costs": LayerCosts([1.0], 0.0)}, InputError, "costs: expected 4 exits"),
         ({"width": 0}, InputError, "width=0"),
+        ({"base": Plan([StaticExit(1)])}, InputError, "base: has exits"),
+        ({"base": Plan(skips=[SkippedAttention(1)]), "procedure": "random_layer"}, InputError, "base: procedure"),
     ],
 )
 def test_what_cannot_be_done(calibrate, options, error, message) -> None:

@@ -254,7 +254,9 @@ def chats(tmp_path_factory) -> Path:
 
 def test_calibrate(llava: Path, chats: Path, tmp_path: Path) -> None:
     out, file, plot = tmp_path / "plan", tmp_path / "new" / "report.json", tmp_path / "plots" / "exits.png"
+    Plan(skips=[SkippedAttention(LAYERS - 1)]).save_pretrained(tmp_path / "skips")
     options = ("--target-speedup", 1.1, "--width", 8, "--compare-width", 2, "--max-new-tokens", 2, "--slack", 1)
+    options += ("--base", tmp_path / "skips")
     shown = run("calibrate", llava, "--data", chats, "--out", out, "--json", file, "--plot", plot, *options).stdout
     assert Image.open(plot).width > 500
     assert "may exit" in shown
@@ -266,6 +268,7 @@ def test_calibrate(llava: Path, chats: Path, tmp_path: Path) -> None:
     assert {exit_.layer: exit_.threshold for exit_ in plan.exits} == pytest.approx(used)
     assert [exit_.width for exit_ in plan.exits] == [8] * len(used)
     assert sum(report["samples"].values()) == 60
+    assert [skip.layer for skip in plan.skips] == [LAYERS - 1]
     run("optimize", llava, "--plan", out, "--no-compile")
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 from transformers import LlamaConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
-from vte_compile import GateExit, Plan
+from vte_compile import GateExit, Plan, SkippedAttention
 from vte_compile.cli import app
 from vte_compile.demo import data
 from vte_compile.demo.data import ASSETS, Assets, Question
-from vte_compile.demo.evaluate import FULL, LEARNED, NO_EXIT, Answer, Configuration, Evaluation
+from vte_compile.demo.evaluate import FULL, LEARNED, NO_EXIT, WITH_SKIPS, Answer, Configuration, Evaluation
 from vte_compile.demo.run import Demo
 from vte_compile.environment import environment
 from vte_compile.errors import InputError
@@ -26,7 +26,7 @@ from vte_compile.flops import prefill_flops
 from vte_compile.plotting import require_matplotlib
 
 QUESTIONS = 10
-PLOTS = {"agreement_over_cost", "accuracy_over_cost", "exit_layers", "exit_layers_by_type"}
+PLOTS = {"agreement_over_flops", "exit_layers", "exit_layers_by_type"}
 
 needs_model = pytest.mark.skipif(
     not (ASSETS / "model" / "model.safetensors").is_file() or not (ASSETS / "test" / "questions.json").is_file(),
@@ -43,11 +43,11 @@ LAYERS = 3
 CONFIG = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=LAYERS, num_attention_heads=2, vocab_size=9)
 
 
-def configuration(name: str, kind: str, answers: str, exits: list[int], layer: int | None = None) -> Configuration:
+def configuration(name: str, kind: str, answers: str, exits: list[int]) -> Configuration:
     """Answers are words, one per question."""
     model = SimpleNamespace(config=CONFIG, dtype=torch.float32)
     given = [Answer([ord(c) for c in word], word, k, 10, 6) for word, k in zip(answers.split(), exits, strict=True)]
-    return Configuration(name, kind, model, layer, given, seconds=2.0)
+    return Configuration(name, kind, model, given, seconds=2.0)
 
 
 @pytest.fixture
@@ -58,8 +58,6 @@ def evaluation() -> Evaluation:
     cases = [
         configuration(FULL, "original", "a b c -", [-1] * 4),  # the last one is wrong, and stays the reference
         configuration(NO_EXIT, "none", "a b c -", [-1] * 4),
-        configuration("exit after 0", "static", "a - - -", [0] * 4, 0),
-        configuration("exit after 1", "static", "- b c -", [1] * 4, 1),
         configuration(LEARNED, "learned", "a b c d", [0, 1, -1, 1]),
     ]
     return Evaluation(None, questions, cases)
@@ -90,15 +88,6 @@ def test_confidence_intervals_are_those_of_wilson(evaluation: Evaluation) -> Non
     assert high == pytest.approx(0.9544, abs=1e-4)
 
 
-def test_comparison(evaluation: Evaluation) -> None:
-    found = evaluation.comparison()
-    assert found["learned"] == {"agreement": 0.75, "cost": 2.0}
-    assert found["best_static_same_agreement"] == {"exit_layer": 1, "agreement": 0.75, "cost": 2}
-    assert found["static_agreement_same_cost"] == 0.75
-    # Question 0 agrees after layer 0 but not after 1: stable only with all layers. The last agrees everywhere.
-    assert found["oracle"] == {"agreement": 1.0, "cost": (3 + 2 + 2 + 1) / 4}
-
-
 def test_questions_are_sorted_by_type_for_batches() -> None:
     questions = [Question(Path("p.png"), kind, "?", "a") for kind in "yxy"]
     model = SimpleNamespace(config=CONFIG)
@@ -110,7 +99,7 @@ def test_questions_are_sorted_by_type_for_batches() -> None:
 
 
 def test_spread_takes_questions_at_equal_distances(tmp_path: Path) -> None:
-    assets = Assets(tmp_path, tmp_path, [Question(tmp_path / f"{i}.png", "t", str(i), "") for i in range(10)])
+    assets = Assets(*[tmp_path] * 3, [Question(tmp_path / f"{i}.png", "t", str(i), "") for i in range(10)])
     assert [q.text for q in assets.spread(5)] == ["0", "2", "4", "6", "8"]
     assert len(assets.spread(99)) == 10
     with pytest.raises(InputError, match="questions"):
@@ -119,7 +108,7 @@ def test_spread_takes_questions_at_equal_distances(tmp_path: Path) -> None:
 
 def test_one_of_each_type_uses_another_picture_for_each(tmp_path: Path) -> None:
     entries = [("0", "a"), ("0", "b"), ("1", "a"), ("1", "b"), ("2", "c")]
-    assets = Assets(tmp_path, tmp_path, [Question(tmp_path / image, kind, "?", "") for image, kind in entries])
+    assets = Assets(*[tmp_path] * 3, [Question(tmp_path / image, kind, "?", "") for image, kind in entries])
     assert [(q.image.name, q.type) for q in assets.one_of_each_type()] == [("0", "a"), ("1", "b"), ("2", "c")]
 
 
@@ -127,12 +116,13 @@ def test_one_of_each_type_uses_another_picture_for_each(tmp_path: Path) -> None:
     ("missing", "hint"),
     [
         ("model/config.json", "train"),
-        ("plan/vte_plan.json", "train_gates.py"),
+        ("plan/vte_plan.json", "make_plans.py"),
+        ("plan_skips/vte_plan.json", "make_plans.py"),
         ("test/questions.json", "build_assets.py"),
     ],
 )
 def test_missing_assets_are_named(missing: str, hint: str, tmp_path: Path) -> None:
-    for file in ("model/config.json", "plan/vte_plan.json", "test/questions.json"):
+    for file in ("model/config.json", "plan/vte_plan.json", "plan_skips/vte_plan.json", "test/questions.json"):
         if file != missing:
             (tmp_path / file).parent.mkdir()
             (tmp_path / file).write_text("[]")
@@ -142,7 +132,8 @@ def test_missing_assets_are_named(missing: str, hint: str, tmp_path: Path) -> No
 
 
 def test_damaged_questions_are_named(tmp_path: Path) -> None:
-    texts = {"model/config.json": "{}", "plan/vte_plan.json": "{}", "test/questions.json": '[{"image": 1}]'}
+    texts = {f"{name}.json": "{}" for name in ("model/config", "plan/vte_plan", "plan_skips/vte_plan")}
+    texts["test/questions.json"] = '[{"image": 1}]'
     for file, text in texts.items():
         (tmp_path / file).parent.mkdir()
         (tmp_path / file).write_text(text)
@@ -191,6 +182,7 @@ def assets(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     gates = [GateExit(k, torch.randn(8, 2 * hidden), torch.randn(2, 8)) for k in (1, 3, 5)]
     Plan(gates, Fingerprint.of(model)).save_pretrained(folder / "plan")
+    Plan(gates, Fingerprint.of(model), [SkippedAttention(7)]).save_pretrained(folder / "plan_skips")
     return folder
 
 
@@ -226,15 +218,18 @@ def test_demo_shows_examples_and_the_table(finished: tuple[Path, str]) -> None:
     report = json.loads((out / "report.json").read_text())
     for example in report["examples"]:
         assert example["question"] in said
-    for case in report["configurations"]:
+    for case in (*report["configurations"], *report["comparison"]["configurations"]):
         assert case["name"] in said
+    table = said[said.index("as the full model") :]
+    assert "…" not in table
+    assert max(map(len, table.splitlines()[:30])) <= 80
 
 
 @needs_model
 def test_report(finished: tuple[Path, str]) -> None:
     report = json.loads((finished[0] / "report.json").read_text())
     assert set(report) == set(
-        "schema_version created command environment model plan settings configurations comparison examples samples "
+        "schema_version created command environment model plans settings configurations comparison examples samples "
         "seconds".split()
     )
     assert set(report["environment"]) == set(environment())
@@ -243,21 +238,27 @@ def test_report(finished: tuple[Path, str]) -> None:
     }  # fmt: skip
     layers = report["model"]["layers"]
     cases = {case["name"]: case for case in report["configurations"]}
-    assert list(cases) == [FULL, NO_EXIT, *(f"exit after {k}" for k in range(layers - 1)), LEARNED]
+    assert list(cases) == [FULL, NO_EXIT, LEARNED, WITH_SKIPS]
+    assert [plan["skips"] for plan in report["plans"].values()] == [[], [7]]
     for name, case in cases.items():
         assert set(case) == set(
-            "name kind exit_layer accuracy agreement mean_cost exit_histogram prefill_flops answer_flops kv_bytes "
+            "name kind accuracy agreement mean_cost exit_histogram prefill_flops answer_flops kv_bytes "
             "questions_per_s by_type prefill_s prefill_min_s prefill_max_s decode_tokens_per_s".split()
         ), name
         assert sum(case["exit_histogram"].values()) == QUESTIONS
         assert 1 <= case["mean_cost"] <= layers
         assert 0 < case["prefill_min_s"] <= case["prefill_s"] <= case["prefill_max_s"]
     assert cases[NO_EXIT]["agreement"]["value"] == 1.0  # without an exit, optimize() changes nothing
-    for k in range(layers - 1):
-        case = cases[f"exit after {k}"]
-        assert case["mean_cost"] == k + 1
-        assert case["exit_histogram"][str(k)] == QUESTIONS
-        assert case["kv_bytes"] < cases[NO_EXIT]["kv_bytes"]
+    comparison = {case["name"]: case for case in report["comparison"]["configurations"]}
+    assert [case["kind"] for case in comparison.values()] == "full plan plan static random attention oracle".split()
+    for name in (FULL, LEARNED, WITH_SKIPS):  # found in another way: by one prompt at a time
+        for measure in ("agreement", "accuracy"):
+            found = comparison[name]["measures"][measure]
+            assert found["value"] == pytest.approx(cases[name][measure]["value"])
+            assert found["low"] <= found["value"] <= found["high"]
+    budget = comparison[LEARNED]["measures"]["total_flops"]["value"]
+    for name in ("static exit", "random dropping", "FastV"):
+        assert comparison[name]["measures"]["total_flops"]["value"] <= budget
     exits = {sample["exit_layer"] for sample in report["samples"]}
     assert exits <= {1, 3, 5, -1}
     assert len(report["samples"]) == QUESTIONS
@@ -283,8 +284,24 @@ def test_page_is_complete_in_itself(finished: tuple[Path, str]) -> None:
         assert base64.b64decode(picture.partition(",")[2]).startswith(b"\x89PNG")
     for example in report["examples"]:
         assert example["question"] in page
-    for case in report["configurations"]:
+    for case in (*report["configurations"], *report["comparison"]["configurations"]):
         assert f"<td>{case['name']}</td>" in page
+
+
+@needs_model
+@needs_plan
+@pytest.mark.parametrize("name", ["plan", "plan_skips"])
+def test_shipped_plans_are_for_the_shipped_model_and_keep_their_promise(name: str) -> None:
+    plan = Plan.from_pretrained(ASSETS / name)
+    plan.check(LlavaForConditionalGeneration.from_pretrained(ASSETS / "model", local_files_only=True))
+    made = json.loads((ASSETS / name / "calibration.json").read_text())
+    thresholds = [row["threshold"] for row in made["layers"] if row["threshold"] is not None]
+    assert [exit_.threshold for exit_ in plan.exits] == pytest.approx(thresholds)
+    assert bool(plan.skips) == (name == "plan_skips")
+    certificate = made["certificate"]
+    assert certificate["max_disagreement"] == 0.02
+    assert certificate["upper_bound"] <= 0.02
+    assert made["speedup"] > 1.2
 
 
 @needs_model

@@ -11,9 +11,15 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from vte_compile import GateExit, Plan, SkippedAttention
+from vte_compile.fingerprint import Fingerprint
+from vte_compile.tuning.guarantee import Certificate
+from vte_compile.tuning.ranking import DeletionEffect, SkipRanking
+from vte_compile.tuning.report import CalibrationReport, LayerReport
+
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "vte_compile" / "demo" / "assets"
-MODULES = ("scenes", "model", "train", "build_assets")
+MODULES = ("scenes", "model", "train", "build_assets", "make_plans")
 
 
 @pytest.fixture
@@ -187,3 +193,37 @@ def test_training_resumes_bit_identically(example, photos, monkeypatch, tmp_path
     run(tmp_path / "halted", resume=True)
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("straight", "halted")]
     assert weights[0] == weights[1]
+
+
+def test_plans_are_made_from_one_question_per_scene_without_its_answer(example, photos, monkeypatch):
+    monkeypatch.setattr(example.scenes.Photos, "load", lambda split, root: photos)
+    asked = list(example.make_plans.conversations("calibration", 3, None))
+    assert [set(each) for each in asked] == [{"image", "question"}] * 3
+    assert len({each["image"].tobytes() for each in asked}) == 3
+
+
+def test_a_plan_is_written_with_its_card(example, tmp_path):
+    model = example.model.build_model(layers=2, hidden=32, vision_hidden=32)
+    gate = GateExit(0, torch.ones(4, 64), torch.ones(2, 4), 1.5)
+    plan = Plan([gate], Fingerprint.of(model), [SkippedAttention(1)])
+    certificate = Certificate("exact", 200, 0.02, 0.05, (1.5,), 3, 0.04, 0.019, 7, 50.0, 80.0)
+    report = CalibrationReport(
+        samples={"train": 500, "selection": 200, "certification": 200},
+        settings={"seed": 0},
+        layers=(LayerReport(0, 0.5, 0.9, 0.95, 1.5, 0.75, 2),),
+        certificate=certificate,
+        cost_unit="FLOPs",
+        widths=(),
+    )
+    ranking = SkipRanking(plan.fingerprint, 64, 0.1, ((DeletionEffect(1, 0.0, 0.0, 0.0),),), (1,))
+    example.make_plans.save(tmp_path, "exits and skips", plan, report, ranking)
+    again = Plan.from_pretrained(tmp_path)
+    assert (again.exits[0].threshold, [skip.layer for skip in again.skips]) == (1.5, [1])
+    card = (tmp_path / "README.md").read_text()
+    for text in ("<= 2%, with confidence 95%", "3 of 200", "1/1.60", "900 scenes", "| 0 | 1.50 | 75.0% | 2 |",
+                 "| never | | 25.0% | 1 |", "of layer 1, without adapters, found on 64 scenes"):  # fmt: skip
+        assert text in card
+    made = json.loads((tmp_path / "calibration.json").read_text())
+    assert made["certificate"]["changed"] == 3
+    assert made["environment"]["versions"]["torch"] == torch.__version__
+    assert json.loads((tmp_path / "ranking.json").read_text())["chosen"] == [1]

@@ -477,6 +477,30 @@ def test_choosing_policies_on_the_tested_prompts_breaks_the_promise():
     assert broken > 0.5 * splits
 
 
+# ---------------------------------------------------------------- answers that differ without any exit
+
+
+def skipping(*differs):
+    """Three prompts, two layers; the gate of layer 0 fires for the first, that of layer 1 for the second."""
+    margins = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    return ExitOutcomes(margins, torch.tensor(differs), torch.tensor([1.0, 2.0, 3.0]), torch.zeros(2))
+
+
+def test_staying_may_differ_too():
+    data = skipping([False, True, True], [True, False, True], [False, False, True])
+    assert measure(data, torch.tensor([INF, INF])).changed == 3
+    assert measure(data, torch.tensor([0.0, INF])).changed == 2
+    assert measure(data, torch.tensor([0.0, 0.0])).changed == 1
+    assert measure(data, torch.tensor([INF, 0.0])).changed == 2
+
+
+def test_more_answers_differ_without_exits_than_may():
+    data = skipping([False, False, True], [False, False, False], [False, False, True])
+    with pytest.raises(CalibrationError, match=r"Skips and adapters alone change 2 of the 3 .* more than 50\.00%"):
+        thresholds_within(data, 0.5)
+    assert measure(data, thresholds_within(data, 0.7)).changed <= 2
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -488,8 +512,8 @@ def test_choosing_policies_on_the_tested_prompts_breaks_the_promise():
         ("margins", torch.zeros(0, 2), "margins"),
         ("margins", torch.zeros(4, 0), "margins"),
         ("margins", torch.zeros(4, 2, dtype=torch.long), r"got \[4, 2\] int64"),
-        ("differs", torch.zeros(4, 3, dtype=torch.bool), r"differs: expected \[4, 2\] bool"),
-        ("differs", torch.zeros(4, 2), "bool, got .* float32"),
+        ("differs", torch.zeros(4, 4, dtype=torch.bool), r"differs: expected \[4, 3\] bool, or \[4, 2\]"),
+        ("differs", torch.zeros(4, 2), "bool, or .* float32"),
         ("costs", torch.zeros(2), r"costs: expected \[4, 3\] or \[3\]"),
         ("costs", torch.tensor([1.0, 2.0, NAN]), "costs: expected finite"),
         ("costs", torch.tensor([1.0, -2.0, 3.0]), "costs: expected finite"),

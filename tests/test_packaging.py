@@ -24,6 +24,7 @@ PUBLIC_NAMES = [
     "StaticExit",
     "__version__",
     "calibrate",
+    "explain",
     "export",
     "load_engine",
     "optimize",

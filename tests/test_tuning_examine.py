@@ -1,6 +1,7 @@
 """Examined samples: features, labels and losses are those of the authors' code, and of the oracle's static exits."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -22,12 +23,14 @@ from tiny_models import (
     one_thread,  # noqa: F401
     optimized,
     plan,
+    random_adapter,
     shared_model,
     tiny,
     tiny_llava,
 )
 
-from vte_compile import Plan
+from vte_compile import KeptAdapter, Plan, SkippedAttention
+from vte_compile.adapters import PIA, PlainAdapter
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.oracle import Oracle, embed
 from vte_compile.plan import StaticExit
@@ -97,6 +100,45 @@ def test_equals_the_oracle(layout, attention, tokens_at_once, monkeypatch):
     assert examined.visual.tolist() == [layout.count("i") * IMAGE_TOKENS]
     assert examined.tokens.tolist() == [ids.shape[1]]
     assert {value.dtype for value in (examined.features, examined.same, examined.loss)} == {torch.float32}
+
+
+BASES = {
+    "skips": plan(SkippedAttention(0), SkippedAttention(2)),
+    "adapters": plan(SkippedAttention(1, random_adapter(PIA, 1)), KeptAdapter(2, random_adapter(PlainAdapter, 2))),
+}
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 4096])
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+def test_exits_on_top_of_skips_and_adapters_equal_the_oracle(base, tokens_at_once, monkeypatch):
+    """What an adapter knows is of the prompt: so prompt and answer are two chunks of the oracle's."""
+    monkeypatch.setattr(module, "_BRANCH_TOKENS", tokens_at_once)
+    model, given = shared_model("llava"), sample("tittt", (7, 3, 11, 5, 9, 2, 8, 6))
+    examined = Examiner(model, base).examine(given)
+    ids, pixels = given.inputs["input_ids"], given.inputs["pixel_values"]
+    answer = torch.tensor(given.answer)
+    said = model.get_input_embeddings()(answer[None, :-1])
+
+    def logits_of(each):
+        oracle = Oracle(model, each)
+        prompt = oracle.forward(*embed(model, ids, pixels))
+        return torch.cat([prompt.logits[0, -1:], oracle.forward(said, cache=prompt.cache).logits[0]])
+
+    watching = Oracle(model, dataclasses.replace(base, exits=[gate(k, NEVER) for k in range(LAYERS)]))
+    features = watching.forward(*embed(model, ids, pixels)).gate_features
+    full = logits_of(Plan()).argmax(-1)
+    logits = [logits_of(dataclasses.replace(base, exits=[StaticExit(k)])) for k in range(LAYERS)] + [logits_of(base)]
+    for k in range(LAYERS):
+        torch.testing.assert_close(examined.features[0, k], features[k][0], rtol=5e-5, atol=5e-5)
+        assert examined.same[0, k] == (logits[k].argmax(-1) == full).float().mean()
+    expected = torch.stack([F.cross_entropy(each, answer) for each in logits])
+    torch.testing.assert_close(examined.loss[0], expected, rtol=5e-5, atol=5e-5)
+    assert examined.same[0, -1] < 1  # what is skipped changes an answer, without any exit
+
+
+def test_a_base_has_no_exits():
+    with pytest.raises(InputError, match="base: has exits"):
+        Examiner(shared_model("llava"), plan(StaticExit(1)))
 
 
 def llava_next():

@@ -302,6 +302,10 @@ def calibrate(
     slack: Annotated[
         float, typer.Option(min=0.0, help="Nats by which an answer's loss may grow where the visual tokens may leave.")
     ] = 0.0,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="PLAN", help="Skips and adapters to be in the plan too, from `search`."),
+    ] = None,
     measured: Annotated[
         bool, typer.Option("--measured", help="Choose layers by times measured here, instead of FLOPs.")
     ] = False,
@@ -338,6 +342,7 @@ def calibrate(
         widths=compare_width or (),
         slack=slack,
         costs="measured" if measured else "flops",
+        base=_load_plan(base),
         max_new_tokens=max_new_tokens,
         work=work,
         seed=seed,
@@ -373,6 +378,7 @@ def demo(
     from transformers.utils.logging import disable_progress_bar
 
     from vte_compile.demo.run import DEFAULT_QUESTIONS, Demo
+    from vte_compile.demo.tables import comparison_table, cost_table
 
     disable_progress_bar()  # of loading a model of a few megabytes
     torch.set_num_threads(1)  # the steps of so small a model are shorter than waking a second thread takes
@@ -393,36 +399,14 @@ def demo(
             "never" if layer < 0 else f"layer {layer}",
         )
     console.print(gallery)
-    results = show.evaluate()
-    files = show.write(results, out)
-    console.print(_demo_table(results))
+    comparison = show.compare()
+    console.print(comparison_table(comparison), highlight=False)
+    results = show.evaluate(comparison)
+    files = show.write(results, comparison, out)
+    console.print(cost_table(results))
     console.print(f"[dim]took {results['seconds']:.0f} s; wrote[/]", highlight=False)
     for file in files.values():
         console.print(f"  {_plain(file)}", soft_wrap=True, highlight=False)
-
-
-def _demo_table(results: dict[str, Any]) -> Table:
-    count, layers = results["settings"]["questions"], results["model"]["layers"]
-    table = Table(title=f"{count} held-out questions, {layers} decoder layers", title_justify="left")
-    for heading in ("", "right", "as full", "layers", "FLOPs", "KV KiB", "prefill", "tok/s"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    none = next(c for c in results["configurations"] if c["kind"] == "none")
-    for case in results["configurations"]:
-        table.add_row(
-            case["name"],
-            f"{case['accuracy']['value']:.1%}",
-            f"{case['agreement']['value']:.1%}",
-            f"{case['mean_cost']:.2f}",
-            f"{case['prefill_flops'] / none['prefill_flops']:.0%}",
-            f"{case['kv_bytes'] / 1024:.0f}",
-            f"{case['prefill_s'] * 1e3:.1f} ms",
-            f"{case['decode_tokens_per_s']:.0f}",
-            style="bold" if case["kind"] == "learned" else None,
-        )
-    best = results["comparison"]["best_static_same_agreement"]
-    table.caption = f"layers: that see the visual tokens, on average. A static exit agrees as often at {best['cost']}."
-    table.caption_justify = "left"
-    return table
 
 
 def _plan_table(plan: Plan) -> Table | str:

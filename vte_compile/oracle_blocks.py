@@ -7,7 +7,8 @@ The forms are those of EAS (arXiv 2403.15226) for pre-norm blocks, literally::
     skipped, training-free: out = x + MLP(RMS_post x)
 
 Every block takes one row: x [1, n, C], the statistics of the row's prompt in this layer (None: x is the prompt), and
-the arguments of its attention. It returns its output [1, n, C] and the statistics.
+the arguments of its attention. It returns its output [1, n, C] and the statistics. With given statistics, a row for
+each, it takes several rows; `statistics()` makes them, where a row holds more than its prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vte_compile.adapters import PIA, Adapter, PlainAdapter, apply_pia, apply_plain, pool, route
+from vte_compile.adapters import PIA, PlainAdapter, apply_pia, apply_plain, pool, route
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.blocks import block_parts, rms_gain
 from vte_compile.plan import Plan
@@ -30,11 +31,6 @@ class PromptStatistics:
 
     weights: Tensor
     pooled: Tensor | None
-
-
-def _statistics(adapter: Adapter, prompt: Tensor) -> PromptStatistics:
-    pooled = pool(adapter, prompt) if isinstance(adapter, PIA) else None
-    return PromptStatistics(route(adapter.router, prompt), pooled)
 
 
 class OwnBlock:
@@ -49,6 +45,9 @@ class OwnBlock:
     def __call__(self, x: Tensor, known: PromptStatistics | None, **attention: Any) -> tuple[Tensor, None]:
         output = self._layer(x, **attention)
         return (output[0] if isinstance(output, tuple) else output), None
+
+    def statistics(self, x: Tensor, prompt_mask: Tensor) -> None:
+        """There is no adapter that needs any."""
 
 
 class KeptBlock:
@@ -65,10 +64,18 @@ class KeptBlock:
     ) -> tuple[Tensor, PromptStatistics | None]:
         normed = self._parts.input_norm(x)
         if self.adapter is not None:
-            known = known or _statistics(self.adapter, normed)
+            known = known or self._of(normed)
+            assert known is not None
             normed = apply_plain(self.adapter, normed, known.weights)
         attended: Tensor = x + self._parts.attention(hidden_states=normed, **attention)[0]
         return attended + _tensor(self._parts.mlp(self._parts.post_norm(attended))), known
+
+    def statistics(self, x: Tensor, prompt_mask: Tensor) -> PromptStatistics | None:
+        """Of rows [B, T, C] whose prompts are the tokens of the mask [B, T]."""
+        return self._of(self._parts.input_norm(x), prompt_mask)
+
+    def _of(self, normed: Tensor, prompt_mask: Tensor | None = None) -> PromptStatistics | None:
+        return None if self.adapter is None else PromptStatistics(route(self.adapter.router, normed, prompt_mask), None)
 
 
 class SkippedBlock:
@@ -87,10 +94,22 @@ class SkippedBlock:
         if self.adapter is None or self._gain is None:
             return x + _tensor(self._parts.mlp(self._parts.post_norm(x))), None
         normed = self._parts.input_norm(x)
-        known = known or _statistics(self.adapter, normed)
+        known = known or self._of(normed)
+        assert known is not None
         assert known.pooled is not None
         adapted = self._gain * apply_pia(self.adapter, normed, known.weights, known.pooled)
         return x + _tensor(self._parts.mlp(adapted.to(x.dtype))), known
+
+    def statistics(self, x: Tensor, prompt_mask: Tensor) -> PromptStatistics | None:
+        """Of rows [B, T, C] whose prompts are the tokens of the mask [B, T]."""
+        return self._of(self._parts.input_norm(x), prompt_mask)
+
+    def _of(self, normed: Tensor, prompt_mask: Tensor | None = None) -> PromptStatistics | None:
+        if self.adapter is None:
+            return None
+        return PromptStatistics(
+            route(self.adapter.router, normed, prompt_mask), pool(self.adapter, normed, prompt_mask)
+        )
 
 
 Block = OwnBlock | KeptBlock | SkippedBlock

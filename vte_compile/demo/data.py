@@ -21,6 +21,10 @@ class Question:
     text: str
     answer: str
 
+    def as_sample(self) -> dict[str, str]:
+        """As :func:`vte_compile.tuning.samples.read_samples` takes it."""
+        return {"image": str(self.image), "question": self.text, "answer": self.answer}
+
 
 @dataclass(frozen=True)
 class Assets:
@@ -28,6 +32,9 @@ class Assets:
 
     model: Path
     plan: Path
+    """Learned exits."""
+    plan_skips: Path
+    """Learned exits and skipped attentions."""
     questions: list[Question]
 
     @classmethod
@@ -38,16 +45,17 @@ class Assets:
             InputError: One of them is missing or unreadable; the message says which, and how to get it.
         """
         folder = ASSETS if folder is None else folder
-        model, plan, test = folder / "model", folder / "plan", folder / "test"
+        model, plan, plan_skips, test = (folder / name for name in ("model", "plan", "plan_skips", "test"))
         wanted = {
             model / "config.json": "the demo model; examples/demo_model/README.md says how to train it",
-            plan / JSON_NAME: "the demo's learned exits; examples/demo_model/train_gates.py makes them",
+            plan / JSON_NAME: "the demo's learned exits; examples/demo_model/make_plans.py makes them",
+            plan_skips / JSON_NAME: "the demo's exits with skips; examples/demo_model/make_plans.py makes them",
             test / "questions.json": "the demo's questions; examples/demo_model/build_assets.py makes them",
         }
         for file, what in wanted.items():
             if not file.is_file():
                 raise InputError(f"{file}: missing. This is {what}. (Is the installation of vte-compile complete?)")
-        return cls(model, plan, _read_questions(test / "questions.json"))
+        return cls(model, plan, plan_skips, _read_questions(test / "questions.json"))
 
     def spread(self, count: int) -> list[Question]:
         """``count`` questions at equal distances, or all if there are fewer.

@@ -1,8 +1,7 @@
 """Measure the demo's model in several configurations: answers, exit layers, FLOPs, KV bytes, times.
 
 The cost of an exit is the number of decoder layers that see the visual tokens: exit after layer k costs k + 1, and a
-sample that never exits costs all L layers. Static exits span the scale, 1..L; the one after the last layer saves
-nothing and is the full model.
+sample that never exits costs all L layers. How plans compare with baselines: vte_compile/tuning/evaluate.py.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from vte_compile.demo.data import Question
 from vte_compile.flops import decode_flops, kv_bytes, prefill_flops
 from vte_compile.loading import prompt
 from vte_compile.oracle import embed
-from vte_compile.plan import Plan, StaticExit
+from vte_compile.plan import Plan
 from vte_compile.timing import Phases, Summary, phases, time_phases
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 BATCH = 8
 TIMED_RUNS = 3
 _DECODE_TOKENS = 8
-FULL, NO_EXIT, LEARNED = "full model", "no exit", "learned exit"
+FULL, NO_EXIT, LEARNED, WITH_SKIPS = "full model", "no exit", "learned exit", "learned exit + skips"
 
 
 @dataclass
@@ -41,10 +40,8 @@ class Configuration:
 
     name: str
     kind: str
-    """"original" (transformers, eager), "none", "static" or "learned"."""
+    """"original" (transformers, eager), "none", "learned" or "skips"."""
     model: Any
-    layer: int | None = None
-    """Of a static exit."""
     answers: list[Answer] = field(default_factory=list)
     seconds: float = 0.0
     """Of all answers, in batches."""
@@ -65,25 +62,20 @@ class Answer:
     visual_tokens: int
 
 
-def configurations(model: Any, plan: Plan, compile: bool | None) -> list[Configuration]:
-    """The original model, the optimized one without exit, with each static exit but the last, and with the plan.
+def configurations(model: Any, plans: Mapping[str, Plan], compile: bool | None) -> list[Configuration]:
+    """The original model, the optimized one without exit, and with each of the plans.
 
     Args:
         model: The model.
-        plan: The learned exits.
+        plans: The learned exits as `LEARNED`, and those on top of skipped attentions as `WITH_SKIPS`.
         compile: As for optimize().
     """
     fast: Any = vte_compile.optimize(model, Plan(), compile=compile)
-    layers = fast._vte_spec.num_layers
-    static = [
-        Configuration(f"exit after {k}", "static", vte_compile.optimize(fast, Plan([StaticExit(k)])), k)
-        for k in range(layers - 1)
-    ]
     return [
         Configuration(FULL, "original", model),
         Configuration(NO_EXIT, "none", fast),
-        *static,
-        Configuration(LEARNED, "learned", vte_compile.optimize(fast, plan)),
+        Configuration(LEARNED, "learned", vte_compile.optimize(fast, plans[LEARNED])),
+        Configuration(WITH_SKIPS, "skips", vte_compile.optimize(fast, plans[WITH_SKIPS])),
     ]
 
 
@@ -155,7 +147,6 @@ class Evaluation:
         result: dict[str, Any] = {
             "name": configuration.name,
             "kind": configuration.kind,
-            "exit_layer": configuration.layer,
             "accuracy": _rate(right),
             "agreement": _rate(same),
             "mean_cost": _mean([self.cost(a.exit_layer) for a in configuration.answers]),
@@ -189,30 +180,6 @@ class Evaluation:
         """For each question: token for token the full model's answer?"""
         full = self[FULL].answers
         return [a.tokens == b.tokens for a, b in zip(configuration.answers, full, strict=True)]
-
-    def comparison(self) -> dict[str, Any]:
-        """The learned exit against the best static ones, and against an oracle that knows all answers.
-
-        ``best_static_same_agreement`` is the cheapest static exit that agrees at least as often with the full model;
-        ``static_agreement_same_cost`` interpolates between the two static exits around the learned exit's cost; the
-        oracle lets each sample exit after the earliest layer from which on no static exit changes its answer.
-        """
-        static = {c.layer: self.agrees(c) for c in self.configurations if c.layer is not None}
-        static[self.layers - 1] = [True] * len(self.questions)
-        rates = [_mean(static[k]) for k in range(self.layers)]
-        learned = self[LEARNED]
-        agreement = _mean(self.agrees(learned))
-        cost = _mean([self.cost(a.exit_layer) for a in learned.answers])
-        best = next(k for k in range(self.layers) if rates[k] >= agreement)
-        below = min(max(math.floor(cost), 1), self.layers)
-        above = min(below + 1, self.layers)
-        oracle = [_stable_from([static[k][i] for k in range(self.layers)]) for i in range(len(self.questions))]
-        return {
-            "learned": {"agreement": agreement, "cost": cost},
-            "best_static_same_agreement": {"exit_layer": best, "agreement": rates[best], "cost": best + 1},
-            "static_agreement_same_cost": rates[below - 1] + (cost - below) * (rates[above - 1] - rates[below - 1]),
-            "oracle": {"agreement": 1.0, "cost": _mean([self.cost(k) for k in oracle])},
-        }
 
     def _flops(self, answer: Answer, configuration: Configuration) -> tuple[int, int]:
         """Of prefill, and of decoding the answer: the first token comes out of prefill."""
@@ -254,11 +221,6 @@ def _until_end(tokens: list[int], model: Any) -> list[int]:
     end = model.generation_config.eos_token_id
     ends = end if isinstance(end, list) else [end]
     return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
-
-
-def _stable_from(agrees: Sequence[bool]) -> int:
-    """The first layer from which on all agree; the last one does."""
-    return max((k + 1 for k, same in enumerate(agrees) if not same), default=0)
 
 
 def _mean(values: Sequence[float]) -> float:

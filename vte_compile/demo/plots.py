@@ -1,74 +1,26 @@
-"""The demo's plots, from its report alone: accuracy and agreement over cost, and where samples exit."""
+"""The demo's plots: agreement over FLOPs, and where samples exit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from vte_compile.plotting import GRID, INK, MUTED, drawn
+from vte_compile.plotting import GRID, INK, drawn
+from vte_compile.tuning.evaluation import Evaluation
+from vte_compile.tuning.evaluation_plot import draw_evaluation
 
-_STATIC, _LEARNED, _ORACLE = "#7a8da3", "#d9480f", "#2b8a3e"
-_COST = "decoder layers that see the visual tokens (mean)"
+_STATIC, _LEARNED = "#7a8da3", "#d9480f"
 
 
-def draw(report: dict[str, Any], folder: Path) -> dict[str, Path]:
+def draw(report: dict[str, Any], comparison: Evaluation, folder: Path) -> dict[str, Path]:
     """Draw all plots into PNG files: name -> file."""
-    files = {}
-    for name, plot, size in (
-        ("agreement_over_cost", _agreement, (6.6, 4.2)),
-        ("accuracy_over_cost", _accuracy, (6.6, 4.2)),
-        ("exit_layers", _exit_layers, (6.6, 3.4)),
-        ("exit_layers_by_type", _exit_layers_by_type, (6.6, 3.9)),
-    ):
-        files[name] = folder / f"{name}.png"
-        with drawn(files[name], size) as axes:
-            plot(axes, report)
+    files = {name: folder / f"{name}.png" for name in ("agreement_over_flops", "exit_layers", "exit_layers_by_type")}
+    draw_evaluation(comparison, files["agreement_over_flops"])
+    with drawn(files["exit_layers"], (6.6, 3.4)) as axes:
+        _exit_layers(axes, report)
+    with drawn(files["exit_layers_by_type"], (6.6, 3.9)) as axes:
+        _exit_layers_by_type(axes, report)
     return files
-
-
-def _agreement(axes: Any, report: dict[str, Any]) -> None:
-    _curve(axes, report, "agreement")
-    oracle = report["comparison"]["oracle"]
-    axes.plot(
-        oracle["cost"], oracle["agreement"], "D", ms=7, mfc="white", mec=_ORACLE, mew=1.6, label="oracle exit", zorder=3
-    )
-    axes.set_title("Answers equal to the full model's")
-    axes.legend(loc="lower right")
-
-
-def _accuracy(axes: Any, report: dict[str, Any]) -> None:
-    _curve(axes, report, "accuracy")
-    full = next(c for c in report["configurations"] if c["kind"] == "original")["accuracy"]["value"]
-    axes.axhline(full, color=MUTED, lw=1, ls=(0, (4, 3)), label=f"full model, {full:.1%}", zorder=1)
-    axes.set_title("Right answers")
-    axes.legend(loc="lower right")
-
-
-def _curve(axes: Any, report: dict[str, Any], measure: str) -> None:
-    """The static exits as a curve, which the full model ends, and the learned exit as a point."""
-    layers = report["model"]["layers"]
-    cases = report["configurations"]
-    static = [c for c in cases if c["kind"] == "static"]
-    full = next(c for c in cases if c["kind"] == "original")
-    x = [c["exit_layer"] + 1 for c in static] + [layers]
-    y = [c[measure]["value"] for c in (*static, full)]
-    axes.plot(x, y, "-o", color=_STATIC, lw=1.8, ms=5, label="static exit, same for all", zorder=2)
-    learned = next(c for c in cases if c["kind"] == "learned")
-    value = learned[measure]
-    spread = [[value["value"] - value["low"]], [value["high"] - value["value"]]]
-    axes.errorbar(
-        learned["mean_cost"], value["value"], yerr=spread, color=_LEARNED, fmt="*", ms=15, capsize=3, elinewidth=1.2,
-        label="learned exit (95% interval)", zorder=4,
-    )  # fmt: skip
-    axes.annotate(
-        f"{value['value']:.1%} at {learned['mean_cost']:.2f} of {layers}",
-        (learned["mean_cost"], value["value"]),
-        xytext=(-8, -9), textcoords="offset points", ha="right", va="top", color=_LEARNED, fontweight="bold",
-    )  # fmt: skip
-    axes.set(xlabel=_COST, xticks=range(1, layers + 1), xlim=(0.6, layers + 0.4), ylim=(0, 1.06))
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.grid(color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
 
 
 def _exit_layers(axes: Any, report: dict[str, Any]) -> None:

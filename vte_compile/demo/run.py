@@ -1,4 +1,4 @@
-"""The demo in three steps, each of which the command line shows when it is done: gallery, evaluation, pages."""
+"""The demo in steps, each of which the command line shows when it is done: gallery, comparison, evaluation, pages."""
 
 from __future__ import annotations
 
@@ -12,13 +12,25 @@ from typing import Any
 
 from vte_compile.demo import plots, report
 from vte_compile.demo.data import Assets, Question
-from vte_compile.demo.evaluate import FULL, LEARNED, TIMED_RUNS, Answer, Evaluation, answer, configurations, encode
+from vte_compile.demo.evaluate import (
+    FULL,
+    LEARNED,
+    TIMED_RUNS,
+    WITH_SKIPS,
+    Answer,
+    Evaluation,
+    answer,
+    configurations,
+    encode,
+)
 from vte_compile.environment import environment
 from vte_compile.loading import load_model, load_processor
 from vte_compile.plan import Plan
 from vte_compile.plotting import require_matplotlib
+from vte_compile.tuning.evaluate import evaluate as compare
+from vte_compile.tuning.evaluation import Evaluation as Comparison
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DEFAULT_QUESTIONS = 256
 
 
@@ -32,7 +44,7 @@ class Example:
 
 
 class Demo:
-    """The shipped model with its plan.
+    """The shipped model with its plans.
 
     Args:
         questions: How many of the held-out questions to evaluate.
@@ -56,10 +68,14 @@ class Demo:
         require_matplotlib()
         self.assets = Assets.find(assets)
         chosen = self.assets.spread(questions)
-        self.plan = Plan.from_pretrained(self.assets.plan)
+        self.plans = {
+            LEARNED: Plan.from_pretrained(self.assets.plan),
+            WITH_SKIPS: Plan.from_pretrained(self.assets.plan_skips),
+        }
+        self._compile = compile
         self.model = load_model(self.assets.model, device)
         self.processor = load_processor(self.assets.model)
-        cases = configurations(self.model, self.plan, compile)
+        cases = configurations(self.model, self.plans, compile)
         self.evaluation = Evaluation(self.processor, chosen, cases)
         self.examples: list[Example] = []
 
@@ -71,7 +87,12 @@ class Demo:
         self.examples = [Example(*parts) for parts in zip(questions, full, learned, strict=True)]
         return self.examples
 
-    def evaluate(self, *, progress: bool = True) -> dict[str, Any]:
+    def compare(self) -> Comparison:
+        """Compare the plans with baselines that have the FLOPs of the first one."""
+        samples = [question.as_sample() for question in self.evaluation.questions]
+        return compare(self.model, samples, self.plans, processor=self.processor, compile=self._compile)
+
+    def evaluate(self, comparison: Comparison, *, progress: bool = True) -> dict[str, Any]:
         """Evaluate all configurations; returns the report as plain data (docs: ``report.json``)."""
         evaluation = self.evaluation
         evaluation.answer_all(progress=progress)
@@ -92,7 +113,7 @@ class Demo:
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "device": str(self.model.device),
             },
-            "plan": {"exits": self.plan.describe()},
+            "plans": {name: _described(plan) for name, plan in self.plans.items()},
             "settings": {
                 "questions": len(evaluation.questions),
                 "timed_questions": len(timed),
@@ -100,7 +121,7 @@ class Demo:
                 "compiled": evaluation[LEARNED].model._vte_runner.compiler is not None,
             },
             "configurations": [evaluation.summary(c) for c in evaluation.configurations],
-            "comparison": evaluation.comparison(),
+            "comparison": json.loads(comparison.to_json()),
             "examples": [_sample(e.question, e.full, e.learned) for e in self.examples],
             "samples": [
                 _sample(*parts) for parts in zip(evaluation.questions, full.answers, learned.answers, strict=True)
@@ -108,15 +129,19 @@ class Demo:
             "seconds": time.perf_counter() - self._start,
         }
 
-    def write(self, results: dict[str, Any], out: Path) -> dict[str, Path]:
+    def write(self, results: dict[str, Any], comparison: Comparison, out: Path) -> dict[str, Path]:
         """Write ``report.json``, the plots and ``demo.html`` into a folder: what -> file."""
         out.mkdir(parents=True, exist_ok=True)
         files = {"report": out / "report.json", "page": out / "demo.html"}
         files["report"].write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        drawn = plots.draw(results, out)
+        drawn = plots.draw(results, comparison, out)
         pictures = {e.question.image.name: e.question.image for e in self.examples}
         files["page"].write_text(report.page(results, drawn, pictures), encoding="utf-8")
         return files | drawn
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    return {"exits": plan.describe(), "skips": [skip.layer for skip in plan.skips]}
 
 
 def _sample(question: Question, full: Answer, learned: Answer) -> dict[str, Any]:

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vte_compile.adapters import PIA, PlainAdapter, pool, route
+from vte_compile.adapters import PIA, PlainAdapter
 from vte_compile.errors import InputError
-from vte_compile.families.blocks import block_parts
 from vte_compile.fingerprint import Fingerprint
 from vte_compile.oracle import Oracle
-from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, PromptStatistics, SkippedBlock
+from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, SkippedBlock
 from vte_compile.plan import KeptAdapter, Plan, SkippedAttention
 from vte_compile.tuning.adapter_modules import AdapterModule
 from vte_compile.tuning.answered import embed_answered
@@ -81,7 +80,8 @@ class AdaptedModel(nn.Module):
         hidden = embeds
         for index in range(len(self._own)):
             block = self._block(index)
-            hidden = block(hidden, self._statistics(index, block, hidden, prompt_mask), **attention)[0]
+            # The blocks themselves would take all tokens for the prompt, padding too.
+            hidden = block(hidden, block.statistics(hidden, prompt_mask), **attention)[0]
         answered = labels != IGNORE
         logits = self._logits(hidden[answered])
         losses = F.cross_entropy(logits, labels[answered], reduction="none")
@@ -137,15 +137,6 @@ class AdaptedModel(nn.Module):
         if index in self.skipped:
             return self._skipping[index]
         return self._keeping.get(index, self._own[index])
-
-    def _statistics(self, index: int, block: Block, hidden: Tensor, prompt_mask: Tensor) -> PromptStatistics | None:
-        """Of the rows' prompts. The oracle's blocks would take all tokens for the prompt, padding too."""
-        if block.adapter is None:
-            return None
-        normed = block_parts(self._examiner.layers[index]).input_norm(hidden)
-        weights = route(block.adapter.router, normed, prompt_mask)
-        pooled = pool(block.adapter, normed, prompt_mask) if isinstance(block, SkippedBlock) else None
-        return PromptStatistics(weights, pooled)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._examiner.lm_head(self._examiner.decoder.norm(hidden))

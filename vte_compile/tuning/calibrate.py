@@ -2,35 +2,32 @@
 
 Every sample is examined once: its features, and what an exit after each layer would do to its answer (examine.py).
 Half of the samples then train the gates (gates.py, or the paper's way, random_layer.py), a fifth chooses which layers
-have one, and with which thresholds (policies.py), and the rest tests the guarantee (guarantee.py, docs/guarantee.md).
+have one, and with which thresholds (policies.py), and the rest tests the guarantee (guarantee.py, docs/guarantee.md):
+calibrate_examined.py.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from vte_compile.errors import CalibrationError, InputError
 from vte_compile.families.decoder import describe
 from vte_compile.fingerprint import Fingerprint
 from vte_compile.plan import GateExit, Plan
 from vte_compile.tuning.binomial import check_share, samples_needed
-from vte_compile.tuning.costs import LayerCosts, flop_costs, gate_flop_costs, measure_costs
+from vte_compile.tuning.calibrate_examined import Choice, Costing, Promise, Splits, candidates, choose, fit_gates
+from vte_compile.tuning.costs import LayerCosts, flop_costs, measure_costs
 from vte_compile.tuning.examine import Examined, Examiner
-from vte_compile.tuning.exits import ExitOutcomes
-from vte_compile.tuning.gates import Gates, accuracy, accuracy_by_width, train_gates
-from vte_compile.tuning.guarantee import Certificate, bound, certify
-from vte_compile.tuning.policies import offset_policies, thresholds_for_speedup, thresholds_within
+from vte_compile.tuning.gates import Gates, accuracy, accuracy_by_width
 from vte_compile.tuning.random_layer import Batch, labelled_row, train_random_layer
 from vte_compile.tuning.report import CalibrationReport, LayerReport
 from vte_compile.tuning.samples import read_samples
@@ -60,6 +57,7 @@ def calibrate(
     procedure: Literal["all_layers", "random_layer"] = "all_layers",
     widths: Sequence[int] = (),
     costs: _Costs = "flops",
+    base: Plan | None = None,
     max_new_tokens: int = 64,
     work: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -89,6 +87,9 @@ def calibrate(
             the samples again, so they cannot be a stream.
         widths: Of gates to compare in the report.
         costs: What is to be saved: "flops" of each sample, times "measured" here for a mean sample, or other ones.
+        base: Skips and adapters that are to be in the plan too, such as :func:`vte_compile.search_skips` finds. The
+            gates learn from the model with them; the answers that may not differ are those of the model without them,
+            so the guarantee covers the whole plan. What is saved is counted against the model with them.
         max_new_tokens: Of an answer.
         work: Folder that keeps what was found of each sample, so that an interrupted run goes on, and a later one only
             trains. None: nothing is kept.
@@ -97,39 +98,34 @@ def calibrate(
 
     Raises:
         InputError: Arguments out of range, or samples that cannot be used.
+        PlanError: The base is for another model (PlanMismatchError).
         CalibrationError: The samples do not support the request; the message says how many would, where any can.
         UnsupportedModelError: A model that cannot be examined, or whose FLOPs are not known (pass other costs).
     """
     least = 1 if target_speedup is not None else samples_needed(max_disagreement, delta)
     assert least is not None  # no answer differs
-    _check(model, samples, delta, target_speedup, procedure, costs, (width, *widths), epochs)
+    _check(model, samples, delta, target_speedup, procedure, costs, (width, *widths), epochs, base)
     knows_images = model.config if processor is None else processor
     divided = Divided(read_samples(samples, knows_images), seed)
     if 0 < operator.length_hint(divided) < samples_for(least):
         raise CalibrationError(_too_few(operator.length_hint(divided), least, "in all"))
 
-    examined = collect(model, divided, work, max_new_tokens)
+    examined = collect(model, divided, work, max_new_tokens, base=base)
     counts = {part: divided.parts.count(part) for part in PARTS}
     try:
         if min(counts.values()) == 0 or counts["certification"] < least:
             raise CalibrationError(_too_few(counts["certification"], least, "in the certification split"))
         _warn_of_dependence(divided, counts["certification"])
-        train, selection, certification = (_of_part(examined, divided.parts, part) for part in PARTS)
-        # The last layer is no candidate: behind it there is nothing to save.
-        features, labels = train.features[:, :-1], train.may_exit(slack)[:, :-1]
+        splits = Splits.of(examined, divided.parts)
+        training: dict[str, Any] = {"epochs": epochs, "seed": seed, "device": model.device}
         if procedure == "all_layers":
-            gates = train_gates(features, labels, width=width, epochs=epochs, seed=seed, device=model.device)
+            gates = fit_gates(splits.train, slack=slack, width=width, **training)
         else:
             again = Divided(read_samples(samples, knows_images), seed)
             gates = _train_the_papers_way(model, again, counts["train"], width, max_new_tokens, seed)
-        known = _measured(model, examined, width) if costs == "measured" else None if costs == "flops" else costs
-        outcomes = functools.partial(_outcomes, model, gates, labels.any(0), known)
-        to_choose, to_certify = outcomes(selection), outcomes(certification)
-        if target_speedup is None:
-            policies = offset_policies(to_choose, thresholds_within(to_choose, max_disagreement))
-            certificate = certify(to_certify, policies, max_disagreement, delta)
-        else:
-            certificate = bound(to_certify, thresholds_for_speedup(to_choose, target_speedup), delta)
+        known = _measured(model, examined, width, base) if costs == "measured" else None if costs == "flops" else costs
+        promise, costing = Promise(max_disagreement, delta, target_speedup), Costing(model.config, base, known)
+        choice = choose(gates, splits, slack, promise, costing)
     except CalibrationError as error:
         shares = ", ".join(f"{count} for {part}" for part, count in counts.items())
         saved = "" if work is None else f"; what was found of them is saved in {work}"
@@ -137,24 +133,23 @@ def calibrate(
 
     if report is not None:
         settings = {"width": width, "epochs": epochs, "slack": slack, "procedure": procedure, "seed": seed}
-        training: dict[str, Any] = {"epochs": epochs, "seed": seed, "device": model.device}
-        compared = accuracy_by_width(features, labels, widths, **training) if widths else []
+        compared = accuracy_by_width(*candidates(splits.train, slack), widths, **training) if widths else []
         report(
             CalibrationReport(
                 samples=counts,
                 settings={**settings, "max_new_tokens": max_new_tokens, "target_speedup": target_speedup},
-                layers=_layers(gates, labels, selection, slack, to_certify, certificate),
-                certificate=certificate,
+                layers=_layers(splits, slack, choice),
+                certificate=choice.certificate,
                 cost_unit={"flops": "FLOPs", "measured": "seconds"}[costs] if isinstance(costs, str) else "as given",
                 widths=tuple(compared),
             )
         )
     exits = [
         GateExit(layer, gates.w1[layer].clone(), gates.w2[layer].clone(), threshold)
-        for layer, threshold in enumerate(certificate.thresholds)
+        for layer, threshold in enumerate(choice.certificate.thresholds)
         if math.isfinite(threshold)
     ]
-    return Plan(exits, Fingerprint.of(model))
+    return replace(base or Plan(), exits=exits, fingerprint=Fingerprint.of(model))
 
 
 def _check(
@@ -166,6 +161,7 @@ def _check(
     costs: _Costs,
     widths: Sequence[int],
     epochs: int,
+    base: Plan | None,
 ) -> None:
     """Refuse now what would be refused when all samples have been examined."""
     check_share("delta", delta)
@@ -176,13 +172,15 @@ def _check(
             raise InputError(f"{name}={value}: expected at least 1.")
     if procedure not in ("all_layers", "random_layer"):
         raise InputError(f"procedure={procedure!r}: expected 'all_layers' or 'random_layer'.")
+    if procedure == "random_layer" and base is not None:
+        raise InputError("base: procedure='random_layer' trains on the model as it is, without skips and adapters.")
     if procedure == "random_layer" and isinstance(samples, Iterator):
         raise InputError("samples: are a stream, which procedure='random_layer' would need twice: pass a list.")
     if isinstance(costs, LayerCosts):
         if len(costs.exits) != (layers := describe(model).num_layers):
             raise InputError(f"costs: expected {layers} exits, one per layer, got {len(costs.exits)}.")
     elif costs == "flops":
-        flop_costs(model.config, torch.tensor([2]), torch.tensor([1]))
+        flop_costs(model.config, torch.tensor([2]), torch.tensor([1]), base)
     elif costs != "measured":
         raise InputError(f"costs={costs!r}: expected 'flops', 'measured' or LayerCosts.")
 
@@ -205,11 +203,6 @@ def _too_few(samples: int, least: int, where: str) -> str:
     )
 
 
-def _of_part(examined: Examined, parts: Sequence[str], part: str) -> Examined:
-    places = torch.tensor([index for index, other in enumerate(parts) if other == part])
-    return Examined(*(getattr(examined, field.name)[places] for field in fields(Examined)))
-
-
 def _train_the_papers_way(
     model: PreTrainedModel, divided: Divided, samples: int, width: int, max_new_tokens: int, seed: int
 ) -> Gates:
@@ -223,39 +216,20 @@ def _train_the_papers_way(
     return train_random_layer(model, batches(), steps=-(-samples // _BATCH), width=width, seed=seed)
 
 
-def _measured(model: PreTrainedModel, examined: Examined, width: int) -> LayerCosts:
+def _measured(model: PreTrainedModel, examined: Examined, width: int, base: Plan | None) -> LayerCosts:
     tokens, visual = (round(count.double().mean().item()) for count in (examined.tokens, examined.visual))
-    return measure_costs(model, tokens=tokens, visual=visual, width=width)
+    return measure_costs(model, tokens=tokens, visual=visual, width=width, base=base)
 
 
-def _outcomes(
-    model: PreTrainedModel, gates: Gates, may_exit: Tensor, costs: LayerCosts | None, examined: Examined
-) -> ExitOutcomes:
-    """What exits after the layers with gates do to the samples; those where no training sample may exit never fire."""
-    layers = len(gates.w1)
-    if costs is None:
-        exits = flop_costs(model.config, examined.tokens, examined.visual)
-        asking = gate_flop_costs(gates.w1.shape[1], gates.w1.shape[2] // 2, layers)
-    else:
-        exits = torch.tensor(costs.exits, dtype=torch.float64)
-        asking = torch.full((layers,), costs.gate, dtype=torch.float64)
-    margins = gates.margins(examined.features[:, :-1]).masked_fill(~may_exit, torch.nan)
-    return ExitOutcomes(margins, ~examined.unchanged[:, :-1], exits, asking)
-
-
-def _layers(
-    gates: Gates,
-    labels: Tensor,
-    selection: Examined,
-    slack: float,
-    certified: ExitOutcomes,
-    certificate: Certificate,
-) -> tuple[LayerReport, ...]:
-    measured = accuracy(gates.margins(selection.features[:, :-1]), selection.may_exit(slack)[:, :-1])
-    exits = certified.exits(torch.tensor(certificate.thresholds, dtype=torch.float64))
+def _layers(splits: Splits, slack: float, choice: Choice) -> tuple[LayerReport, ...]:
+    labels = candidates(splits.train, slack)[1]
+    features, truth = candidates(splits.selection, slack)
+    measured = accuracy(choice.gates.margins(features), truth)
+    certified, thresholds = choice.certification, choice.certificate.thresholds
+    exits = certified.exits(torch.tensor(thresholds, dtype=torch.float64))
     changed = certified.changed(exits)
     rows = []
-    for layer, threshold in enumerate(certificate.thresholds):
+    for layer, threshold in enumerate(thresholds):
         here = exits == layer
         rows.append(
             LayerReport(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,13 +41,14 @@ class LayerCosts:
             raise InputError("costs: expected finite numbers that are not negative.")
 
 
-def flop_costs(config: Any, tokens: Tensor, visual: Tensor) -> Tensor:
+def flop_costs(config: Any, tokens: Tensor, visual: Tensor, base: Plan | None = None) -> Tensor:
     """FLOPs of the prefill of n prompts for each exit: [n, L] float64, the last column without exit.
 
     Args:
         config: Of the model, as :func:`vte_compile.flops.prefill_flops` takes it.
         tokens: [n], of each prompt, visual ones included.
         visual: [n], how many of them are visual.
+        base: Skips and adapters that all exits come on top of.
 
     Raises:
         UnsupportedModelError: A decoder whose FLOPs are not known.
@@ -56,7 +57,7 @@ def flop_costs(config: Any, tokens: Tensor, visual: Tensor) -> Tensor:
 
     @functools.cache  # prompts of one length are many
     def row(seq: int, images: int) -> list[int]:
-        return [prefill_flops(config, seq, images, layer) for layer in (*range(layers - 1), -1)]
+        return [prefill_flops(config, seq, images, layer, base) for layer in (*range(layers - 1), -1)]
 
     rows = [row(*sizes) for sizes in zip(tokens.tolist(), visual.tolist(), strict=True)]
     return torch.tensor(rows, dtype=torch.float64)
@@ -68,7 +69,14 @@ def gate_flop_costs(width: int, hidden_size: int, layers: int) -> Tensor:
 
 
 def measure_costs(
-    model: PreTrainedModel, *, tokens: int, visual: int, width: int, runs: int = 7, compile: bool | None = None
+    model: PreTrainedModel,
+    *,
+    tokens: int,
+    visual: int,
+    width: int,
+    runs: int = 7,
+    compile: bool | None = None,
+    base: Plan | None = None,
 ) -> LayerCosts:
     """Time the prefill of one random prompt for each exit, in turns, in seconds: medians.
 
@@ -79,6 +87,7 @@ def measure_costs(
         width: M, of the gates.
         runs: Timed rounds.
         compile: As for optimize(): what is measured is what will run.
+        base: Skips and adapters that all exits come on top of.
 
     Raises:
         InputError: ``tokens`` and ``visual`` leave no question behind the image.
@@ -87,12 +96,13 @@ def measure_costs(
 
     if not 0 < visual <= tokens - 2:
         raise InputError(f"tokens={tokens}, visual={visual}: expected a visual token, and two of text behind them.")
-    plain: Any = optimize(model, Plan(), compile=compile)
+    base = base or Plan()
+    plain: Any = optimize(model, base, compile=compile)
     spec = plain._vte_spec
     w1, w2 = torch.zeros(width, 2 * spec.hidden_size), torch.zeros(2, width)
-    silent = Plan([GateExit(layer, w1, w2, threshold=1.0) for layer in range(spec.num_layers - 1)])
-    models = [optimize(plain, Plan([StaticExit(layer)])) for layer in range(spec.num_layers - 1)]
-    models += [plain, optimize(plain, silent)]
+    silent = [GateExit(layer, w1, w2, threshold=1.0) for layer in range(spec.num_layers - 1)]
+    models = [optimize(plain, replace(base, exits=[StaticExit(layer)])) for layer in range(spec.num_layers - 1)]
+    models += [plain, optimize(plain, replace(base, exits=silent))]
 
     embeddings: Any = model.get_input_embeddings()
     ids = torch.randint(embeddings.num_embeddings, (1, tokens), generator=torch.Generator().manual_seed(0))
@@ -104,4 +114,4 @@ def measure_costs(
     with tqdm(total=(runs + 1) * len(cases), desc="timing", unit="run", dynamic_ncols=True) as bar:
         times = interleaved(cases, runs, device=model.device, after_each=lambda: bar.update())
     *exits, with_gates = (times[name].median_s for name in cases)
-    return LayerCosts(exits, max(with_gates - exits[-1], 0.0) / max(len(silent.exits), 1))
+    return LayerCosts(exits, max(with_gates - exits[-1], 0.0) / max(len(silent), 1))

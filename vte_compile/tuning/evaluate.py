@@ -12,10 +12,8 @@ import hashlib
 import logging
 import operator
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +23,6 @@ from tqdm import tqdm
 from vte_compile.errors import InputError
 from vte_compile.optimizer import optimize
 from vte_compile.plan import Plan, StaticExit
-from vte_compile.plan_files import JSON_NAME
 from vte_compile.tuning.answered import embed_answered, placed
 from vte_compile.tuning.answers import Answer, Answers
 from vte_compile.tuning.baselines import AttentionPruning, RandomDropping, ReducingOracle, TokenReduction
@@ -34,7 +31,7 @@ from vte_compile.tuning.examine import GREEDY, Examiner
 from vte_compile.tuning.matching import Prompt, exit_within, mean_flops, removed, share_within
 from vte_compile.tuning.measures import CONFIDENCE, RESAMPLES, Asked, Case, Measurer, all_stay, earliest_exit, exited
 from vte_compile.tuning.samples import Sample, read_samples
-from vte_compile.tuning.store import ExaminedStore
+from vte_compile.tuning.store import ExaminedStore, plan_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -194,7 +191,7 @@ class _Evaluator:
 
     def _plan_run(self, plan: Plan) -> _Run:
         fast = optimize(self.fast, plan)
-        return _Run(self._answers(kind="plan", plan=_digest(plan)), lambda sample: self._generate(fast, sample))
+        return _Run(self._answers(kind="plan", plan=plan_digest(plan)), lambda sample: self._generate(fast, sample))
 
     @torch.no_grad()
     def _generate(self, model: Any, sample: Sample) -> Answer:
@@ -292,10 +289,3 @@ class _Evaluator:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         return [token for token in tokens if token not in ends]
-
-
-def _digest(plan: Plan) -> str:
-    """A hash of all that is in a plan: that of its JSON file, which holds the hash of the tensors."""
-    with tempfile.TemporaryDirectory() as folder:
-        plan.save_pretrained(folder)
-        return hashlib.sha256((Path(folder) / JSON_NAME).read_bytes()).hexdigest()

@@ -19,6 +19,7 @@ from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import describe
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
+from vte_compile.oracle_blocks import Block, OwnBlock
 from vte_compile.plan import Plan
 from vte_compile.tuning.answered import embed_answered, placed
 from vte_compile.tuning.samples import Sample, check_question
@@ -48,7 +49,8 @@ class Examined:
     """What exits do to n samples, for the decoder's L layers.
 
     `features` [n, L, 2C] float32 (float64 of such a model): what a gate after each layer reads. `same` [n, L]: the
-    share of answer positions whose argmax an exit after that layer leaves as it is. `loss` [n, L + 1]: mean cross
+    share of answer positions at which an exit after that layer leaves the full model's argmax; after the last layer an
+    exit changes nothing, so there it is 1, unless attentions are skipped or adapted. `loss` [n, L + 1]: mean cross
     entropy of the answer for each exit, and in the last column for none. `visual`, `tokens` [n] int64: visual tokens,
     and all tokens, of the prompt.
     """
@@ -61,12 +63,17 @@ class Examined:
 
     @property
     def unchanged(self) -> Tensor:
-        """[n, L]: no answer position changes."""
+        """[n, L]: no answer position changes; in the last column by the skips and adapters alone."""
         return self.same == 1
 
     def may_exit(self, slack: float = 0.0) -> Tensor:
         """[n, L]: the label. With a slack of 0 it is the paper's; a slack lets a small loss grow by as much."""
         return (self.same > AGREEING_POSITIONS) & (self.loss[:, :-1] < LOSS_RATIO * self.loss[:, -1:] + slack)
+
+    def at(self, places: Sequence[int]) -> Examined:
+        """The samples at these places, in this order."""
+        index = torch.tensor(places, dtype=torch.long)
+        return Examined(*(getattr(self, field.name)[index] for field in fields(Examined)))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Examined]) -> Examined:
@@ -78,12 +85,14 @@ class Examiner:
     """Examines samples of one model.
 
     `model`: a Hugging Face MLLM in eval mode, as it was loaded, with "sdpa" or "eager" attention. That its layers can
-    be run one by one is tried out once.
+    be run one by one is tried out once. `base`: skips and adapters that the exits come on top of; the answers that are
+    to stay are still those of the model without them.
 
-    Raises UnsupportedModelError if they cannot, or if its positions are multimodal; InputError for an optimized model.
+    Raises UnsupportedModelError if they cannot, or if its positions are multimodal; InputError for an optimized model
+    or a base with exits; PlanMismatchError if the base is for another model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, base: Plan | None = None) -> None:
         if isinstance(model, OptimizedModel):
             raise InputError("model: is an optimized one, whose answers have exits in them: pass the original model.")
         self.model: Any = model
@@ -93,8 +102,13 @@ class Examiner:
                 f"{type(model).__name__} has multimodal (3-D) rotary positions: samples of such models cannot be "
                 "examined so far. Plans made by hand work."
             )
-        oracle = Oracle(model, Plan())  # for its checks
+        base = base or Plan()
+        if base.exits:
+            raise InputError("base: has exits, which are what is to be found: pass a plan of skips and adapters only.")
+        oracle = Oracle(model, base)  # for its checks
         self.layers, self.decoder, self.lm_head = oracle.layers, oracle.decoder, oracle.lm_head
+        self._blocks = oracle.blocks
+        self._changed = bool(base.skips or base.adapters)
 
     @torch.no_grad()
     def examine(self, sample: Sample) -> Examined:
@@ -112,7 +126,10 @@ class Examiner:
         losses, chosen = self._measure(branches[:, -len(answer) :], answer, wide)
         loss = losses.mean(-1)
         loss = torch.cat([loss, loss[-1:]])  # behind the last layer an exit changes nothing
-        same = (chosen == chosen[-1]).to(wide).mean(-1)
+        reference = chosen[-1:]
+        if self._changed:
+            _, reference = self._measure(self._full(embeds)[:, -len(answer) :], answer, wide)
+        same = (chosen == reference).to(wide).mean(-1)
         for what, value in (("loss", loss), ("features", features)):
             if not bool(torch.isfinite(value).all()):
                 bad = sorted({int(index[0]) for index in (~torch.isfinite(value)).nonzero()})
@@ -151,6 +168,9 @@ class Examiner:
         text = ~visual
         mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
         text_mask, text_positions = mask[text][:, text], positions[:, text]
+        # What adapters know of the prompt, at inference, is not of the answer.
+        asks = positions < prompt
+        text_asks = asks[:, text]
         at_once = max(1, max(length, _BRANCH_TOKENS) // text_positions.shape[1])
 
         hidden, features = embeds, []
@@ -158,23 +178,40 @@ class Examiner:
         for index in range(layers):
             for start in range(0, index, at_once):
                 part = branches[start : min(start + at_once, index)]
-                part.copy_(self.run_layer(index, part, text_mask, text_positions))
-            hidden = self.run_layer(index, hidden, mask, positions)
+                part.copy_(self._run_block(self._blocks[index], part, text_mask, text_positions, text_asks))
+            hidden = self._run_block(self._blocks[index], hidden, mask, positions, asks)
             branches[index] = hidden[0, text]
             asked = hidden[0, question].to(wide)
             features.append(torch.cat([asked[:-1].mean(0), asked[-1]]))
         return branches, torch.stack(features)
 
+    def _full(self, embeds: Tensor) -> Tensor:
+        """The states [1, T, C] before the final norm of the model without the base."""
+        length = embeds.shape[1]
+        positions = torch.arange(length, device=embeds.device)[None]
+        mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
+        for index in range(len(self.layers)):
+            embeds = self.run_layer(index, embeds, mask, positions)
+        return embeds
+
     def run_layer(self, index: int, hidden: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """A layer's output for hidden [B, T, C] with the additive mask [T, T] and positions [1, T], without a cache."""
-        output = self.layers[index](
+        """A layer's output for hidden [B, T, C] with the additive mask [T, T] and positions [1, T], without a cache.
+
+        It is the model's own layer, whatever the base does to it.
+        """
+        everything = torch.ones_like(positions, dtype=torch.bool)
+        return self._run_block(OwnBlock(self.layers[index]), hidden, mask, positions, everything)
+
+    def _run_block(self, block: Block, hidden: Tensor, mask: Tensor, positions: Tensor, asks: Tensor) -> Tensor:
+        """A block's output, as :meth:`run_layer`; `asks` [1, T]: where the prompt is."""
+        result: Tensor = block(
             hidden,
+            block.statistics(hidden, asks.expand(len(hidden), -1)),
             attention_mask=mask[None, None],
             position_ids=positions,
             position_embeddings=self.decoder.rotary_emb(hidden, position_ids=positions),
             use_cache=False,
-        )
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        )[0]
         return result
 
     def _measure(self, states: Tensor, answer: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:

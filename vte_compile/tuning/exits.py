@@ -22,7 +22,8 @@ class ExitOutcomes:
     Args:
         margins: [n, L] floating point, z[1] - z[0] of the gates; NaN where a gate cannot fire. With the visual tokens
             still there: no other gate fired.
-        differs: [n, L] bool, whether the answer would not be that of the full model.
+        differs: [n, L + 1] bool, whether the answer would not be that of the full model; in the last column without
+            leaving, by what else is changed in the model; [n, L] where nothing is.
         costs: [n, L + 1], or [L + 1] for all prompts alike: of leaving after each layer, and in the last column of
             never leaving, without gates. In FLOPs, seconds or whatever is to be saved.
         gate_costs: [L], of asking each gate; a gate that is used is asked where no earlier one fired.
@@ -43,9 +44,11 @@ class ExitOutcomes:
         shape = self.margins.shape
         if len(shape) != 2 or 0 in shape or not self.margins.is_floating_point():
             raise InputError(f"margins: expected [n, L] floating point, got {_describe(self.margins)}.")
-        if self.differs.shape != shape or self.differs.dtype != torch.bool:
-            raise InputError(f"differs: expected {list(shape)} bool, got {_describe(self.differs)}.")
         samples, layers = shape
+        if self.differs.shape not in (shape, (samples, layers + 1)) or self.differs.dtype != torch.bool:
+            raise InputError(
+                f"differs: expected {[samples, layers + 1]} bool, or {list(shape)}, got {_describe(self.differs)}."
+            )
         if self.costs.shape not in ((layers + 1,), (samples, layers + 1)):
             raise InputError(
                 f"costs: expected {[samples, layers + 1]} or {[layers + 1]}, with never leaving in the last column, "
@@ -57,7 +60,8 @@ class ExitOutcomes:
             if not bool((torch.isfinite(values) & (values >= 0)).all()):
                 raise InputError(f"{name}: expected finite numbers that are not negative.")
         object.__setattr__(self, "margins", self.margins.detach().double().cpu())
-        object.__setattr__(self, "differs", self.differs.cpu())
+        staying = layers + 1 - self.differs.shape[1]  # the column that is not there: nothing differs
+        object.__setattr__(self, "differs", torch.nn.functional.pad(self.differs, (0, staying)).cpu())
         object.__setattr__(self, "costs", self.costs.detach().double().cpu().expand(samples, layers + 1))
         object.__setattr__(self, "gate_costs", self.gate_costs.detach().double().cpu())
 
@@ -92,7 +96,7 @@ class ExitOutcomes:
 
     def changed(self, exits: Tensor) -> Tensor:
         """Whether the answer of each prompt that leaves after `exits` [n] differs: [n] bool."""
-        return torch.nn.functional.pad(self.differs, (0, 1)).gather(1, exits[:, None])[:, 0]
+        return self.differs.gather(1, exits[:, None])[:, 0]
 
 
 @dataclass(frozen=True)

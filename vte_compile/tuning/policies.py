@@ -39,10 +39,16 @@ def thresholds_within(train: ExitOutcomes, max_disagreement: float) -> Tensor:
 
     Raises:
         InputError: `max_disagreement` is not between 0 and 1.
-        CalibrationError: No exit saves anything within the limit.
+        CalibrationError: No exit saves anything within the limit, or answers differ beyond it without any.
     """
     check_share("max_disagreement", max_disagreement)
-    thresholds = _search(train, math.floor(max_disagreement * train.samples), -math.inf)
+    limit, anyway = math.floor(max_disagreement * train.samples), int(train.differs[:, -1].sum())
+    if anyway > limit:
+        raise CalibrationError(
+            f"Skips and adapters alone change {anyway} of the {train.samples} training prompts' answers, more than "
+            f"{max_disagreement:.2%}: skip fewer attentions, train their adapters, or allow more."
+        )
+    thresholds = _search(train, limit, -math.inf)
     if not bool(torch.isfinite(thresholds).any()):
         raise CalibrationError(
             f"No gate saves anything on the {train.samples} training prompts with at most {max_disagreement:.2%} of "

@@ -85,7 +85,8 @@ class CalibrationReport:
                 str(row.changed) if row.exits else "",
                 style=None if row.threshold is not None else "dim",
             )
-        table.add_row("never", "", "", "", "", f"{self.never:.1%}", "")
+        staying = self.certificate.changed - sum(row.changed for row in self.layers)  # by skips and adapters alone
+        table.add_row("never", "", "", "", "", f"{self.never:.1%}", str(staying) if staying else "")
         return table
 
     def _width_table(self) -> Table:

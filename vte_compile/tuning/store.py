@@ -3,7 +3,8 @@
 A folder holds shards of samples as safetensors, and vte_examined.json, schema version 1::
 
     {"schema_version": 1,
-     "model": {"fingerprint": as in a plan, "dtype", "weights": SHA-256 of a few values of every parameter},
+     "model": {"fingerprint": as in a plan, "dtype", "weights": SHA-256 of a few values of every parameter,
+               "base": SHA-256 of the skips and adapters that were in it, null without such},
      "shards": {file name: {"sha256": of the file, hexadecimal, "keys": [one per sample], ...}}
 
 Shards are written whole, and before the index names them.
@@ -17,6 +18,7 @@ import logging
 import operator
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -29,7 +31,8 @@ from tqdm import tqdm
 
 from vte_compile.errors import InputError
 from vte_compile.fingerprint import Fingerprint
-from vte_compile.plan_files import write_atomically
+from vte_compile.plan import Plan
+from vte_compile.plan_files import JSON_NAME, write_atomically
 from vte_compile.tuning.examine import Examined, Examiner, own_answer
 from vte_compile.tuning.samples import Sample
 
@@ -45,15 +48,18 @@ _logger = logging.getLogger(__name__)
 class ExaminedStore:
     """Examined samples of one model, by key; in memory, and in shards in `folder` unless that is None.
 
-    Shards that are missing or damaged are left out with a warning: their samples are to be examined again.
+    `base`: the plan of skips and adapters with which they were examined, None without such. Shards that are missing or
+    damaged are left out with a warning: their samples are to be examined again.
 
-    Raises InputError if the folder is of another model or another version, cannot be written, or its index is damaged.
+    Raises InputError if the folder is of another model, base or version, cannot be written, or its index is damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, model: nn.Module, shard: int = 64) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, model: nn.Module, shard: int = 64, base: Plan | None = None
+    ) -> None:
         self.folder = None if folder is None else Path(folder)
         self._shard = shard
-        self._model = model_identity(model)
+        self._model = model_identity(model) | {"base": None if base is None else plan_digest(base)}
         self._shards: dict[str, dict[str, Any]] = {}
         self._where: dict[str, tuple[str, int]] = {}
         self._pending: dict[str, Examined] = {}
@@ -144,7 +150,7 @@ class ExaminedStore:
         if different := [name for name in self._model if model.get(name) != self._model[name]]:
             raise InputError(
                 f"{folder}: its samples were examined with another model ({', '.join(different)} differ): use another "
-                "folder, or load that model."
+                "folder, or load that model, with the same base."
             )
         for name, entry in shards.items():
             try:
@@ -170,6 +176,7 @@ def collect(
     max_new_tokens: int = 64,
     shard: int = 64,
     progress: bool = True,
+    base: Plan | None = None,
 ) -> Examined:
     """Examine samples, but for those that an earlier run has saved.
 
@@ -180,6 +187,7 @@ def collect(
         max_new_tokens: Length limit of the model's own answers.
         shard: Samples per file. An interruption (but for a killed process) loses none.
         progress: Whether to show a progress bar.
+        base: Skips and adapters, see :class:`Examiner`; None: none.
 
     Returns:
         One row per sample, in order, on the CPU: the same as without interruptions.
@@ -192,8 +200,8 @@ def collect(
     for name, value in (("max_new_tokens", max_new_tokens), ("shard", shard)):
         if value < 1:
             raise InputError(f"{name}: expected 1 or more, got {value}.")
-    examiner = Examiner(model)
-    store = ExaminedStore(folder, model, shard)
+    examiner = Examiner(model, base)
+    store = ExaminedStore(folder, model, shard, base)
     keys: list[str] = []
     total = operator.length_hint(samples) or None
     try:
@@ -231,6 +239,13 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     identity = {"fingerprint": asdict(Fingerprint.of(model)), "dtype": dtype, "weights": digest.hexdigest()}
     as_json: dict[str, Any] = json.loads(json.dumps(identity))
     return as_json
+
+
+def plan_digest(plan: Plan) -> str:
+    """A hash of all that is in a plan: that of its JSON file, which holds the hash of the tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan.save_pretrained(folder)
+        return hashlib.sha256((Path(folder) / JSON_NAME).read_bytes()).hexdigest()
 
 
 def _parse_index(text: str, where: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
