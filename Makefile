@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/vte-compile demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
