@@ -27,7 +27,7 @@ from vte_compile.families.decoder import DecoderSpec, describe, find_decoder
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.plan import Plan
-from vte_compile.runtime.inductor import PieceCompiler, find_backend
+from vte_compile.runtime.inductor import PieceCompiler, compile_standalone, find_backend
 from vte_compile.runtime.runner import DecoderRunner
 from vte_compile.runtime.verify import verify_hidden
 
@@ -180,16 +180,16 @@ def _with_call(
 
     layout = replace_region(gm, region)
     call = DecoderCall(runner, layout, verify)
-    before, node, behind = split(gm)
+    before, node, answers, behind = split(gm)
     first, second = _inductor(before.module, settings), _inductor(behind.module, settings)
     inputs = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
-    given = [n.name for n in node.all_input_nodes]
+    given, called = [n.name for n in node.all_input_nodes], [n.name for n in answers]
     results: Any = next(n for n in gm.graph.nodes if n.op == "output").args[0]
 
     def run(*args: Any) -> tuple[Any, ...]:
         values = dict(zip(inputs, args, strict=True))
         values |= zip(before.outputs, first(*[values[name] for name in before.inputs]), strict=True)
-        values[node.name] = call(*[values[name] for name in given])
+        values |= zip(called, call(*[values[name] for name in given]), strict=True)
         values |= zip(behind.outputs, second(*[values[name] for name in behind.inputs]), strict=True)
         return tuple(values[n.name] if isinstance(n, fx.Node) else n for n in results)
 
@@ -205,4 +205,4 @@ def _inductor(gm: fx.GraphModule, settings: Options) -> Compiled:
     if not find_backend(device or torch.device("cpu"), settings.compile):
         return gm.forward
     examples = [n.meta["example_value"] for n in placeholders]
-    return torch._inductor.standalone_compile(gm, examples, dynamic_shapes="from_tracing_context")
+    return compile_standalone(gm, examples, "from_tracing_context")

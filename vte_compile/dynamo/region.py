@@ -285,17 +285,20 @@ class Part:
     outputs: list[str]
 
 
-def split(gm: fx.GraphModule) -> tuple[Part, fx.Node, Part]:
-    """What comes before the call, the call, and what follows it."""
+def split(gm: fx.GraphModule) -> tuple[Part, fx.Node, list[fx.Node], Part]:
+    """What comes before the call, the call, its results in turn, and what follows them."""
     call = next(n for n in gm.graph.nodes if n.target is decoder_call)
+    results = sorted(call.users, key=lambda n: n.args[1])
     before: list[fx.Node] = []
     behind: dict[fx.Node, None] = {}
     for node in gm.graph.nodes:
-        if any(n is call or n in behind for n in node.all_input_nodes):
+        if node is call or node in call.users or node.op in ("placeholder", "output"):
+            continue
+        if any(n in call.users or n in behind for n in node.all_input_nodes):
             behind[node] = None
-        elif node.op != "placeholder" and node is not call:
+        else:
             before.append(node)
-    return _part(gm, before), call, _part(gm, [n for n in behind if n.op != "output"])
+    return _part(gm, before), call, results, _part(gm, list(behind))
 
 
 def _part(gm: fx.GraphModule, nodes: list[fx.Node]) -> Part:
