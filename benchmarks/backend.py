@@ -2,21 +2,21 @@
 
     python benchmarks/backend.py --json benchmarks/results/backend.json
 
-Steady times: a random-weight LLaVA, all cases in turns in one process; ratios are medians over the rounds. The prompt is
-token ids, with the image's placeholder where visual tokens are: its embedding stands for image features, so that the
+Steady times: a random-weight LLaVA, all cases in turns in one process; ratios are medians over the rounds. The prompt
+is token ids, with the image's placeholder where visual tokens are: its embedding stands for image features, so that the
 vision tower is not timed, and the visual tokens are known from their ids. The exit is a static one at half depth.
 
-Compile time: each case in a process of its own with an empty Inductor cache, from the model to the first round (a prompt
-of a new length, and two decode steps) in which nothing is compiled, less what the rounds take without compiling. Seconds
-of CPU are those of the process and its compilers: unlike wall time, they do not count what else the machine does.
-The parts are wall time: Dynamo's own tracing; Inductor; and the rest, which is capture, passes and checks.
+First calls: the time until all of this is compiled, with an empty Inductor cache, what is run meanwhile included.
+Compile time by layers: each case in a process of its own with an empty Inductor cache, from the model to the first
+round (a prompt of a new length, and two decode steps) in which nothing is compiled, less what the rounds take without
+compiling. Seconds of CPU are the process's own, without the C++ compilers it waits for: unlike wall time, they do not
+count what else the machine does. The parts are wall time: Dynamo's own tracing; Inductor; and the rest, which is
+capture, passes and checks.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -43,10 +43,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch._dynamo.utils import compilation_time_metrics, counters
+from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
 from vte_compile import Plan, StaticExit, optimize
-from vte_compile.timing import Phases, Summary, time_phases
+from vte_compile.timing import Phases, time_phases
 
 OPTIMIZE, BACKEND = "optimize()", "backend vte"
 COMPILED_LAYERS = (8, 16, 32)
@@ -62,7 +63,7 @@ def main(
     dtype: DtypeOption = "float32",
     threads: ThreadsOption = 0,
     runs: int = 7,
-    decode_runs: Annotated[int, typer.Option(help="A run is short, and the machine is not quiet: many.")] = 40,
+    decode_runs: Annotated[int, typer.Option(help="A run is short, and the machine is not quiet: many.")] = 20,
     decode_tokens: Annotated[int, typer.Option(help="Decode steps in each run.")] = 8,
     compile_times: Annotated[bool, typer.Option(help="Also measure how long compiling takes.")] = True,
     json_file: JsonOption = None,
@@ -128,10 +129,14 @@ def steady_rows(
     ids = placeholder_ids(model, seq, visual)
     exit_ = StaticExit(layers // 2 - 1)
     exited = f", exit after {exit_.layer}"
-    timed = {BASELINE: phases(compiled_model(BASELINE, model, Plan()), ids, decode_tokens)}
-    for name, plan in (("", Plan()), (exited, Plan([exit_]))):
-        for how in (OPTIMIZE, BACKEND):
+    ways = [(BASELINE, "", Plan())]
+    ways += [(how, name, plan) for name, plan in (("", Plan()), (exited, Plan([exit_]))) for how in (OPTIMIZE, BACKEND)]
+    timed, first_calls = {}, {}
+    for how, name, plan in tqdm(ways, desc="compile", unit="case"):
+        start, cpu = time.perf_counter(), time.process_time()
+        with fresh_cache():
             timed[how + name] = phases(compiled_model(how, model, plan), ids, decode_tokens)
+        first_calls[how + name] = {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
     before = compilations()
     with tqdm(total=len(timed) * (runs + decode_runs + 2), desc="steady", unit="run") as bar:
         prefill, decode = time_phases(timed, runs, decode_runs, device=model.device, after_each=bar.update)
@@ -141,6 +146,7 @@ def steady_rows(
     for name in timed:
         beside = name.replace(BACKEND, OPTIMIZE)
         row: dict[str, Any] = {"case": name, "exit_layer": exit_.layer if name.endswith(exited) else -1}
+        row["first_calls"] = first_calls[name]
         for phase, times in (("prefill", prefill), ("decode", decode)):
             scale = 1 / decode_tokens if phase == "decode" else 1
             row[phase] = asdict(times[name].scaled(scale)) | {"time_ratio": times[name].ratio_to(times[BASELINE])}
@@ -188,15 +194,12 @@ def compilations() -> int:
 
 def compile_rows(threads: int) -> list[dict[str, Any]]:
     """How long compiling takes, by way and number of layers, and how it grows with them."""
-    rows = []
-    cases = [(how, layers) for how in (BASELINE, OPTIMIZE, BACKEND) for layers in COMPILED_LAYERS]
+    rows: list[dict[str, Any]] = []
+    cases = [(how, layers) for how in (OPTIMIZE, BACKEND) for layers in COMPILED_LAYERS]
     for how, layers in tqdm(cases, desc="compile", unit="process"):
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                row = pool.submit(compile_time, how, layers, threads).result()
-        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-        first = row if layers == COMPILED_LAYERS[0] else rows[len(rows) // 3 * 3]
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            row = pool.submit(compile_time, how, layers, threads).result()
+        first = row if layers == COMPILED_LAYERS[0] else rows[len(rows) // len(COMPILED_LAYERS) * len(COMPILED_LAYERS)]
         row["to_fewest_layers"] = {key: seconds / first["compile"][key] for key, seconds in row["compile"].items()}
         rows.append(row)
     return rows
@@ -210,35 +213,30 @@ def compile_time(how: str, layers: int, threads: int) -> dict[str, Any]:
     """
     model = build_model(COMPILED_HIDDEN, layers, COMPILED_VISUAL, "float32", threads)
     prompts = [placeholder_ids(model, PREFIX + COMPILED_VISUAL + 8 + i, COMPILED_VISUAL) for i in range(MAX_ROUNDS)]
-    start, cpu = time.perf_counter(), cpu_seconds()
-    compiled = compiled_model(how, model, Plan([StaticExit(layers // 2 - 1)]))
-    for count, ids in enumerate(prompts, 1):
-        before, round_start, round_cpu = compilations(), time.perf_counter(), cpu_seconds()
-        with torch.no_grad():
-            cache = compiled(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-            for _ in range(2):
-                compiled(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-        if compilations() == before:
-            break
-    else:
-        raise RuntimeError(f"{how}: still compiles after {MAX_ROUNDS} prompts.")
-    end, cpu_end = time.perf_counter(), cpu_seconds()
+    start, cpu = time.perf_counter(), time.process_time()
+    with fresh_cache():
+        compiled = compiled_model(how, model, Plan([StaticExit(layers // 2 - 1)]))
+        for rounds, ids in enumerate(prompts, 1):  # noqa: B007
+            before, round_start, round_cpu = compilations(), time.perf_counter(), time.process_time()
+            with torch.no_grad():
+                cache = compiled(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+                for _ in range(2):
+                    compiled(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            if compilations() == before:
+                break
+        else:
+            raise RuntimeError(f"{how}: still compiles after {MAX_ROUNDS} prompts.")
+        end, cpu_end = time.perf_counter(), time.process_time()
     spent = {
-        "wall_s": end - start - count * (end - round_start),
-        "cpu_s": cpu_end - cpu - count * (cpu_end - round_cpu),
+        "wall_s": end - start - rounds * (end - round_start),
+        "cpu_s": cpu_end - cpu - rounds * (cpu_end - round_cpu),
     }
     known = {
         "dynamo_s": timed_s("_compile.compile_inner") - timed_s("OutputGraph.call_user_compiler"),
         "inductor_s": timed_s("create_aot_dispatcher_function"),
     }
     rest = {"rest_s": spent["wall_s"] - sum(known.values())}
-    return {"case": how, "layers": layers, "rounds": count, "compile": spent | known | rest}
-
-
-def cpu_seconds() -> float:
-    """Of this process and of those it waited for."""
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
+    return {"case": how, "layers": layers, "rounds": rounds, "compile": spent | known | rest}
 
 
 def timed_s(name: str) -> float:
@@ -257,6 +255,8 @@ def show_steady(rows: list[dict[str, Any]]) -> None:
             beside = f"{times['to_optimize']:.3f}" if "to_optimize" in times else ""
             table.add_row(row["case"], median, f"{least}, {most}", f"{times['time_ratio']:.3f}", beside)
         Console().print(table)
+    firsts = (f"{row['case']} {row['first_calls']['wall_s']:.0f} ({row['first_calls']['cpu_s']:.0f})" for row in rows)
+    Console().print("first calls, s (of CPU): " + "; ".join(firsts))
 
 
 def show_compile(rows: list[dict[str, Any]]) -> None:
