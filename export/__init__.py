@@ -1,1 +1,80 @@
-"""Exporters to ONNX and TensorRT, with the runners for what they write; installed as `vte_compile.export`."""
+"""Engines: an optimized model as a folder that runs without transformers; installed as `vte_compile.export`.
+
+The name is that of a function too: ``vte_compile.export(fast, path, target=...)``. So this package can be called, in
+whatever order it and its modules are imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vte_compile.errors import InputError
+
+if TYPE_CHECKING:
+    from vte_compile.export.engine import Engine
+
+TARGETS = {"aoti": "vte_compile.export.aoti_target"}
+"""The modules that write engines, each with a function ``write(fast, path)``."""
+
+
+def export(fast: Any, path: str | os.PathLike[str], target: str = "aoti") -> Path:
+    """Write what :func:`vte_compile.optimize` returned as an engine: a folder that is complete by itself.
+
+    The folder appears when it is whole; an interrupted export leaves none, or the engine that was there before.
+    docs/engines.md says what is in it.
+
+    Args:
+        fast: A causal language model or LLaVA-type MLLM from ``optimize()``; its exits, skips and folded adapters
+            become part of the engine.
+        path: The folder: new, empty, or an engine, which is replaced.
+        target: What runs it. ``aoti``: torch alone, pieces compiled ahead of time by AOTInductor for the device the
+            model is on, and for processors like this one.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        InputError: Unknown target, or not an optimized model.
+        EngineError: ``path`` holds something else than an engine.
+        UnsupportedModelError: The model embeds or numbers its tokens in a way no engine knows.
+        CaptureError: A part could not be traced or compiled, or does not compute what it did.
+    """
+    if target not in TARGETS:
+        raise InputError(f"target: {target!r} is unknown; the targets are {', '.join(map(repr, TARGETS))}.")
+    import_module(TARGETS[target]).write(fast, Path(path))
+    return Path(path)
+
+
+def load_engine(path: str | os.PathLike[str]) -> Engine:
+    """Load an engine that :func:`export` wrote. Needs torch and safetensors, not transformers.
+
+    An engine holds compiled code, which loading it lets run: load only engines you trust. The checksums, which are
+    compared before anything is loaded, find damage; they do not prove who made the engine.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The engine, with ``generate()``, ``prefill()`` and ``decode()``.
+
+    Raises:
+        EngineError: A file is missing, truncated or altered, or the engine is of another version, or made for another
+            device or processor; the message says which, and what to do.
+    """
+    from vte_compile.export.engine import Engine
+
+    return Engine.load(Path(path))
+
+
+class _CallablePackage(types.ModuleType):
+    def __call__(self, fast: Any, path: str | os.PathLike[str], target: str = "aoti") -> Path:
+        return export(fast, path, target)
+
+
+_CallablePackage.__call__.__doc__ = export.__doc__
+sys.modules[__name__].__class__ = _CallablePackage

@@ -11,7 +11,6 @@ behind this pass, and skip_attention deletes it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,21 +20,13 @@ from torch._dispatch.python import enable_python_dispatcher
 from vte_compile.adapters import PIA
 from vte_compile.passes.adapter_sites import AdapterSite, site_before_attention, site_before_ffn
 from vte_compile.passes.manager import PassResult, PassSettings, Refusal
+from vte_compile.runtime.prompt_state import PromptValue
 
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
     from vte_compile.folded_weights import FoldedWeights
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class PromptValue:
-    """One thing a graph knows of the prompt: an output of prefill, an input of later chunks."""
-
-    name: str
-    per_row: bool
-    """[B, ...], one per row of the batch; else the same for all rows, which then come from one prompt."""
 
 
 def fold_adapters(graph: DecoderGraph, settings: PassSettings) -> PassResult:

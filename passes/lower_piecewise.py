@@ -21,7 +21,7 @@ from vte_compile.kernels.token_exit import token_exit, unpack_dims
 
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
-    from vte_compile.passes.fold_adapters import PromptValue
+    from vte_compile.runtime.prompt_state import PromptValue
 
 Parameter = Callable[[], Tensor]
 _EXIT_OPS = (exit_gate._opoverload, static_exit._opoverload, token_exit._opoverload)
@@ -39,6 +39,8 @@ class Piece:
     outputs: list[str]
     examples: list[Tensor]
     """Fake tensors with symbolic shapes, for all inputs and then all parameters."""
+    weights: list[str]
+    """Names of the parameters (see ``DecoderGraph.parameters``)."""
 
 
 @dataclass
@@ -147,6 +149,7 @@ def _piece(graph: DecoderGraph, nodes: list[fx.Node]) -> Piece | None:
         parameters,
         [n.name for n in outputs],
         examples,
+        [str(n.target) for n in weights],
     )
 
 

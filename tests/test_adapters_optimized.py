@@ -43,8 +43,8 @@ from vte_compile.adapters import PIA, PlainAdapter, StaticRouter
 from vte_compile.errors import InputError, PlanError, PlanMismatchError, UnsupportedModelError
 from vte_compile.fingerprint import Fingerprint
 from vte_compile.oracle import OracleCache, embed
-from vte_compile.runtime.cache import ExitCache
-from vte_compile.runtime.runner import DecoderRunner
+from vte_compile.runtime.decoder_runner import DecoderRunner
+from vte_compile.runtime.exit_cache import ExitCache
 
 NAMES = ("inputs_embeds", "visual_mask", "attention_mask")
 GREEDY = dict(do_sample=False, max_new_tokens=4, pad_token_id=0)
@@ -709,7 +709,9 @@ def test_other_exits_share_what_was_traced_and_folded(monkeypatch):
     fast = main()
     inputs = inputs_of("tvvtt")
     fast(**inputs)
-    monkeypatch.setattr("vte_compile.runtime.runner.capture", lambda *args, **kwargs: pytest.fail("traced again"))
+    monkeypatch.setattr(
+        "vte_compile.runtime.decoder_runner.capture", lambda *args, **kwargs: pytest.fail("traced again")
+    )
     monkeypatch.setattr("vte_compile.folded_weights.fold_linear", lambda *args: pytest.fail("folded again"))
     for layer in (0, 1):
         other = optimize(fast, plan(StaticExit(layer), *PARTS))

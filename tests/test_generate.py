@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from vte_compile import Oracle, StaticExit
 from vte_compile.errors import InputError
 from vte_compile.oracle import embed
-from vte_compile.runtime.cache import ExitCache
+from vte_compile.runtime.exit_cache import ExitCache
 
 PLANS = {
     "static": (StaticExit(1),),

@@ -404,7 +404,9 @@ def test_another_plan_shares_the_traces(monkeypatch):
     fast = optimized("llama", StaticExit(1))
     embeds, visual, _ = chunk("tvvtt")
     first = fast(inputs_embeds=embeds, visual_mask=visual)
-    monkeypatch.setattr("vte_compile.runtime.runner.capture", lambda *args, **kwargs: pytest.fail("traced again"))
+    monkeypatch.setattr(
+        "vte_compile.runtime.decoder_runner.capture", lambda *args, **kwargs: pytest.fail("traced again")
+    )
     other = optimize(fast, plan(StaticExit(2)))
     assert other is not fast
     assert (fast.plan.exits, other.plan.exits) == ((StaticExit(1),), (StaticExit(2),))

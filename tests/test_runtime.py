@@ -23,9 +23,9 @@ from transformers import DynamicCache
 from vte_compile import Oracle, Plan, StaticExit
 from vte_compile.errors import CaptureError, InputError
 from vte_compile.passes.lower_piecewise import Piece
-from vte_compile.runtime.cache import ExitCache
-from vte_compile.runtime.program import VisualTokens
-from vte_compile.runtime.runner import DecoderRunner
+from vte_compile.runtime.decoder_runner import DecoderRunner
+from vte_compile.runtime.exit_cache import ExitCache
+from vte_compile.runtime.steps import VisualTokens
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_decode_steps_are_batched_and_gates_do_not_run(monkeypatch):
     fast = optimized("llama", gate(0, -NEVER))
     embeds, visual, _ = chunk("tvvtt", "ttttt")
     cache = fast(inputs_embeds=embeds, visual_mask=visual).past_key_values
-    monkeypatch.setattr("vte_compile.runtime.program.exit_logits", lambda *args: pytest.fail("a gate ran in decode"))
+    monkeypatch.setattr("vte_compile.runtime.steps.exit_logits", lambda *args: pytest.fail("a gate ran in decode"))
     monkeypatch.setattr(DecoderRunner, "_row", lambda *args: pytest.fail("decoded row by row"))
     out = fast(inputs_embeds=chunk("t", "t", seed=1)[0], past_key_values=cache)
     assert out.exit_layer.tolist() == [-1, -1]
@@ -223,11 +223,11 @@ def test_decode_steps_are_batched_and_gates_do_not_run(monkeypatch):
 
 
 def test_gates_run_only_until_the_first_exit_and_only_with_a_question(monkeypatch):
-    from vte_compile.runtime import program
+    from vte_compile.runtime import steps
 
     calls = []
-    logits = program.exit_logits
-    monkeypatch.setattr(program, "exit_logits", lambda *args: calls.append(len(args[0])) or logits(*args))
+    logits = steps.exit_logits
+    monkeypatch.setattr(steps, "exit_logits", lambda *args: calls.append(len(args[0])) or logits(*args))
     fast = optimized("llama", gate(0, NEVER), gate(1, -NEVER), gate(2, -NEVER))
     embeds, visual, _ = chunk("vtvttt")
     assert fast(inputs_embeds=embeds, visual_mask=visual).exit_layer.tolist() == [1]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from vte_compile.version import __version__
 
 if TYPE_CHECKING:
+    from vte_compile.dynamo.explain import explain
+    from vte_compile.export import export, load_engine
     from vte_compile.optimizer import optimize
     from vte_compile.oracle import Oracle
     from vte_compile.plan import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
@@ -27,6 +29,9 @@ __all__ = [
     "StaticExit",
     "__version__",
     "calibrate",
+    "explain",
+    "export",
+    "load_engine",
     "optimize",
     "search_skips",
 ]
@@ -40,6 +45,8 @@ _HOME = {
     "SkippedAttention": "vte_compile.plan",
     "StaticExit": "vte_compile.plan",
     "calibrate": "vte_compile.tuning.calibrate",
+    "explain": "vte_compile.dynamo.explain",
+    "load_engine": "vte_compile.export",
     "optimize": "vte_compile.optimizer",
     "search_skips": "vte_compile.tuning.search",
 }
@@ -52,6 +59,8 @@ if not (_here / "passes").is_dir():
 
 
 def __getattr__(name: str) -> object:
+    if name == "export":  # a package that can be called: importing it already makes it an attribute of this one
+        return import_module("vte_compile.export")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

@@ -18,7 +18,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from vte_compile.errors import CaptureError
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.module_tree import with_stand_ins
+from vte_compile.runtime.prompt_state import PromptValue
+from vte_compile.runtime.steps import Phase
 
-if TYPE_CHECKING:
-    from vte_compile.passes.fold_adapters import PromptValue
-
-Phase = Literal["prefill", "extend", "decode"]
 Parameter = Callable[[], Tensor]
 
 _ATTENTION = "vte_capture"

@@ -488,4 +488,5 @@ def _timed_streamer(tokenizer: Any) -> Any:
 # At the end: they take the program and its options from here.
 from vte_compile import cli_analyze as cli_analyze  # noqa: E402
 from vte_compile import cli_eval as cli_eval  # noqa: E402
+from vte_compile import cli_export as cli_export  # noqa: E402
 from vte_compile import cli_tuning as cli_tuning  # noqa: E402

@@ -30,3 +30,7 @@ class InputError(VTEError, ValueError):
 
 class CalibrationError(VTEError, RuntimeError):
     """The data do not support what was asked of them; the message says how many samples would, where any number can."""
+
+
+class EngineError(VTEError, RuntimeError):
+    """An engine's folder cannot be written, or not be loaded: damaged, of another version, for another device."""

@@ -21,8 +21,8 @@ from vte_compile.families.inputs import chunk_tokens, decoder_inputs, image_posi
 from vte_compile.folded_weights import FoldReport
 from vte_compile.module_tree import shallow_copy
 from vte_compile.plan import Plan
-from vte_compile.runtime.cache import ExitCache
-from vte_compile.runtime.runner import DecoderRunner
+from vte_compile.runtime.decoder_runner import DecoderRunner
+from vte_compile.runtime.exit_cache import ExitCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,8 +19,8 @@ from vte_compile.module_tree import own_submodule, shallow_copy, without_paramet
 from vte_compile.optimized_model import OptimizedModel, wrap
 from vte_compile.plan import Plan
 from vte_compile.plan_files import JSON_NAME
+from vte_compile.runtime.decoder_runner import DecoderRunner
 from vte_compile.runtime.inductor import PieceCompiler, find_backend
-from vte_compile.runtime.runner import DecoderRunner
 from vte_compile.runtime.verify import verify_prefill
 
 if TYPE_CHECKING:

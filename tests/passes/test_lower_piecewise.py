@@ -39,7 +39,8 @@ from vte_compile.oracle import Oracle
 from vte_compile.passes import PASSES, PassSettings, run_passes
 from vte_compile.passes.lower_piecewise import ExitPoint, Piece, lower_piecewise, structure_key
 from vte_compile.plan import StaticExit
-from vte_compile.runtime.program import Program, VisualTokens
+from vte_compile.runtime.program import Program
+from vte_compile.runtime.steps import VisualTokens
 
 EXITS = {
     "none": [],

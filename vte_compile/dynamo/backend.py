@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from vte_compile.dynamo.decoder_call import DecoderCall
-from vte_compile.dynamo.region import Region, find_region, replace_region, split
+from vte_compile.dynamo.region import Part, Region, find_region, replace_region, split
 from vte_compile.dynamo.report import Graph, record
 from vte_compile.dynamo.visual import remember
 from vte_compile.errors import InputError, UnsupportedModelError
@@ -27,8 +27,9 @@ from vte_compile.families.decoder import DecoderSpec, describe, find_decoder
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.plan import Plan
+from vte_compile.runtime.decoder_runner import DecoderRunner
 from vte_compile.runtime.inductor import PieceCompiler, compile_standalone, find_backend
-from vte_compile.runtime.runner import DecoderRunner
+from vte_compile.runtime.steps import Phase
 from vte_compile.runtime.verify import verify_hidden
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,6 @@ def vte(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     record(report)
     found = _find_model(gm, example_inputs)
     if found is None:
-        report.decoder = "no decoder layer in it"
         return remember(gm, lambda graph: _inductor(graph, settings))
     model, weights = found
     try:
@@ -94,10 +94,10 @@ def vte(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
         region = find_region(gm.graph, weights, spec.num_layers)
     except UnsupportedModelError as error:
         logger.warning("backend='vte': no pass applies to this graph, it runs as Inductor compiles it: %s", error)
-        report.decoder = f"left as it is: {error}"
+        report.refusal = str(error)
         return remember(gm, lambda graph: _inductor(graph, settings))
     runner = _runner(model, spec, settings)
-    report.decoder, report.runner, report.phase = "rewritten", runner, _phase(region)
+    report.runner, report.phase = runner, _phase(region)
     return _with_call(gm, region, runner, model, settings)
 
 
@@ -112,11 +112,11 @@ def _find_model(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[PreT
         # By type(): isinstance() would ask proxies for their class.
         if not issubclass(type(candidate), PreTrainedModel) or issubclass(type(candidate), OptimizedModel):
             continue
-        if candidate.get_output_embeddings() is None:
-            continue
         try:
+            if candidate.get_output_embeddings() is None:
+                continue
             layers: Any = find_decoder(candidate).layers
-        except (UnsupportedModelError, AttributeError):
+        except (UnsupportedModelError, AttributeError, NotImplementedError):
             continue
         read = [weights[id(p)] for p in layers[0].parameters() if id(p) in weights] if len(layers) else []
         if read:
@@ -160,10 +160,12 @@ def _runner(model: PreTrainedModel, spec: DecoderSpec, settings: Options) -> Dec
     return runner
 
 
-def _phase(region: Region) -> str:
+def _phase(region: Region) -> Phase:
     if not region.past:
         return "prefill"
-    return "decode" if int(region.embeds.meta["example_value"].shape[1]) == 1 else "extend"
+    tokens = region.embeds.meta["example_value"].shape[1]
+    # A symbolic number of tokens is more than one; to compare it would specialize the graph.
+    return "decode" if isinstance(tokens, int) and tokens == 1 else "extend"
 
 
 def _with_call(
@@ -179,18 +181,19 @@ def _with_call(
             verified.append(True)
 
     layout = replace_region(gm, region)
-    call = DecoderCall(runner, layout, verify)
-    before, node, answers, behind = split(gm)
-    first, second = _inductor(before.module, settings), _inductor(behind.module, settings)
+    before, replaced, behind = split(gm)
+    steps: list[tuple[Part, Compiled]] = [
+        (before, _inductor(before.module, settings)),
+        (replaced, DecoderCall(runner, layout, verify)),
+        (behind, _inductor(behind.module, settings)),
+    ]
     inputs = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
-    given, called = [n.name for n in node.all_input_nodes], [n.name for n in answers]
     results: Any = next(n for n in gm.graph.nodes if n.op == "output").args[0]
 
     def run(*args: Any) -> tuple[Any, ...]:
         values = dict(zip(inputs, args, strict=True))
-        values |= zip(before.outputs, first(*[values[name] for name in before.inputs]), strict=True)
-        values |= zip(called, call(*[values[name] for name in given]), strict=True)
-        values |= zip(behind.outputs, second(*[values[name] for name in behind.inputs]), strict=True)
+        for part, function in steps:
+            values |= zip(part.outputs, function(*[values[name] for name in part.inputs]), strict=True)
         return tuple(values[n.name] if isinstance(n, fx.Node) else n for n in results)
 
     return run

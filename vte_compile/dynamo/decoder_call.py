@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicCache
 
 from vte_compile.dynamo.handles import attach, cache_behind, cache_of, make_handle
 from vte_compile.dynamo.visual import visual_mask_of
-from vte_compile.runtime.cache import ExitCache
-from vte_compile.runtime.runner import DecoderRunner
+from vte_compile.runtime.decoder_runner import DecoderRunner
+from vte_compile.runtime.exit_cache import ExitCache
 
 logger = logging.getLogger(__name__)
 

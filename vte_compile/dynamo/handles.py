@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vte_compile.errors import InputError
-from vte_compile.runtime.cache import ExitCache
+from vte_compile.runtime.exit_cache import ExitCache
 
 _ATTRIBUTE = "_vte_cache"
 

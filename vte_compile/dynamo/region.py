@@ -287,20 +287,21 @@ class Part:
     outputs: list[str]
 
 
-def split(gm: fx.GraphModule) -> tuple[Part, fx.Node, list[fx.Node], Part]:
-    """What comes before the call, the call, its results in turn, and what follows them."""
+def split(gm: fx.GraphModule) -> tuple[Part, Part, Part]:
+    """What comes before the call, the call (with an empty module), and what follows it."""
     call = next(n for n in gm.graph.nodes if n.target is decoder_call)
-    results = sorted(call.users, key=lambda n: n.args[1])
+    results = [n for n in gm.graph.nodes if call in n.all_input_nodes]
     before: list[fx.Node] = []
     behind: dict[fx.Node, None] = {}
     for node in gm.graph.nodes:
-        if node is call or node in call.users or node.op in ("placeholder", "output"):
+        if node is call or node in results or node.op == "placeholder":
             continue
-        if any(n in call.users or n in behind for n in node.all_input_nodes):
+        if any(n in results or n in behind for n in node.all_input_nodes):
             behind[node] = None
         else:
             before.append(node)
-    return _part(gm, before), call, results, _part(gm, list(behind))
+    replaced = Part(fx.GraphModule({}, fx.Graph()), [n.name for n in call.args], [n.name for n in results])
+    return _part(gm, before), replaced, _part(gm, [n for n in behind if n.op != "output"])
 
 
 def _part(gm: fx.GraphModule, nodes: list[fx.Node]) -> Part:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vte_compile.runtime.runner import DecoderRunner
+    from vte_compile.runtime.decoder_runner import DecoderRunner
+    from vte_compile.runtime.steps import Phase
 
 
 @dataclass
@@ -17,11 +18,12 @@ class Graph:
     """One graph that Dynamo handed over."""
 
     nodes: int
-    decoder: str = ""
-    """Whether the decoder is in it, and what became of it."""
-    phase: str = ""
-    """Of a decoder that was rewritten: prefill, extend or decode."""
     runner: DecoderRunner | None = None
+    """Of the decoder in it, if it was rewritten."""
+    phase: Phase | None = None
+    """Which of its graphs runs there."""
+    refusal: str = ""
+    """Why it was not rewritten, if there is one."""
 
 
 _recording: contextvars.ContextVar[list[Graph] | None] = contextvars.ContextVar("vte_graphs", default=None)

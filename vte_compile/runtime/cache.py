@@ -1,13 +1,15 @@
-"""A DynamicCache whose layers, and whose rows, may differ in length: what is left after exits."""
+"""Keys and values of layers, and of rows, that may differ in length: what is left after exits.
+
+Without transformers, since engines run where it is not installed; as a DynamicCache: exit_cache.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vte_compile.errors import InputError
 from vte_compile.runtime.prompt_state import PromptState
@@ -16,7 +18,21 @@ RowKV = list[tuple[Tensor, Tensor] | None]
 """Keys and values of each layer; None where attention is skipped."""
 
 
-class ExitCache(DynamicCache):
+class CacheLayer:
+    """Keys and values of one layer [B, heads, columns, head size]; none where attention is skipped."""
+
+    keys: Tensor
+    values: Tensor
+    dtype: torch.dtype
+    device: torch.device
+    is_initialized: bool = False
+
+    def get_seq_length(self) -> int:
+        """Its columns."""
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+
+class RowsCache:
     """Keys and values of each layer, [B, heads, columns of that layer, head size], rows aligned at the end.
 
     Row b of layer i begins at column ``starts[i, b]``; what lies before is padding and never attended to.
@@ -24,6 +40,7 @@ class ExitCache(DynamicCache):
     generate() expects; ``lengths`` tells what each layer really holds.
     """
 
+    layer_class: ClassVar[type[Any]] = CacheLayer
     layers: list[Any]
     starts: Tensor
     """[L, B] int64."""
@@ -37,14 +54,10 @@ class ExitCache(DynamicCache):
     _decoded: int
 
     @classmethod
-    def adopt(cls, cache: DynamicCache) -> ExitCache:
-        """Turn an empty DynamicCache into an ExitCache in place, so that whoever holds it sees it filled."""
-        if not isinstance(cache, ExitCache):
-            cache.__class__ = cls
-            cache.layers = []
-            cache._columns = cache._decoded = 0  # type: ignore[attr-defined]
-            cache.exit_layer = cache.prompt_state = None  # type: ignore[attr-defined]
-        assert isinstance(cache, ExitCache)
+    def empty(cls) -> RowsCache:
+        """A cache that holds nothing yet."""
+        cache = cls()
+        cache.reset()
         return cache
 
     @property
@@ -83,12 +96,13 @@ class ExitCache(DynamicCache):
         for kv in zip(*rows, strict=True):
             parts = [part for part in kv if part is not None]
             if not parts:
-                layers.append(DynamicLayer())
+                layers.append(self.layer_class())
                 starts.append([0] * len(rows))
                 continue
             lengths = [keys.shape[2] for keys, _ in parts]
             longest = max(lengths)
-            layers.append(_layer(*(_align_end([part[i] for part in parts], longest) for i in (0, 1))))
+            keys, values = (_align_end([part[i] for part in parts], longest) for i in (0, 1))
+            layers.append(self._filled_layer(keys, values))
             starts.append([longest - length for length in lengths])
         self.layers = layers
         device = next_positions.device
@@ -96,6 +110,12 @@ class ExitCache(DynamicCache):
         self.next_positions, self.exit_layer = next_positions, exit_layer
         self._columns += new_columns
         self._decoded = 0
+
+    def _filled_layer(self, keys: Tensor, values: Tensor) -> Any:
+        layer = self.layer_class()
+        layer.keys, layer.values, layer.is_initialized = keys, values, True
+        layer.dtype, layer.device = keys.dtype, keys.device
+        return layer
 
     def append(self, kv: RowKV) -> None:
         """Take the result of a decode step, which already holds the past."""
@@ -162,10 +182,3 @@ def _align_end(rows: Sequence[Tensor], length: int) -> Tensor:
     for target, row in zip(aligned, rows, strict=True):
         target[:, length - row.shape[2] :] = row[0]
     return aligned
-
-
-def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
-    layer = DynamicLayer()
-    layer.keys, layer.values, layer.is_initialized = keys, values, True
-    layer.dtype, layer.device = keys.dtype, keys.device
-    return layer

@@ -32,7 +32,7 @@ def find_backend(device: torch.device, wanted: bool | None) -> bool:
     """
     if wanted is False:
         return False
-    missing = _missing_compiler(device)
+    missing = missing_compiler(device)
     if missing and wanted:
         raise CaptureError(f"compile=True, but {missing}")
     if missing:
@@ -40,7 +40,8 @@ def find_backend(device: torch.device, wanted: bool | None) -> bool:
     return not missing
 
 
-def _missing_compiler(device: torch.device) -> str | None:
+def missing_compiler(device: torch.device) -> str | None:
+    """Why Inductor cannot compile for a device; None if it can."""
     if device.type != "cpu":
         return None if has_triton() else f"Triton, which Inductor needs on {device}, is not installed."
     try:

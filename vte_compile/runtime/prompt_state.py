@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vte_compile.passes.fold_adapters import PromptValue
+
+@dataclass(frozen=True)
+class PromptValue:
+    """One thing a graph knows of the prompt: an output of prefill, an input of later chunks."""
+
+    name: str
+    per_row: bool
+    """[B, ...], one per row of the batch; else the same for all rows, which then come from one prompt."""
 
 
 @dataclass(frozen=True)

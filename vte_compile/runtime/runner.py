@@ -1,37 +1,23 @@
-"""Run chunks through a rewritten decoder: rows of a prompt one by one, decode steps as a batch."""
+"""Run chunks through a decoder's programs: rows of a prompt one by one, decode steps as a batch.
+
+Where the programs come from is a subclass's business. Nothing here needs transformers: engines run without it.
+"""
 
 from __future__ import annotations
 
-import logging
-import threading
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vte_compile.adapters import Router
-from vte_compile.capture import DecoderGraph, Phase, capture
-from vte_compile.errors import InputError, UnsupportedModelError
-from vte_compile.families.decoder import DecoderSpec
-from vte_compile.folded_weights import FoldedWeights
-from vte_compile.passes import PASSES, PassResult, PassSettings, run_passes
-from vte_compile.passes.fold_adapters import PromptValue
-from vte_compile.passes.lower_piecewise import PiecewiseGraph, lower_piecewise
-from vte_compile.plan import Plan
-from vte_compile.runtime.cache import ExitCache, RowKV
-from vte_compile.runtime.inductor import PieceCompiler
-from vte_compile.runtime.program import Program, VisualTokens
-from vte_compile.runtime.prompt_state import PromptState
+from vte_compile.errors import InputError
+from vte_compile.runtime.cache import RowKV, RowsCache
+from vte_compile.runtime.prompt_state import PromptState, PromptValue
+from vte_compile.runtime.steps import Phase, StepProgram, VisualTokens
 
-logger = logging.getLogger(__name__)
-# What these refuse is something the user asked for.
-_ASKED_FOR = ("insert_exits", "fold_adapters", "skip_attention")
 _RowInput = tuple[Tensor, Tensor, Tensor]
 """One row without padding: embeddings [n, C], visual mask [n], positions [n] or, multimodal ones, [3, n]."""
-_Key = tuple[Phase, bool, bool, bool, torch.dtype, torch.device]
-"""Phase, batched, logits of the last token only, all rows from one prompt, and the weights' dtype and device."""
 
 
 @dataclass
@@ -55,103 +41,32 @@ class _RowOutput:
     """What adapters know of the row's prompt; of prefill only."""
 
 
-class DecoderRunner:
-    """A decoder's programs, built when first needed and rebuilt when the model moved to another dtype or device."""
+class RowRunner:
+    """What all runners do with the programs of a decoder.
 
-    def __init__(
-        self, spec: DecoderSpec, plan: Plan, compiler: PieceCompiler | None, folded: FoldedWeights | None = None
-    ) -> None:
-        self.spec, self.plan, self.compiler = spec, plan, compiler
-        self.folded = FoldedWeights() if folded is None else folded
-        adapters = [part.adapter for parts in (plan.adapters, plan.skips) for part in parts if part.adapter is not None]
-        self._routed = any(isinstance(adapter.router, Router) for adapter in adapters)
-        self._captures: dict[tuple[Any, ...], DecoderGraph] = {}
-        self._graphs: dict[_Key, tuple[PiecewiseGraph, list[PassResult]]] = {}
-        self._programs: dict[_Key, Program] = {}
-        self._lock = threading.RLock()
+    Args:
+        may_exit: Whether a program has exits.
+        routed: Whether what adapters do depends on the prompt.
+        decodes_one_row_apart: Whether there is a decode program for one row alone, without masks.
+        position_rows: How many numbers make a token's position.
+    """
 
-    def with_plan(self, plan: Plan, folded: FoldedWeights | None = None) -> DecoderRunner:
-        """A runner of the same decoder for another plan, which shares what was traced and compiled."""
-        other = DecoderRunner(self.spec, plan, self.compiler, folded)
-        other._captures, other._lock = self._captures, self._lock
-        return other
+    def __init__(self, may_exit: bool, routed: bool, decodes_one_row_apart: bool, position_rows: int) -> None:
+        self.may_exit, self.routed, self._one_row_apart = may_exit, routed, decodes_one_row_apart
+        self._position_rows = position_rows
 
-    def rebound(self, spec: DecoderSpec) -> DecoderRunner:
-        """The same runner of the same decoder, of which some weights were freed."""
-        other = DecoderRunner(spec, self.plan, self.compiler, self.folded)
-        other._captures = {key: graph.rebound(spec) for key, graph in self._captures.items()}
-        return other
+    def program(
+        self, phase: Phase, *, batched: bool = False, last: bool = True, one_prompt: bool = True
+    ) -> StepProgram:
+        """The program of one phase.
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles of a model rebuild their programs: those are bound to this model's weights.
-        return {
-            "spec": self.spec,
-            "plan": self.plan,
-            "compile": self.compiler is not None,
-            "folded": self.folded,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        compiler = PieceCompiler() if state["compile"] else None
-        self.__init__(state["spec"], state["plan"], compiler, state["folded"])  # type: ignore[misc]
-
-    def program(self, phase: Phase, *, batched: bool = False, last: bool = True, one_prompt: bool = True) -> Program:
-        """The program of one phase; ``last``: with the logits of the last token only.
-
-        Raises:
-            CaptureError: The decoder could not be traced or rewritten.
+        Args:
+            phase: ``prefill``, ``extend`` or ``decode``.
+            batched: For any number of rows (decode only).
+            last: With the logits of the last token only.
+            one_prompt: All rows come from one prompt.
         """
-        key = (phase, batched, last or phase == "decode", one_prompt, self.spec.dtype, self.spec.device)
-        with self._lock:
-            if key not in self._programs:
-                self._programs[key] = Program(*self._lowered(key), self.compiler)
-            return self._programs[key]
-
-    def uncompiled_prefill(self) -> Program:
-        """The prefill program without Inductor, to look at its numbers before compiling anything."""
-        return Program(*self._lowered(("prefill", False, True, True, self.spec.dtype, self.spec.device)), None)
-
-    def unused_weights(self) -> list[str]:
-        """Names in the decoder of the layers' weights that the model's forward reads and the rewritten graphs do not.
-
-        Raises:
-            UnsupportedModelError: An adapter of the plan could not be applied.
-        """
-        weights: set[str] = set()
-        for one_prompt in (True, False) if self._routed else (True,):
-            lowered, results = self._lowered(("prefill", False, True, one_prompt, self.spec.dtype, self.spec.device))
-            weights |= lowered.weights
-            for refusal in (r for result in results if result.name == "fold_adapters" for r in result.refusals):
-                raise UnsupportedModelError(f"layer {refusal.layer}: its adapter cannot apply: {refusal.reason}")
-        captured = self._captures["prefill", False, self.spec.dtype, self.spec.device]
-        # The same tensor may have several names (tied weights): it is unused if none of them is used.
-        used = {id(captured.parameters[name]()) for name in captured.parameters.keys() & weights}
-        read = {id(read()) for read in captured.parameters.values()}
-        decoder = self.spec.decoder
-        named = (*decoder.named_parameters(remove_duplicate=False), *decoder.named_buffers(remove_duplicate=False))
-        return [name for name, value in named if name.startswith("layers.") and id(value) in read - used]
-
-    def _lowered(self, key: _Key) -> tuple[PiecewiseGraph, list[PassResult]]:
-        if key not in self._graphs:
-            phase, batched, last, one_prompt, *where = key
-            traced = (phase, batched, *where)
-            if traced not in self._captures:
-                self._captures[traced] = capture(self.spec, phase, batched=batched)
-            graph = self._captures[traced].clone()
-            results = run_passes(PASSES, graph, PassSettings(self.plan, last, one_prompt, self.folded))
-            for result in results:
-                for refusal in result.refusals:
-                    level = logging.WARNING if result.name in _ASKED_FOR else logging.DEBUG
-                    logger.log(
-                        level,
-                        "%s refused in the %s graph, layer %s: %s",
-                        result.name,
-                        phase,
-                        refusal.layer,
-                        refusal.reason,
-                    )
-            self._graphs[key] = lower_piecewise(graph), results
-        return self._graphs[key]
+        raise NotImplementedError
 
     def run(
         self,
@@ -159,7 +74,7 @@ class DecoderRunner:
         visual_mask: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor | None,
-        cache: ExitCache,
+        cache: RowsCache,
         *,
         last: bool,
     ) -> RunnerOutput:
@@ -180,14 +95,15 @@ class DecoderRunner:
             return self._decode(embeds, position_ids, cache)
         return self._rows(embeds, visual_mask, attention_mask, position_ids, cache, last)
 
-    def _decode(self, embeds: Tensor, position_ids: Tensor | None, cache: ExitCache) -> RunnerOutput:
+    def _decode(self, embeds: Tensor, position_ids: Tensor | None, cache: RowsCache) -> RunnerOutput:
         batch = embeds.shape[0]
         positions = self._expanded(cache.next_positions[:, None] if position_ids is None else position_ids, batch)
         attending = [i for i, layer in enumerate(cache.layers) if layer.is_initialized]
         past = [t for i in attending for t in (cache.layers[i].keys, cache.layers[i].values)]
-        starts = [cache.starts[i] for i in attending] if batch > 1 else []
+        batched = batch > 1 or not self._one_row_apart
+        starts = [cache.starts[i] for i in attending] if batched else []
         state = cache.prompt_state
-        program = self.program("decode", batched=batch > 1, one_prompt=state is None or state.one_prompt)
+        program = self.program("decode", batched=batched, one_prompt=state is None or state.one_prompt)
         _check_cache(cache, program)
         known = [] if state is None else state.values
         output = program.run([embeds.contiguous(), positions.contiguous(), *past, *starts, *known])
@@ -196,7 +112,7 @@ class DecoderRunner:
 
     def _expanded(self, positions: Tensor, batch: int) -> Tensor:
         """Positions as graphs take them, [B, T] or [3, B, T], from such of which leading dims are missing or 1."""
-        rows = self.spec.position_rows
+        rows = self._position_rows
         shape = (batch, positions.shape[-1]) if rows == 1 else (rows, batch, positions.shape[-1])
         if positions.ndim > len(shape):
             raise InputError(f"position_ids: this decoder takes {list(shape)}, got {list(positions.shape)}.")
@@ -208,7 +124,7 @@ class DecoderRunner:
         visual_mask: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor | None,
-        cache: ExitCache,
+        cache: RowsCache,
         last: bool,
     ) -> RunnerOutput:
         batch, tokens = embeds.shape[:2]
@@ -239,11 +155,11 @@ class DecoderRunner:
         cache.replace(kv, tokens, torch.tensor(next_positions, device=embeds.device), exit_layer)
         return RunnerOutput(logits, exit_layer)
 
-    def _prompts(self, inputs: list[_RowInput | None], cache: ExitCache, last: bool) -> list[_RowOutput | None]:
+    def _prompts(self, inputs: list[_RowInput | None], cache: RowsCache, last: bool) -> list[_RowOutput | None]:
         """Prefill, and what adapters will want to know of it."""
         # Beams and multiple samples start as copies of one prompt, one behind the other.
         copies = [a is not None and b is not None and _equal(a, b) for a, b in pairwise(inputs)]
-        one_prompt = not self._routed or all(copies)
+        one_prompt = not self.routed or all(copies)
         program = self.program("prefill", last=last, one_prompt=one_prompt)
         rows: list[_RowOutput | None] = []
         for row, copied in zip(inputs, [False, *copies], strict=True):
@@ -254,7 +170,7 @@ class DecoderRunner:
             cache.prompt_state = PromptState.of_rows(program.prompt_state, states, one_prompt)
         return rows
 
-    def _continue(self, inputs: list[_RowInput | None], cache: ExitCache, last: bool) -> list[_RowOutput | None]:
+    def _continue(self, inputs: list[_RowInput | None], cache: RowsCache, last: bool) -> list[_RowOutput | None]:
         """A chunk of rows that have a past."""
         state = cache.prompt_state
         program = self.program("extend", last=last, one_prompt=state is None or state.one_prompt)
@@ -269,9 +185,9 @@ class DecoderRunner:
             rows.append(self._row(program, row, [*past, *known]))
         return rows
 
-    def _row(self, program: Program, row: _RowInput, past: list[Tensor]) -> _RowOutput:
+    def _row(self, program: StepProgram, row: _RowInput, past: list[Tensor]) -> _RowOutput:
         embeds, visual_mask, positions = row
-        visual = VisualTokens.find(visual_mask) if self.plan.exits else None
+        visual = VisualTokens.find(visual_mask) if self.may_exit else None
         output = program.run([embeds[None], positions.unsqueeze(-2).contiguous(), *past], visual)
         kept = torch.arange(len(embeds), device=embeds.device)
         if visual is not None and output.exit_layer >= 0:
@@ -292,7 +208,7 @@ class DecoderRunner:
         return logits
 
 
-def _check_cache(cache: ExitCache, program: Program) -> None:
+def _check_cache(cache: RowsCache, program: StepProgram) -> None:
     """Refuse the cache of a model with other skips or adapters: its tensors would be taken for something else."""
     remedy = "pass a cache this model returned, or an empty one"
     for layer, (held, attends) in enumerate(zip(cache.layers, program.attends, strict=True)):

@@ -15,7 +15,7 @@ from vte_compile.plan import Plan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from vte_compile.runtime.runner import DecoderRunner
+    from vte_compile.runtime.decoder_runner import DecoderRunner
 
 _TOKENS = 7
 # Largest difference of logits, relative to the largest logit.

@@ -1,0 +1,207 @@
+"""manifest.json: what an engine is made of, as plain data.
+
+Steps are the same for all targets: pieces, and exits between them that the host decides. Only what a piece's file holds
+depends on the target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vte_compile.errors import EngineError
+from vte_compile.runtime.prompt_state import PromptValue
+
+MANIFEST = "manifest.json"
+FORMAT = "vte_compile engine"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PieceCall:
+    """Run a piece: ``outputs`` = piece(``inputs``, ``weights``). Values have names within a phase."""
+
+    piece: str
+    """Path of its file in the folder."""
+    inputs: list[str]
+    weights: list[str]
+    outputs: list[str]
+
+
+@dataclass(frozen=True)
+class GateWeights:
+    """Names of the gate's weights, and its threshold (kernels/exit_gate.py)."""
+
+    w1: str
+    w2: str
+    threshold: float
+
+
+@dataclass(frozen=True)
+class ExitCall:
+    """Decide whether the visual tokens leave: ``outputs`` = ``inputs``, without them if they do."""
+
+    layer: int
+    stream: str
+    """The value the gate reads."""
+    gate: GateWeights | None
+    """None: they leave always."""
+    inputs: list[str]
+    dims: list[list[int]]
+    """Which dims of each input are as long as the sequence."""
+    outputs: list[str]
+
+
+@dataclass(frozen=True)
+class PhaseSteps:
+    """One phase: prefill, extend (a row's chunk that continues its cache) or decode (one token of each row)."""
+
+    inputs: list[str]
+    steps: list[PieceCall | ExitCall]
+    outputs: list[str]
+    """Logits of the last token, then key and value of each layer that has them, then what adapters know."""
+    kv: list[int | None]
+    """For each layer, where its key and value are among the pairs of ``outputs``; None: attention is skipped."""
+    prompt_state: list[PromptValue]
+
+
+@dataclass(frozen=True)
+class VisionCall:
+    """The image encoder with its projector, for one image: [1, *``image``] -> [visual tokens, C]."""
+
+    piece: str
+    weights: list[str]
+    image: list[int]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the pieces were compiled with, and what they need to run."""
+
+    vte_compile: str
+    torch: str
+    device: str
+    """Its type, such as "cpu"."""
+    system: str
+    machine: str
+    processor: str
+    """Of a CPU, the instructions that torch uses, such as AVX512; of a GPU, its compute capability."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model the engine was made from."""
+
+    name: str
+    dtype: str
+    """Such as "float32"."""
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    visual_token_ids: list[int]
+    eos_token_ids: list[int]
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file has to be."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All about an engine but the numbers."""
+
+    target: str
+    built: Built
+    model: ModelFacts
+    plan: list[dict[str, Any]]
+    """``Plan.describe()``; the plan itself, with its fingerprint, is in the folder ``plan``."""
+    routed: bool
+    """Whether what adapters do depends on the prompt."""
+    embedding: str
+    """Name of the weight [vocabulary, C] that embeds tokens."""
+    vision: VisionCall | None
+    vision_missing: str | None
+    """Why there is no image encoder."""
+    phases: dict[str, PhaseSteps]
+    weights: list[str]
+    """The safetensors files."""
+    files: dict[str, FileFacts]
+    """By path, with slashes: all files of the folder but this one."""
+
+    def to_json(self) -> bytes:
+        """The file's content."""
+        body = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        return (json.dumps({**body, "sha256": _digest(body)}, indent=1, allow_nan=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Manifest:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            EngineError: Damaged, not a manifest, or of another schema.
+        """
+        remedy = "export the model again, or copy the whole folder again"
+        try:
+            body = json.loads(content)
+        except ValueError as error:
+            raise EngineError(f"{MANIFEST}: damaged ({error}): {remedy}.") from error
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise EngineError(f"{MANIFEST}: not of an engine: pass a folder that vte_compile.export() wrote.")
+        version = body.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise EngineError(
+                f"{MANIFEST}: schema_version {version!r}, but this vte-compile reads {SCHEMA_VERSION}: export the "
+                "model again with this vte-compile, or load the engine with the one that wrote it."
+            )
+        if body.pop("sha256", None) != _digest(body):
+            raise EngineError(f"{MANIFEST}: altered since it was written: {remedy}.")
+        try:
+            return _manifest({k: v for k, v in body.items() if k not in ("format", "schema_version")})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EngineError(f"{MANIFEST}: not of schema {SCHEMA_VERSION} ({error!r}): {remedy}.") from error
+
+
+def is_manifest(file: Path) -> bool:
+    """Whether a file is the manifest of an engine, of whatever version."""
+    try:
+        body = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(body, dict) and body.get("format") == FORMAT
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest(fields: dict[str, Any]) -> Manifest:
+    vision = fields["vision"]
+    nested = {
+        "built": Built(**fields["built"]),
+        "model": ModelFacts(**fields["model"]),
+        "vision": None if vision is None else VisionCall(**vision),
+        "phases": {name: _phase(phase) for name, phase in fields["phases"].items()},
+        "files": {path: FileFacts(**facts) for path, facts in fields["files"].items()},
+    }
+    return Manifest(**(fields | nested))
+
+
+def _phase(fields: dict[str, Any]) -> PhaseSteps:
+    state = [PromptValue(**value) for value in fields["prompt_state"]]
+    return PhaseSteps(**(fields | {"steps": [_step(s) for s in fields["steps"]], "prompt_state": state}))
+
+
+def _step(fields: dict[str, Any]) -> PieceCall | ExitCall:
+    if "piece" in fields:
+        return PieceCall(**fields)
+    gate = fields["gate"]
+    return ExitCall(**(fields | {"gate": None if gate is None else GateWeights(**gate)}))

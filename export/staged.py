@@ -1,0 +1,169 @@
+"""An optimized model as stages: for each phase the pieces of its graph and the exits between them, and all weights.
+
+The same for every target. Equal pieces are one; weights are inputs of pieces, and each tensor is kept once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
+from vte_compile.export.manifest import ExitCall, GateWeights, ModelFacts, PhaseSteps, PieceCall, VisionCall
+from vte_compile.export.vision import image_encoder
+from vte_compile.optimized_model import OptimizedModel
+from vte_compile.passes.lower_piecewise import ExitPoint, Piece, PiecewiseGraph, structure_key
+
+logger = logging.getLogger(__name__)
+_PHASES = (("prefill", False), ("extend", False), ("decode", True))
+
+
+@dataclass
+class StagedPiece:
+    """A graph to compile: values and weights in, values out."""
+
+    name: str
+    module: fx.GraphModule
+    key: str
+    """Equal for pieces that do the same."""
+    examples: list[Tensor]
+    """For all inputs and then all weights: tensors, fake ones where sizes are symbolic."""
+
+
+@dataclass
+class Staged:
+    """All that an engine is made of. Pieces are called by their name, which a target makes a file's path."""
+
+    model: ModelFacts
+    embedding: str
+    routed: bool
+    pieces: list[StagedPiece] = field(default_factory=list)
+    phases: dict[str, PhaseSteps] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    vision: VisionCall | None = None
+    vision_missing: str | None = None
+
+    def add_piece(self, piece: StagedPiece) -> str:
+        """The name of the piece, or of an equal one that is there."""
+        for known in self.pieces:
+            if known.key == piece.key:
+                return known.name
+        self.pieces.append(piece)
+        return piece.name
+
+    def add_weight(self, name: str, tensor: Tensor) -> str:
+        """The name under which a tensor is kept: another one if it is there already (tied weights)."""
+        for known, other in self.weights.items():
+            if other is tensor:
+                return known
+        unique, count = name, 1
+        while unique in self.weights:  # constants that tracing lifted have the same names in all phases
+            unique, count = f"{name}.{count}", count + 1
+        self.weights[unique] = tensor
+        return unique
+
+
+def stage(fast: Any) -> Staged:
+    """Trace and lower all phases of an optimized model.
+
+    Raises:
+        InputError: Not an optimized model with a decoder.
+        UnsupportedModelError: Its tokens are not embedded by a table alone, or not numbered one by one.
+        CaptureError: A phase could not be traced or rewritten.
+    """
+    if not isinstance(fast, OptimizedModel):
+        raise InputError(
+            f"export: expected what vte_compile.optimize() returned for a model with a decoder, got a "
+            f"{type(fast).__name__}: call optimize(model, plan) first (plan=Plan() changes nothing)."
+        )
+    runner = fast._vte_runner
+    if fast._vte_spec.position_rows > 1:
+        raise UnsupportedModelError(
+            f"{type(fast).__name__} has multimodal rotary positions: engines number tokens one by one so far."
+        )
+    staged = Staged(_facts(fast), "", runner.routed)
+    for phase, batched in _PHASES:
+        lowered = runner.lowered(phase, batched=batched)  # type: ignore[arg-type]
+        staged.phases[phase] = _phase(staged, phase, lowered)
+    staged.embedding = staged.add_weight("embed_tokens.weight", _embedding(fast))
+    if fast._vte_spec.is_multimodal:
+        _add_vision(staged, fast)
+    return staged
+
+
+def _facts(fast: Any) -> ModelFacts:
+    spec = fast._vte_spec
+    generation = fast.generation_config
+    eos = generation.eos_token_id if generation.eos_token_id is not None else spec.config.eos_token_id
+    ends = [] if eos is None else [int(token) for token in (eos if isinstance(eos, Sequence) else [eos])]
+    pad = generation.pad_token_id
+    return ModelFacts(
+        name=type(fast).__name__,
+        dtype=str(spec.dtype).removeprefix("torch."),
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        vocab_size=len(fast.get_input_embeddings().weight),
+        visual_token_ids=list(spec.visual_token_ids),
+        eos_token_ids=ends,
+        pad_token_id=int(pad) if pad is not None else (ends[0] if ends else 0),
+    )
+
+
+@torch.no_grad()
+def _embedding(fast: Any) -> Tensor:
+    """The table; what else an embedding may do (scale, say) no engine would."""
+    module: nn.Module = fast.get_input_embeddings()
+    weight = module.get_parameter("weight")
+    ids = torch.arange(min(len(weight), 64), device=weight.device)[None]
+    if not torch.equal(module(ids), F.embedding(ids, weight)):
+        raise UnsupportedModelError(
+            f"{type(fast).__name__}: its {type(module).__name__} does more than look tokens up in a table: engines "
+            "cannot embed its tokens."
+        )
+    return weight
+
+
+def _phase(staged: Staged, phase: str, lowered: PiecewiseGraph) -> PhaseSteps:
+    steps = [
+        _piece_call(staged, f"{phase}_{i}", step) if isinstance(step, Piece) else _exit_call(staged, step)
+        for i, step in enumerate(lowered.steps)
+    ]
+    return PhaseSteps(lowered.inputs, steps, lowered.outputs, lowered.kv, lowered.prompt_state)
+
+
+def _piece_call(staged: Staged, name: str, piece: Piece) -> PieceCall:
+    known = staged.add_piece(StagedPiece(name, piece.module, piece.key, piece.examples))
+    named = zip(piece.weights, piece.parameters, strict=True)
+    weights = [staged.add_weight(weight, read()) for weight, read in named]
+    return PieceCall(known, piece.inputs, weights, piece.outputs)
+
+
+def _exit_call(staged: Staged, point: ExitPoint) -> ExitCall:
+    gate = None
+    if point.gate is not None:
+        read_w1, read_w2, threshold = point.gate
+        w1, w2 = (
+            staged.add_weight(f"exit_{point.layer}_{name}", read()) for name, read in (("w1", read_w1), ("w2", read_w2))
+        )
+        gate = GateWeights(w1, w2, threshold)
+    return ExitCall(point.layer, point.stream, gate, point.inputs, point.dims, point.outputs)
+
+
+def _add_vision(staged: Staged, fast: Any) -> None:
+    try:
+        encoder = image_encoder(fast)
+    except (CaptureError, UnsupportedModelError) as error:
+        staged.vision_missing = str(error)
+        logger.warning("export: the engine has no image encoder and takes image_features: %s", error)
+        return
+    examples = [encoder.pixels, *encoder.weights.values()]
+    key = structure_key(encoder.module.graph, examples)
+    piece = staged.add_piece(StagedPiece("vision", encoder.module, key, examples))
+    weights = [staged.add_weight(f"vision.{name}", tensor) for name, tensor in encoder.weights.items()]
+    staged.vision = VisionCall(piece, weights, list(encoder.pixels.shape[1:]))

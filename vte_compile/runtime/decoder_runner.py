@@ -1,0 +1,141 @@
+"""The programs of a transformers decoder: traced, rewritten and compiled when first needed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import torch
+
+from vte_compile.adapters import Router
+from vte_compile.capture import DecoderGraph, capture
+from vte_compile.errors import UnsupportedModelError
+from vte_compile.families.decoder import DecoderSpec
+from vte_compile.folded_weights import FoldedWeights
+from vte_compile.passes import PASSES, PassResult, PassSettings, run_passes
+from vte_compile.passes.lower_piecewise import PiecewiseGraph, lower_piecewise
+from vte_compile.plan import Plan
+from vte_compile.runtime.inductor import PieceCompiler
+from vte_compile.runtime.program import Program
+from vte_compile.runtime.runner import RowRunner
+from vte_compile.runtime.steps import Phase
+
+logger = logging.getLogger(__name__)
+# What these refuse is something the user asked for.
+_ASKED_FOR = ("insert_exits", "fold_adapters", "skip_attention")
+_Key = tuple[Phase, bool, bool, bool, torch.dtype, torch.device]
+"""Phase, batched, logits of the last token only, all rows from one prompt, and the weights' dtype and device."""
+
+
+class DecoderRunner(RowRunner):
+    """A decoder's programs, built when first needed and rebuilt when the model moved to another dtype or device."""
+
+    def __init__(
+        self, spec: DecoderSpec, plan: Plan, compiler: PieceCompiler | None, folded: FoldedWeights | None = None
+    ) -> None:
+        self.spec, self.plan, self.compiler = spec, plan, compiler
+        self.folded = FoldedWeights() if folded is None else folded
+        adapters = [part.adapter for parts in (plan.adapters, plan.skips) for part in parts if part.adapter is not None]
+        routed = any(isinstance(adapter.router, Router) for adapter in adapters)
+        super().__init__(bool(plan.exits), routed, decodes_one_row_apart=True, position_rows=spec.position_rows)
+        self._captures: dict[tuple[Any, ...], DecoderGraph] = {}
+        self._graphs: dict[_Key, tuple[PiecewiseGraph, list[PassResult]]] = {}
+        self._programs: dict[_Key, Program] = {}
+        self._lock = threading.RLock()
+
+    def with_plan(self, plan: Plan, folded: FoldedWeights | None = None) -> DecoderRunner:
+        """A runner of the same decoder for another plan, which shares what was traced and compiled."""
+        other = DecoderRunner(self.spec, plan, self.compiler, folded)
+        other._captures, other._lock = self._captures, self._lock
+        return other
+
+    def rebound(self, spec: DecoderSpec) -> DecoderRunner:
+        """The same runner of the same decoder, of which some weights were freed."""
+        other = DecoderRunner(spec, self.plan, self.compiler, self.folded)
+        other._captures = {key: graph.rebound(spec) for key, graph in self._captures.items()}
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of a model rebuild their programs: those are bound to this model's weights.
+        return {
+            "spec": self.spec,
+            "plan": self.plan,
+            "compile": self.compiler is not None,
+            "folded": self.folded,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        compiler = PieceCompiler() if state["compile"] else None
+        self.__init__(state["spec"], state["plan"], compiler, state["folded"])  # type: ignore[misc]
+
+    def program(self, phase: Phase, *, batched: bool = False, last: bool = True, one_prompt: bool = True) -> Program:
+        """The program of one phase; ``last``: with the logits of the last token only.
+
+        Raises:
+            CaptureError: The decoder could not be traced or rewritten.
+        """
+        key = (phase, batched, last or phase == "decode", one_prompt, self.spec.dtype, self.spec.device)
+        with self._lock:
+            if key not in self._programs:
+                self._programs[key] = Program(*self._lowered(key), self.compiler)
+            return self._programs[key]
+
+    def lowered(self, phase: Phase, *, batched: bool) -> PiecewiseGraph:
+        """What :meth:`program` compiles, with the logits of the last token only, and rows from any prompts.
+
+        Raises:
+            CaptureError: The decoder could not be traced or rewritten.
+        """
+        one_prompt = not self.routed
+        return self._lowered((phase, batched, True, one_prompt, self.spec.dtype, self.spec.device))[0]
+
+    def uncompiled_prefill(self) -> Program:
+        """The prefill program without Inductor, to look at its numbers before compiling anything."""
+        return Program(*self._lowered(("prefill", False, True, True, self.spec.dtype, self.spec.device)), None)
+
+    def unused_weights(self) -> list[str]:
+        """Names in the decoder of the layers' weights that the model's forward reads and the rewritten graphs do not.
+
+        Raises:
+            UnsupportedModelError: An adapter of the plan could not be applied.
+        """
+        weights: set[str] = set()
+        for one_prompt in (True, False) if self.routed else (True,):
+            lowered, results = self._lowered(("prefill", False, True, one_prompt, self.spec.dtype, self.spec.device))
+            weights |= lowered.weights
+            for refusal in (r for result in results if result.name == "fold_adapters" for r in result.refusals):
+                raise UnsupportedModelError(f"layer {refusal.layer}: its adapter cannot apply: {refusal.reason}")
+        captured = self._captures["prefill", False, self.spec.dtype, self.spec.device]
+        # The same tensor may have several names (tied weights): it is unused if none of them is used.
+        used = {id(captured.parameters[name]()) for name in captured.parameters.keys() & weights}
+        read = {id(read()) for read in captured.parameters.values()}
+        decoder = self.spec.decoder
+        named = (*decoder.named_parameters(remove_duplicate=False), *decoder.named_buffers(remove_duplicate=False))
+        return [name for name, value in named if name.startswith("layers.") and id(value) in read - used]
+
+    def pass_results(self, phase: Phase) -> list[PassResult]:
+        """What the passes did in the graph of a phase (in the form that was lowered first); [] before it is."""
+        return next((results for key, (_, results) in self._graphs.items() if key[0] == phase), [])
+
+    def _lowered(self, key: _Key) -> tuple[PiecewiseGraph, list[PassResult]]:
+        if key not in self._graphs:
+            phase, batched, last, one_prompt, *where = key
+            traced = (phase, batched, *where)
+            if traced not in self._captures:
+                self._captures[traced] = capture(self.spec, phase, batched=batched)
+            graph = self._captures[traced].clone()
+            results = run_passes(PASSES, graph, PassSettings(self.plan, last, one_prompt, self.folded))
+            for result in results:
+                for refusal in result.refusals:
+                    level = logging.WARNING if result.name in _ASKED_FOR else logging.DEBUG
+                    logger.log(
+                        level,
+                        "%s refused in the %s graph, layer %s: %s",
+                        result.name,
+                        phase,
+                        refusal.layer,
+                        refusal.reason,
+                    )
+            self._graphs[key] = lower_piecewise(graph), results
+        return self._graphs[key]

@@ -1,0 +1,156 @@
+"""Run one phase of a decoder as steps: pieces in order, and at each exit a decision on the host.
+
+What a piece is, a subclass of ``PieceStep`` says: a graph compiled in this process, or one that an engine loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vte_compile.kernels.exit_gate import exit_logits
+from vte_compile.kernels.token_exit import compact
+from vte_compile.runtime.prompt_state import PromptValue
+
+Phase = Literal["prefill", "extend", "decode"]
+
+
+@dataclass
+class VisualTokens:
+    """Which tokens of one row are visual, as the host needs it at exits."""
+
+    keep: Tensor
+    """[n] int64: the positions of the text tokens."""
+    question_start: int
+    """Index of the first token behind the last visual one."""
+
+    @classmethod
+    def find(cls, visual_mask: Tensor) -> VisualTokens | None:
+        """Of one row's mask [S] bool; None if its tokens can never leave (none is visual, or no text follows)."""
+        positions = visual_mask.nonzero()[:, 0]
+        if not len(positions) or int(positions[-1]) == len(visual_mask) - 1:
+            return None
+        return cls((~visual_mask).nonzero()[:, 0], int(positions[-1]) + 1)
+
+
+@dataclass
+class ProgramOutput:
+    """What one run of a program gives."""
+
+    logits: Tensor
+    kv: list[tuple[Tensor, Tensor] | None]
+    """Keys and values of each layer, past included; None where attention is skipped."""
+    exit_layer: int = -1
+    prompt_state: list[Tensor] = field(default_factory=list)
+    """What adapters know of the prompt; of prefill only."""
+
+
+@dataclass
+class PieceStep:
+    """A piece, and the slots of what it reads and gives."""
+
+    inputs: list[int]
+    outputs: list[int]
+
+    def run(self, arguments: list[Tensor]) -> Sequence[Tensor]:
+        """Its outputs, from its inputs without weights."""
+        raise NotImplementedError
+
+
+@dataclass
+class ExitStep:
+    """A place where the visual tokens may leave, and the slots of all that is as long as the sequence."""
+
+    inputs: list[int]
+    outputs: list[int]
+    layer: int
+    stream: int
+    """The slot of what the gate reads."""
+    dims: list[list[int]]
+    """Which dims of each input are as long as the sequence."""
+    gate: tuple[Callable[[], Tensor], Callable[[], Tensor], float] | None
+    """How to read w1 and w2, and the threshold; None for a static exit."""
+    weights: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def fires(self, stream: Tensor, visual: VisualTokens) -> bool:
+        """Whether they leave now."""
+        if self.gate is None:
+            return True
+        read_w1, read_w2, threshold = self.gate
+        if stream.device not in self.weights:
+            self.weights[stream.device] = (read_w1().to(stream.device), read_w2().to(stream.device))
+        logits = exit_logits(stream[0, visual.question_start :], *self.weights[stream.device])
+        return bool(logits[1] - logits[0] > threshold)
+
+
+class StepProgram:
+    """The steps of one phase.
+
+    Args:
+        steps: In order; slot i holds the i-th input, and the slots behind those what steps give.
+        outputs: The slots of the logits, then of key and value of each layer that has them, then of ``prompt_state``'s
+            values (in prefill).
+        slots: How many there are.
+        kv: For each layer, where its key and value are among those pairs; None where attention is skipped.
+        prompt_state: What adapters know of the prompt: the last outputs of prefill, the last inputs of other phases.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[PieceStep | ExitStep],
+        outputs: list[int],
+        slots: int,
+        kv: list[int | None],
+        prompt_state: list[PromptValue],
+    ) -> None:
+        self.prompt_state = prompt_state
+        """What adapters know of the prompt: the last outputs of prefill, the last inputs of other phases."""
+        self.attends = [i is not None for i in kv]
+        """Of each layer: whether it has keys and values."""
+        self._steps, self._outputs, self._slots, self._kv = steps, outputs, slots, kv
+        self._last_use = self._find_last_uses()
+
+    def _find_last_uses(self) -> list[list[int]]:
+        """Which slots each step is the last to read, so that memory is freed as early as in eager execution."""
+        last = {}
+        for i, step in enumerate(self._steps):
+            for slot in (*step.inputs, *step.outputs):
+                last[slot] = i
+        freed: list[list[int]] = [[] for _ in self._steps]
+        for slot, i in last.items():
+            if slot not in self._outputs:
+                freed[i].append(slot)
+        return freed
+
+    def run(self, inputs: Sequence[Tensor], visual: VisualTokens | None = None) -> ProgramOutput:
+        """Run all steps.
+
+        Args:
+            inputs: The graph's inputs, in its order (see :mod:`vte_compile.capture`).
+            visual: The row's visual tokens; None if none can leave.
+        """
+        values: list[Tensor | None] = [*inputs, *[None] * (self._slots - len(inputs))]
+        exit_layer = -1
+        for step, freed in zip(self._steps, self._last_use, strict=True):
+            arguments: list[Tensor] = [values[i] for i in step.inputs]  # type: ignore[misc]
+            if isinstance(step, PieceStep):
+                results = step.run(arguments)
+            elif visual is not None and step.fires(values[step.stream], visual):  # type: ignore[arg-type]
+                results = compact(arguments, step.dims, visual.keep)
+                exit_layer, visual = step.layer, None
+            else:
+                results = arguments
+            for i, result in zip(step.outputs, results, strict=True):
+                values[i] = result
+            for i in freed:
+                values[i] = None
+        logits, *rest = [values[i] for i in self._outputs]
+        assert logits is not None
+        count = 2 * sum(i is not None for i in self._kv)
+        pairs = list(zip(rest[:count:2], rest[1:count:2], strict=True))
+        kv = [None if i is None else pairs[i] for i in self._kv]
+        return ProgramOutput(logits, kv, exit_layer, rest[count:])  # type: ignore[arg-type]
