@@ -44,7 +44,17 @@ setup(
         "tensorrt": ["torch-tensorrt"],
         "train": ["accelerate", "datasets"],
         "demo": demo,
-        "dev": ["accelerate", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", *demo],
+        "dev": [
+            "accelerate",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-tqdm",
+            *demo,
+        ],
     },
     entry_points={
         "console_scripts": ["vte-compile = vte_compile.cli:main"],

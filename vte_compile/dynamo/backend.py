@@ -29,7 +29,7 @@ from vte_compile.folded_weights import FoldedWeights
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.plan import Plan
 from vte_compile.runtime.decoder_runner import DecoderRunner
-from vte_compile.runtime.inductor import PieceCompiler, find_backend
+from vte_compile.runtime.inductor import PieceCompiler, compile_standalone, find_backend
 from vte_compile.runtime.steps import Phase
 from vte_compile.runtime.verify import verify_hidden
 
@@ -210,9 +210,8 @@ def _inductor(gm: fx.GraphModule, settings: Options) -> Compiled:
         return gm.forward
     examples = [n.meta["example_value"] for n in placeholders]
     try:
-        compiled: Compiled = torch._inductor.standalone_compile(gm, examples, dynamic_shapes="from_tracing_context")
+        return compile_standalone(gm, examples, "from_tracing_context")
     except InductorError as error:
         # Of what surrounds the decoder; its own pieces never run uncompiled without having been asked to.
         logger.warning("backend='vte': Inductor failed on a graph beside the decoder, which runs uncompiled: %s", error)
         return gm.forward
-    return compiled

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from vte_compile.dynamo.handles import attach, cache_of, make_handle
+from vte_compile.dynamo.handles import attach, cache_behind, cache_of, make_handle
 from vte_compile.dynamo.visual import visual_mask_of
 from vte_compile.runtime.decoder_runner import DecoderRunner
 from vte_compile.runtime.exit_cache import ExitCache
@@ -107,7 +107,6 @@ def exit_layers(past_key_values: Any) -> Tensor:
     Raises:
         InputError: It was filled by something else.
     """
-    keys = [layer.keys for layer in past_key_values.layers]
-    cache = cache_of(keys, getattr(keys[0], "_vte_cache", ExitCache()).get_seq_length())
+    cache = cache_behind([layer.keys for layer in past_key_values.layers])
     assert cache.exit_layer is not None
     return cache.exit_layer

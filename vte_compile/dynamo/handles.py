@@ -36,15 +36,11 @@ def attach(tensor: Tensor, cache: ExitCache) -> None:
     setattr(tensor, _ATTRIBUTE, cache)
 
 
-def cache_of(tensors: Sequence[Tensor], columns: int) -> ExitCache:
-    """The cache behind the handles of all layers.
-
-    Args:
-        tensors: Handles, or buffers of a StaticCache.
-        columns: How many tokens the caller has seen.
+def cache_behind(tensors: Sequence[Tensor]) -> ExitCache:
+    """The cache behind the handles of all layers, or behind the buffers of a StaticCache.
 
     Raises:
-        InputError: They are not handles of one cache in its present state.
+        InputError: They are not handles of one cache.
     """
     caches = [getattr(tensor, _ATTRIBUTE, None) for tensor in tensors]
     first = caches[0]
@@ -54,9 +50,23 @@ def cache_of(tensors: Sequence[Tensor], columns: int) -> ExitCache:
             "and other ways to copy or slice a cache are not supported by backend='vte' (vte_compile.optimize(model, "
             "plan).generate() does them), nor is a cache that the uncompiled model filled."
         )
-    if first.get_seq_length() != columns:
+    return first
+
+
+def cache_of(tensors: Sequence[Tensor], columns: int) -> ExitCache:
+    """The same, if nothing was added to it since.
+
+    Args:
+        tensors: Handles, or buffers of a StaticCache.
+        columns: How many tokens the caller has seen.
+
+    Raises:
+        InputError: They are not handles of one cache in its present state.
+    """
+    cache = cache_behind(tensors)
+    if cache.get_seq_length() != columns:
         raise InputError(
-            f"past_key_values: holds {columns} tokens, but {first.get_seq_length()} were seen since: a cache cannot go "
+            f"past_key_values: holds {columns} tokens, but {cache.get_seq_length()} were seen since: a cache cannot go "
             "back to an earlier state; start from the prompt."
         )
-    return first
+    return cache

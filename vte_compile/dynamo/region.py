@@ -247,7 +247,9 @@ def replace_region(gm: fx.GraphModule, region: Region) -> CallLayout:
     for i, old in enumerate(results):
         with graph.inserting_after(at):
             at = graph.call_function(operator.getitem, (node, i))
-        at.meta["example_value"] = old.meta["example_value"]
+        value = old.meta["example_value"]
+        # Laid out anew: the strides of the last token's, a slice, would name the length, which its shape does not.
+        at.meta["example_value"] = value.new_empty(value.shape) if old is region.hidden else value
         old.replace_all_uses_with(at)
     _remove(graph, region)
     graph.lint()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 from torch._inductor.cpp_builder import get_cpp_compiler
+from torch.compiler._cache import CacheArtifactManager
 from torch.utils._triton import has_triton
 
 from vte_compile.errors import CaptureError
@@ -76,13 +78,39 @@ class PieceCompiler:
         if key not in self._functions:
             environment = _shape_environment(examples)
             before = len(environment.guards) if environment is not None else 0
-            with torch.no_grad(), _quiet_artifacts():
-                function: Any = torch._inductor.standalone_compile(module, list(examples), dynamic_shapes="from_graph")
+            with torch.no_grad():
+                function = compile_standalone(module, examples, "from_graph")
             if environment is not None and (added := environment.guards[before:]):
                 raise CaptureError(f"Inductor specialized a piece to {', '.join(str(g.expr) for g in added)}.")
             logger.debug("compiled piece %d", len(self._functions))
             self._functions[key] = function
         return self._functions[key]
+
+
+def compile_standalone(
+    module: fx.GraphModule, examples: Sequence[Any], dynamic_shapes: Literal["from_graph", "from_tracing_context"]
+) -> Function:
+    """Compile a graph with Inductor, without guards, such that torch.compiler.save_cache_artifacts() has it, too.
+
+    Args:
+        module: The graph.
+        examples: Its inputs: fake tensors and symbolic sizes.
+        dynamic_shapes: Where the symbols come from: torch.export, or the Dynamo that is tracing.
+    """
+    with _quiet_artifacts():
+        compiled: Any = torch._inductor.standalone_compile(module, list(examples), dynamic_shapes=dynamic_shapes)
+    if compiled._artifacts is not None:
+        _hand_on(compiled._artifacts[0])
+    return compiled
+
+
+def _hand_on(serialized: bytes) -> None:
+    """Add what one standalone_compile() gathered, apart from everything else, to what the process has to save."""
+    manager = CacheArtifactManager
+    for artifact in chain(*(manager.deserialize(serialized) or {}).values()):
+        if artifact not in manager._seen_artifacts:
+            manager._seen_artifacts.add(artifact)
+            manager._new_cache_artifacts[artifact.type()].append(artifact)
 
 
 def _shape_environment(examples: Sequence[Tensor]) -> Any:
@@ -91,7 +119,7 @@ def _shape_environment(examples: Sequence[Tensor]) -> Any:
 
 @contextlib.contextmanager
 def _quiet_artifacts() -> Iterator[None]:
-    """standalone_compile warns when a compilation came from a cache and left nothing to save; nothing is saved here."""
+    """standalone_compile warns when a compilation left nothing to save, as if somebody wanted to."""
     log = logging.getLogger("torch._inductor.standalone_compile")
     level = log.level
     log.setLevel(logging.ERROR)
