@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from vte_compile.tuning.evaluation import Evaluation, Kind
 _CURVE = "#7a8da3"
 _MARKERS: dict[Kind, tuple[str, str]] = {
     "full": ("s", "#1d2733"),
-    "plan": ("*", "#d9480f"),
     "static": ("o", "#7a8da3"),
     "random": ("^", "#9c36b5"),
     "attention": ("v", "#1971c2"),
     "oracle": ("D", "#2b8a3e"),
 }
+
+# Of plans, each of which has its own; a fifth looks as the first.
+_PLAN_MARKERS = (("*", "#d9480f"), ("P", "#862e9c"), ("X", "#0b7285"), ("p", "#5c940d"))
 
 
 def draw_evaluation(evaluation: Evaluation, file: Path) -> None:
@@ -35,9 +38,10 @@ def _agreement(axes: Any, evaluation: Evaluation) -> None:
         x = [point.total_flops / full for point in evaluation.static_exits]
         y = [point.agreement for point in evaluation.static_exits]
         axes.plot(x, y, "-", color=_CURVE, lw=1.4, label="static exits, by layer", zorder=1)
+    plans = cycle(_PLAN_MARKERS)
     for case in evaluation.configurations:
         agreement, work = case.measures["agreement"], case.measures["total_flops"]
-        marker, color = _MARKERS[case.kind]
+        marker, color = next(plans) if case.kind == "plan" else _MARKERS[case.kind]
         axes.errorbar(
             work.value / full,
             agreement.value,
