@@ -13,13 +13,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vte_compile.errors import InputError
+from vte_compile.errors import EngineError, InputError
 
 if TYPE_CHECKING:
     from vte_compile.export.engine import Engine
 
 TARGETS = {"aoti": "vte_compile.export.aoti_target"}
 """The modules that write engines, each with a function ``write(fast, path)``."""
+
+LOADERS = {"aoti": "vte_compile.export.engine:Engine"}
+"""The classes that run engines, each with a method ``load(folder, manifest's fields)``."""
 
 
 def export(fast: Any, path: str | os.PathLike[str], target: str = "aoti") -> Path:
@@ -66,9 +69,19 @@ def load_engine(path: str | os.PathLike[str]) -> Engine:
         EngineError: A file is missing, truncated or altered, or the engine is of another version, or made for another
             device or processor; the message says which, and what to do.
     """
-    from vte_compile.export.engine import Engine
+    from vte_compile.export.folder import read_manifest
+    from vte_compile.export.manifest import MANIFEST
 
-    return Engine.load(Path(path))
+    folder = Path(path)
+    body = read_manifest(folder)
+    if body.get("target") not in LOADERS:
+        raise EngineError(
+            f"{folder / MANIFEST}: target {body.get('target')!r}, but this vte-compile runs "
+            f"{', '.join(map(repr, LOADERS))} only."
+        )
+    module, _, name = LOADERS[body["target"]].partition(":")
+    engine: Engine = getattr(import_module(module), name).load(folder, body)
+    return engine
 
 
 class _CallablePackage(types.ModuleType):

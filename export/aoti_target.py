@@ -16,7 +16,7 @@ from tqdm import tqdm
 from vte_compile.errors import CaptureError
 from vte_compile.export import aoti
 from vte_compile.export.folder import check_target_folder, facts_of, whole_folder
-from vte_compile.export.manifest import MANIFEST, Manifest, PieceCall
+from vte_compile.export.manifest import MANIFEST, Manifest, PieceCall, encode
 from vte_compile.export.staged import Staged, stage
 from vte_compile.runtime.inductor import missing_compiler
 
@@ -55,7 +55,7 @@ def write(fast: Any, path: Path) -> None:
             weights=weights,
             files=facts_of(folder),
         )
-        (folder / MANIFEST).write_bytes(manifest.to_json())
+        (folder / MANIFEST).write_bytes(encode(manifest))
     logger.info("export: %d pieces, %d weights in %s", len(files), len(staged.weights), path)
 
 

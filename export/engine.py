@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +51,9 @@ class Engine:
         self._runner = EngineRunner(loaded)
 
     @classmethod
-    def load(cls, folder: Path) -> Engine:
-        """See :func:`vte_compile.load_engine`."""
-        return cls(load(folder), folder)
+    def load(cls, folder: Path, body: dict[str, Any]) -> Engine:
+        """See :func:`vte_compile.load_engine`; ``body``: the manifest's fields."""
+        return cls(load(folder, Manifest.from_body(body)), folder)
 
     @property
     def manifest(self) -> Manifest:

@@ -10,10 +10,9 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from vte_compile.errors import EngineError
 from vte_compile.export import aoti
-from vte_compile.export.folder import check_files, read_manifest
-from vte_compile.export.manifest import MANIFEST, ExitCall, Manifest, PhaseSteps, PieceCall
+from vte_compile.export.folder import check_files
+from vte_compile.export.manifest import ExitCall, Manifest, PhaseSteps, PieceCall
 from vte_compile.runtime.runner import RowRunner
 from vte_compile.runtime.steps import ExitStep, Phase, PieceStep, StepProgram
 
@@ -30,17 +29,14 @@ class Loaded:
     """Of one image, with its weights behind it."""
 
 
-def load(folder: Path) -> Loaded:
-    """Check a folder, and then load it.
+def load(folder: Path, manifest: Manifest) -> Loaded:
+    """Check a folder against its manifest, and then load it.
 
     Raises:
         EngineError: See :func:`vte_compile.load_engine`.
     """
-    manifest = read_manifest(folder)
-    if manifest.target != "aoti":
-        raise EngineError(f"{folder / MANIFEST}: target {manifest.target!r}, but this vte-compile runs 'aoti' only.")
     aoti.check_built(manifest.built)
-    check_files(folder, manifest)
+    check_files(folder, manifest.files)
     weights: dict[str, Tensor] = {}
     for name in manifest.weights:
         weights |= safetensors.torch.load_file(folder / name, device=manifest.built.device)

@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from vte_compile.errors import EngineError
-from vte_compile.export.manifest import MANIFEST, FileFacts, Manifest, is_manifest
+from vte_compile.export.manifest import MANIFEST, FileFacts, decode, is_manifest
 
 
 def check_target_folder(path: Path) -> None:
@@ -56,8 +57,8 @@ def facts_of(folder: Path) -> dict[str, FileFacts]:
     return {file.relative_to(folder).as_posix(): FileFacts(file.stat().st_size, sha256_of(file)) for file in files}
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest's fields, which its target's own class makes sense of.
 
     Raises:
         EngineError: There is none, or it is damaged or of another version.
@@ -68,17 +69,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise EngineError(
             f"{folder / MANIFEST}: {error.strerror or error}: pass a folder that vte_compile.export() wrote."
         ) from error
-    return Manifest.from_json(content)
+    return decode(content)
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compare all files with the manifest.
+def check_files(folder: Path, files: Mapping[str, FileFacts]) -> None:
+    """Compare all files with what the manifest says of them.
 
     Raises:
         EngineError: One is missing, truncated or altered, or lies outside the folder.
     """
     remedy = "copy the whole folder again, or export the model again"
-    for name, facts in manifest.files.items():
+    for name, facts in files.items():
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts:
             raise EngineError(f"{MANIFEST}: files: {name!r} lies outside the engine: do not use it.")

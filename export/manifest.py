@@ -1,17 +1,16 @@
-"""manifest.json: what an engine is made of, as plain data.
+"""manifest.json: what an engine is made of, as plain data; here, of engines that are pieces (AOTInductor).
 
-Steps are the same for all targets: pieces, and exits between them that the host decides. Only what a piece's file holds
-depends on the target.
+``encode`` and ``decode`` are the file's frame, which all targets share; ONNX engines: onnx_manifest.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vte_compile.errors import EngineError
 from vte_compile.runtime.prompt_state import PromptValue
@@ -19,6 +18,8 @@ from vte_compile.runtime.prompt_state import PromptValue
 MANIFEST = "manifest.json"
 FORMAT = "vte_compile engine"
 SCHEMA_VERSION = 1
+_REMEDY = "export the model again, or copy the whole folder again"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -137,37 +138,55 @@ class Manifest:
     files: dict[str, FileFacts]
     """By path, with slashes: all files of the folder but this one."""
 
-    def to_json(self) -> bytes:
-        """The file's content."""
-        body = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
-        return (json.dumps({**body, "sha256": _digest(body)}, indent=1, allow_nan=False) + "\n").encode()
-
     @classmethod
-    def from_json(cls, content: bytes) -> Manifest:
-        """The inverse of :meth:`to_json`.
+    def from_body(cls, body: dict[str, Any]) -> Manifest:
+        """What :func:`decode` gave.
 
         Raises:
-            EngineError: Damaged, not a manifest, or of another schema.
+            EngineError: Not a manifest of this target.
         """
-        remedy = "export the model again, or copy the whole folder again"
-        try:
-            body = json.loads(content)
-        except ValueError as error:
-            raise EngineError(f"{MANIFEST}: damaged ({error}): {remedy}.") from error
-        if not isinstance(body, dict) or body.get("format") != FORMAT:
-            raise EngineError(f"{MANIFEST}: not of an engine: pass a folder that vte_compile.export() wrote.")
-        version = body.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise EngineError(
-                f"{MANIFEST}: schema_version {version!r}, but this vte-compile reads {SCHEMA_VERSION}: export the "
-                "model again with this vte-compile, or load the engine with the one that wrote it."
-            )
-        if body.pop("sha256", None) != _digest(body):
-            raise EngineError(f"{MANIFEST}: altered since it was written: {remedy}.")
-        try:
-            return _manifest({k: v for k, v in body.items() if k not in ("format", "schema_version")})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise EngineError(f"{MANIFEST}: not of schema {SCHEMA_VERSION} ({error!r}): {remedy}.") from error
+        return from_fields(_manifest, body)
+
+
+def encode(manifest: Any) -> bytes:
+    """The file's content, of any target's manifest (a dataclass)."""
+    body = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(manifest)}
+    return (json.dumps({**body, "sha256": _digest(body)}, indent=1, allow_nan=False) + "\n").encode()
+
+
+def decode(content: bytes) -> dict[str, Any]:
+    """The fields of a manifest; "target" says of which kind.
+
+    Raises:
+        EngineError: Damaged, not a manifest, or of another schema.
+    """
+    try:
+        body = json.loads(content)
+    except ValueError as error:
+        raise EngineError(f"{MANIFEST}: damaged ({error}): {_REMEDY}.") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise EngineError(f"{MANIFEST}: not of an engine: pass a folder that vte_compile.export() wrote.")
+    version = body.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise EngineError(
+            f"{MANIFEST}: schema_version {version!r}, but this vte-compile reads {SCHEMA_VERSION}: export the "
+            "model again with this vte-compile, or load the engine with the one that wrote it."
+        )
+    if body.pop("sha256", None) != _digest(body):
+        raise EngineError(f"{MANIFEST}: altered since it was written: {_REMEDY}.")
+    return {k: v for k, v in body.items() if k not in ("format", "schema_version")}
+
+
+def from_fields(build: Callable[[dict[str, Any]], T], body: dict[str, Any]) -> T:
+    """A manifest from its fields.
+
+    Raises:
+        EngineError: They are not what ``build`` takes.
+    """
+    try:
+        return build(body)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"{MANIFEST}: not of schema {SCHEMA_VERSION} ({error!r}): {_REMEDY}.") from error
 
 
 def is_manifest(file: Path) -> bool:

@@ -34,7 +34,7 @@ from vte_compile import SkippedAttention, StaticExit, load_engine, optimize
 from vte_compile.adapters import PIA
 from vte_compile.errors import EngineError, InputError
 from vte_compile.export import aoti_target
-from vte_compile.export.manifest import MANIFEST, ExitCall, Manifest, PieceCall
+from vte_compile.export.manifest import MANIFEST, ExitCall, Manifest, PieceCall, decode, encode
 from vte_compile.runtime.inductor import missing_compiler
 
 _MISSING = missing_compiler(torch.device("cpu"))
@@ -249,8 +249,8 @@ def folder(llama, tmp_path: Path) -> Path:
 
 def rewritten(folder: Path, **changes: object) -> None:
     """A manifest that was written like this, rather than damaged."""
-    manifest = replace(Manifest.from_json((folder / MANIFEST).read_bytes()), **changes)
-    (folder / MANIFEST).write_bytes(manifest.to_json())
+    manifest = replace(Manifest.from_body(decode((folder / MANIFEST).read_bytes())), **changes)
+    (folder / MANIFEST).write_bytes(encode(manifest))
 
 
 @pytest.mark.parametrize("name", ["pieces/prefill_0.pt2", "weights-00001.safetensors", "plan/vte_plan.json"])

@@ -20,7 +20,7 @@ import vte_compile
 from vte_compile import Plan, optimize
 from vte_compile.errors import CaptureError, EngineError, InputError, UnsupportedModelError
 from vte_compile.export import aoti, aoti_target, staged
-from vte_compile.export.manifest import MANIFEST, Built, Manifest, ModelFacts
+from vte_compile.export.manifest import MANIFEST, Built, Manifest, ModelFacts, decode, encode
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +150,8 @@ def test_command(llava: Path, plan: Path, tmp_path: Path, monkeypatch) -> None: 
         facts = ModelFacts("LlamaForCausalLM", "float32", 4, 32, 61, [], [2], 0)
         built = Built("0", "2", "cpu", "Linux", "x86_64", "AVX2")
         manifest = Manifest("aoti", built, facts, [], False, "table", None, None, {}, [], {})
-        (path / MANIFEST).write_bytes(manifest.to_json())
-        assert Manifest.from_json(manifest.to_json()) == manifest
+        (path / MANIFEST).write_bytes(encode(manifest))
+        assert Manifest.from_body(decode(encode(manifest))) == manifest
 
     monkeypatch.setattr(aoti_target, "write", write)
     result = run("export", llava, "--plan", plan, "--out", tmp_path / "engine", "--target", "aoti")

@@ -22,12 +22,13 @@ def export(
     """Write a model with its plan as an engine, a folder that runs without transformers (docs/engines.md)."""
     import vte_compile
     from vte_compile.export.folder import check_target_folder, read_manifest
+    from vte_compile.export.manifest import Manifest
     from vte_compile.loading import load_model
 
     check_target_folder(out)  # before minutes of work
     fast = vte_compile.optimize(load_model(model, device), _load_plan(plan), compile=False)
     vte_compile.export(fast, out, target)
-    manifest = read_manifest(out)
+    manifest = Manifest.from_body(read_manifest(out))
     size = sum(file.bytes for file in manifest.files.values())
     pieces = sum(file.endswith(".pt2") for file in manifest.files)
     images = "takes images" if manifest.vision else "takes image features" if manifest.vision_missing else "text only"

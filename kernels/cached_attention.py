@@ -1,0 +1,98 @@
+"""Attention of a chunk of tokens to a cache and to itself, and the rotation of its queries and keys.
+
+``vte::rotary`` and ``vte::cached_attention`` are what graphs of the phase "chunk" hold (vte_compile/capture.py): one op
+for what exporters have one op for. Their implementations here are the naive reference.
+
+A cache is aligned at the start: row b holds its tokens in columns 0 .. past_lengths[b] - 1, what lies behind is free.
+Rows of a chunk are aligned at the start, too: row b has new_lengths[b] tokens, what lies behind is padding, whose
+output means nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.library.custom_op("vte::rotary", mutates_args=())
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Rotate the first half of each head against its second half (RoFormer, arXiv 2104.09864, as Llama lays it out).
+
+    Args:
+        x: [B, T, heads * D].
+        cos: [B, T, D / 2] (or with B = 1, for all rows), and ``sin`` likewise.
+        heads: How many.
+    """
+    first, second = x.unflatten(-1, (heads, -1)).chunk(2, dim=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+
+
+@rotary.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("vte::cached_attention", mutates_args=())
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_lengths: Tensor,
+    new_lengths: Tensor,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention of a chunk to what its rows have cached, and to itself.
+
+    Args:
+        query: [B, T, heads * D].
+        key: [B, T, kv_heads * D]; ``value`` likewise, with a head size of its own.
+        past_key: [B, kv_heads, P, D], and ``past_value``.
+        past_lengths: [B] int64: columns of the cache that are filled.
+        new_lengths: [B] int64: tokens of the chunk.
+        heads: Of the queries, a multiple of ``kv_heads``.
+        kv_heads: Of keys and values.
+        scale: Of the scores.
+
+    Returns:
+        [B, T, heads * D]; and the cache with the chunk's keys and values behind each row's past, [B, kv_heads, P + T,
+        D]. (Elsewhere a cache with room for them keeps its size.)
+    """
+    tokens = query.shape[1]
+    columns = past_lengths[:, None] + torch.arange(tokens, device=query.device)  # [B, T]
+    grown = []
+    for past, new in ((past_key, key), (past_value, value)):
+        heads_second = new.unflatten(-1, (kv_heads, -1)).transpose(1, 2)
+        cache = F.pad(past, (0, 0, 0, tokens))
+        index = columns[:, None, :, None].expand_as(heads_second)
+        grown.append(cache.scatter(2, index, heads_second))
+    mask = torch.arange(grown[0].shape[2], device=query.device) <= columns[..., None]  # [B, T, P + T]
+    keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in grown)
+    queries = query.unflatten(-1, (heads, -1)).transpose(1, 2)
+    output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], scale=scale)
+    return output.transpose(1, 2).flatten(-2).contiguous(), *grown
+
+
+@cached_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_lengths: Tensor,
+    new_lengths: Tensor,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens = query.shape[:2]
+    length = past_key.shape[2] + tokens
+    output = query.new_empty(batch, tokens, heads * past_value.shape[-1])
+    caches = (past.new_empty(batch, kv_heads, length, past.shape[-1]) for past in (past_key, past_value))
+    return output, *caches
