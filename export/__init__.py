@@ -76,7 +76,8 @@ def load_engine(
         form: Which form of an ONNX engine runs, "staged" or "single"; None: the staged one if it is there.
 
     Returns:
-        The engine, with ``generate()``, ``prefill()`` and ``decode()``: an :class:`~vte_compile.export.engine.Engine` or
+        The engine, with ``generate()``, ``prefill()`` and ``decode()``: an
+        :class:`~vte_compile.export.engine.Engine` or
         an :class:`~vte_compile.export.ort_engine.OnnxEngine`, which also has ``chat()``.
 
     Raises:
