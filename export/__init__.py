@@ -6,6 +6,7 @@ whatever order it and its modules are imported.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import types
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
     from vte_compile.export.engine import Engine
     from vte_compile.export.ort_engine import OnnxEngine
 
-TARGETS = {"aoti": "vte_compile.export.aoti_target"}
+TARGETS = {"aoti": "vte_compile.export.aoti_target", "onnxruntime": "vte_compile.export.ort_target"}
 """The modules that write engines, each with a function ``write(fast, path)``."""
 
 LOADERS = {"aoti": "vte_compile.export.engine:Engine", "onnxruntime": "vte_compile.export.ort_engine:OnnxEngine"}
 """The classes that run engines, each with ``load(folder, manifest's fields, **options)``; options: `load_engine`."""
 
 
-def export(fast: Any, path: str | os.PathLike[str], target: str = "aoti") -> Path:
+def export(fast: Any, path: str | os.PathLike[str], target: str = "aoti", **options: Any) -> Path:
     """Write what :func:`vte_compile.optimize` returned as an engine: a folder that is complete by itself.
 
     The folder appears when it is whole; an interrupted export leaves none, or the engine that was there before.
@@ -37,20 +38,29 @@ def export(fast: Any, path: str | os.PathLike[str], target: str = "aoti") -> Pat
             become part of the engine.
         path: The folder: new, empty, or an engine, which is replaced.
         target: What runs it. ``aoti``: torch alone, pieces compiled ahead of time by AOTInductor for the device the
-            model is on, and for processors like this one.
+            model is on, and for processors like this one. ``onnxruntime``: ONNX graphs, for ONNX Runtime.
+        options: For ``onnxruntime``: ``processor``, the model's processor (or tokenizer), whose files go into the
+            folder, so that the engine takes text and pictures; ``forms``, ("staged", "single") or one of them: graphs
+            between exits, which spare what leaves, and one graph with the exits inside.
 
     Returns:
         ``path``.
 
     Raises:
-        InputError: Unknown target, or not an optimized model.
+        InputError: Unknown target or option, or not an optimized model.
         EngineError: ``path`` holds something else than an engine.
         UnsupportedModelError: The model embeds or numbers its tokens in a way no engine knows.
         CaptureError: A part could not be traced or compiled, or does not compute what it did.
     """
     if target not in TARGETS:
         raise InputError(f"target: {target!r} is unknown; the targets are {', '.join(map(repr, TARGETS))}.")
-    import_module(TARGETS[target]).write(fast, Path(path))
+    write = import_module(TARGETS[target]).write
+    known = [name for name, p in inspect.signature(write).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if unknown := sorted(options.keys() - set(known)):
+        raise InputError(
+            f"export: {unknown[0]!r} is no option of target {target!r}: {', '.join(known) or 'it has none'}."
+        )
+    write(fast, Path(path), **options)
     return Path(path)
 
 
@@ -103,8 +113,8 @@ def load_engine(
 
 
 class _CallablePackage(types.ModuleType):
-    def __call__(self, fast: Any, path: str | os.PathLike[str], target: str = "aoti") -> Path:
-        return export(fast, path, target)
+    def __call__(self, fast: Any, path: str | os.PathLike[str], target: str = "aoti", **options: Any) -> Path:
+        return export(fast, path, target, **options)
 
 
 _CallablePackage.__call__.__doc__ = export.__doc__

@@ -87,17 +87,18 @@ def stage(fast: Any) -> Staged:
         raise UnsupportedModelError(
             f"{type(fast).__name__} has multimodal rotary positions: engines number tokens one by one so far."
         )
-    staged = Staged(_facts(fast), "", runner.routed)
+    staged = Staged(model_facts(fast), "", runner.routed)
     for phase, batched in _PHASES:
         lowered = runner.lowered(phase, batched=batched)  # type: ignore[arg-type]
         staged.phases[phase] = _phase(staged, phase, lowered)
-    staged.embedding = staged.add_weight("embed_tokens.weight", _embedding(fast))
+    staged.embedding = staged.add_weight("embed_tokens.weight", embedding_table(fast))
     if fast._vte_spec.is_multimodal:
         _add_vision(staged, fast)
     return staged
 
 
-def _facts(fast: Any) -> ModelFacts:
+def model_facts(fast: Any) -> ModelFacts:
+    """What a manifest says of a model."""
     spec = fast._vte_spec
     generation = fast.generation_config
     eos = generation.eos_token_id if generation.eos_token_id is not None else spec.config.eos_token_id
@@ -116,8 +117,12 @@ def _facts(fast: Any) -> ModelFacts:
 
 
 @torch.no_grad()
-def _embedding(fast: Any) -> Tensor:
-    """The table; what else an embedding may do (scale, say) no engine would."""
+def embedding_table(fast: Any) -> Tensor:
+    """The table [vocabulary, C]; what else an embedding may do (scale, say) no engine would.
+
+    Raises:
+        UnsupportedModelError: It does.
+    """
     module: nn.Module = fast.get_input_embeddings()
     weight = module.get_parameter("weight")
     ids = torch.arange(min(len(weight), 64), device=weight.device)[None]

@@ -75,7 +75,7 @@ def cached_attention(
     keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in grown)
     queries = query.unflatten(-1, (heads, -1)).transpose(1, 2)
     output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], scale=scale)
-    return output.transpose(1, 2).flatten(-2).contiguous(), *grown
+    return output.transpose(1, 2).flatten(-2).contiguous(), grown[0], grown[1]
 
 
 @cached_attention.register_fake
@@ -92,7 +92,9 @@ def _(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens = query.shape[:2]
+    for other in (past_key, past_value, past_lengths, new_lengths):
+        torch._check(other.shape[0] == batch)
     length = past_key.shape[2] + tokens
     output = query.new_empty(batch, tokens, heads * past_value.shape[-1])
-    caches = (past.new_empty(batch, kv_heads, length, past.shape[-1]) for past in (past_key, past_value))
-    return output, *caches
+    keys, values = (past.new_empty(batch, kv_heads, length, past.shape[-1]) for past in (past_key, past_value))
+    return output, keys, values

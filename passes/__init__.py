@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vte_compile.passes.annotate_layers import annotate_layers
+from vte_compile.passes.attention_layout import attention_layout
 from vte_compile.passes.cleanup import cleanup
 from vte_compile.passes.fold_adapters import fold_adapters
 from vte_compile.passes.fold_co_adapters import fold_co_adapters
+from vte_compile.passes.fuse_rotary import fuse_rotary
 from vte_compile.passes.insert_exits import insert_exits
 from vte_compile.passes.last_layer_queries import last_layer_queries
 from vte_compile.passes.last_token_logits import last_token_logits
@@ -33,6 +35,8 @@ PASSES: tuple[Pass, ...] = (
     insert_exits,
     last_layer_queries,
     last_token_logits,
+    fuse_rotary,
+    attention_layout,  # behind fuse_rotary, which looks for rotated heads
     cleanup,
 )
 

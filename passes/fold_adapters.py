@@ -70,7 +70,14 @@ class _Insertion:
     def run(self) -> None:
         prefill = self.graph.phase == "prefill"
         form = self.forms.prompt if prefill else self.forms.step
-        if prefill:
+        if self.graph.phase == "chunk":
+            self._ask_prompt(self._names(form))
+            computed = {name: self.values[name] for name in self._names(form)}
+            self._take_in(self._names(form))
+            for name, node in computed.items():
+                self.values[name] = self._of_first_chunk(node, self.values[name])
+            self._give_out(self._names(form), listed=True)
+        elif prefill:
             self._ask_prompt(self._names(self.forms.prompt) | self._names(self.forms.step))
             self._give_out(self._names(self.forms.step))
         else:
@@ -104,7 +111,7 @@ class _Insertion:
             return
         wide = torch.promote_types(self.dtype, torch.float32)
         source = self.site.source
-        mean = self._call(aten.mean.dim, self._cast(source, wide), [1])  # [1, C]
+        mean = self._mean(self._cast(source, wide))  # [1, C], or of all rows of a chunk
         share = knowledge = None
         if self.routed:
             share = self._call(aten.sigmoid.default, self._linear_of(mean, "router"))
@@ -135,9 +142,29 @@ class _Insertion:
             return first
         return self._call(aten.add.Tensor, first, self._call(aten.mul.Tensor, share, expert("_delta")))
 
-    def _give_out(self, names: dict[str, bool]) -> None:
+    def _of_first_chunk(self, computed: fx.Node, given: fx.Node) -> fx.Node:
+        """What this chunk tells, in rows that have no past; in others what was known before."""
+        first = self._call(aten.eq.Scalar, self.graph.placeholder("past_lengths"), 0)  # [B]
+        for _ in range(computed.meta["val"].ndim - 1):
+            first = self._call(aten.unsqueeze.default, first, -1)
+        return self._call(aten.where.self, first, computed, given)
+
+    def _mean(self, source: fx.Node) -> fx.Node:
+        """Over a row's tokens, [B, T, C] -> [B, C]; where rows have padding, without that."""
+        if self.graph.phase != "chunk":
+            return self._call(aten.mean.dim, source, [1])
+        lengths = self._call(aten.unsqueeze.default, self.graph.placeholder("new_lengths"), 1)
+        tokens = self._call(aten.sym_size.int, source, 1)
+        index = self._call(aten.arange.default, tokens)
+        padding = self._call(aten.unsqueeze.default, self._call(aten.ge.Tensor, index, lengths), 2)
+        summed = self._call(aten.sum.dim_IntList, self._call(aten.masked_fill.Scalar, source, padding, 0.0), [1])
+        return self._call(aten.div.Tensor, summed, self._cast(lengths, source.meta["val"].dtype))
+
+    def _give_out(self, names: dict[str, bool], listed: bool = False) -> None:
         output = next(n for n in self.graph.graph.nodes if n.op == "output")
         output.args = ((*output.args[0], *(self.values[name] for name in names)),)
+        if listed:  # as inputs, already
+            return
         self.graph.prompt_state += [PromptValue(self._state_name(n), per_row) for n, per_row in names.items()]
 
     def _take_in(self, names: dict[str, bool]) -> None:

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 def insert_exits(graph: DecoderGraph, settings: PassSettings) -> PassResult:
     """Insert the plan's exits; ``applied`` counts them. Decode graphs are left alone: decode never gates.
+    Graphs of all phases in one are cut where an exit is, and what leaves there is the engine's business.
 
     The graph gets an input ``visual_mask`` [1, S] bool, and one output more per exit: whether it fired ([] bool).
     """
     result = PassResult("insert_exits")
-    if graph.phase == "decode" or not settings.plan.exits:
+    if graph.phase in ("decode", "chunk") or not settings.plan.exits:
         return result
     visual_mask = _add_visual_mask(graph)
     fired: list[fx.Node] = []

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 def last_layer_queries(graph: DecoderGraph, settings: PassSettings) -> PassResult:
     """Cut the last layers to the last token, keys, values and means excepted; ``applied`` counts the layers."""
     result = PassResult("last_layer_queries")
-    if not settings.last_token_logits or graph.phase == "decode":
+    if not settings.last_token_logits or graph.phase in ("decode", "chunk"):
         return result
     for layer in reversed(range(graph.spec.num_layers)):
         attends = layer in graph.kv_layers

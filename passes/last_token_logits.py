@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from vte_compile.passes.manager import PassResult, PassSettings, Refusal
 
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
+
+aten = torch.ops.aten
 
 
 def last_token_logits(graph: DecoderGraph, settings: PassSettings) -> PassResult:
@@ -28,9 +31,7 @@ def last_token_logits(graph: DecoderGraph, settings: PassSettings) -> PassResult
             result.refusals.append(Refusal(reason, node.name))
             return result
     with graph.graph.inserting_before(tail[0]):
-        sliced = graph.graph.call_function(torch.ops.aten.slice.Tensor, (stream, 1, -1, sys.maxsize))
-    sliced.meta["val"] = stream.meta["val"][:, -1:]
-    graph.layer_of[sliced] = last
+        sliced = _last_of_each_row(graph, stream) if graph.phase == "chunk" else _last(graph, stream)
     shortened = {sliced}
     for node in tail:
         node.replace_input_with(stream, sliced)
@@ -40,3 +41,26 @@ def last_token_logits(graph: DecoderGraph, settings: PassSettings) -> PassResult
                 node.meta["val"] = value[:, -1:]
     result.applied = 1
     return result
+
+
+def _last(graph: DecoderGraph, stream: fx.Node) -> fx.Node:
+    sliced = graph.graph.call_function(aten.slice.Tensor, (stream, 1, -1, sys.maxsize))
+    sliced.meta["val"] = stream.meta["val"][:, -1:]
+    graph.layer_of[sliced] = graph.spec.num_layers
+    return sliced
+
+
+def _last_of_each_row(graph: DecoderGraph, stream: fx.Node) -> fx.Node:
+    """Rows have padding behind them."""
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        node = graph.graph.call_function(target, args)
+        with torch.no_grad(), stream.meta["val"].fake_mode:
+            node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+        graph.layer_of[node] = graph.spec.num_layers
+        return node
+
+    index = call(aten.sub.Tensor, graph.placeholder("new_lengths"), 1)
+    index = call(aten.unsqueeze.default, call(aten.unsqueeze.default, index, 1), 2)
+    index = call(aten.expand.default, index, [-1, -1, stream.meta["val"].shape[2]])
+    return call(aten.gather.default, stream, 1, index)

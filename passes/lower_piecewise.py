@@ -41,6 +41,8 @@ class Piece:
     """Fake tensors with symbolic shapes, for all inputs and then all parameters."""
     weights: list[str]
     """Names of the parameters (see ``DecoderGraph.parameters``)."""
+    layer: int
+    """-1 before the layers, 0 .. L-1, L behind them."""
 
 
 @dataclass
@@ -61,9 +63,13 @@ class PiecewiseGraph:
     """The steps of one phase, in order."""
 
     inputs: list[str]
+    input_examples: list[Tensor]
+    """Fake tensors with symbolic shapes."""
     steps: list[Piece | ExitPoint]
     outputs: list[str]
     """logits, then key and value of each layer that has them, then what adapters know of the prompt (in prefill)."""
+    logits_example: Tensor
+    """A fake tensor."""
     kv: list[int | None]
     """For each layer, where its key and value are among the pairs of ``outputs``; None where attention is skipped."""
     prompt_state: list[PromptValue]
@@ -87,15 +93,18 @@ def lower_piecewise(graph: DecoderGraph) -> PiecewiseGraph:
     results = [n for n in output.args[0] if n not in skipped]
     steps: list[Piece | ExitPoint] = []
     for layer in sorted(by_layer):
-        piece = _piece(graph, by_layer[layer])
+        piece = _piece(graph, by_layer[layer], layer)
         if piece is not None:
             steps.append(piece)
         if layer in exits:
             steps.append(exits[layer])
-    placeholders = [n.name for n in nodes if n.op == "placeholder" and n.name != "visual_mask"]
+    placeholders = [n for n in nodes if n.op == "placeholder" and n.name != "visual_mask"]
     kv = [graph.kv_layers.index(i) if i in graph.kv_layers else None for i in range(graph.spec.num_layers)]
     weights = frozenset(str(n.target) for n in nodes if n.op == "get_attr")
-    return PiecewiseGraph(placeholders, steps, [n.name for n in results], kv, graph.prompt_state, weights)
+    names, examples = [n.name for n in placeholders], [n.meta["val"] for n in placeholders]
+    outputs = [n.name for n in results]
+    logits = results[0].meta["val"]
+    return PiecewiseGraph(names, examples, steps, outputs, logits, kv, graph.prompt_state, weights)
 
 
 def _exit_point(graph: DecoderGraph, marker: fx.Node) -> ExitPoint:
@@ -118,7 +127,7 @@ def _exit_point(graph: DecoderGraph, marker: fx.Node) -> ExitPoint:
     )
 
 
-def _piece(graph: DecoderGraph, nodes: list[fx.Node]) -> Piece | None:
+def _piece(graph: DecoderGraph, nodes: list[fx.Node], layer: int) -> Piece | None:
     own = set(nodes)
     outputs = [n for n in nodes if not _is_size(n) and any(user not in own for user in n.users)]
     if not outputs:
@@ -150,6 +159,7 @@ def _piece(graph: DecoderGraph, nodes: list[fx.Node]) -> Piece | None:
         [n.name for n in outputs],
         examples,
         [str(n.target) for n in weights],
+        layer,
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from vte_compile.kernels.cached_attention import cached_attention
 from vte_compile.passes.manager import Refusal
 
 if TYPE_CHECKING:
@@ -14,13 +15,15 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
+ATTENTIONS = (SDPA, cached_attention._opoverload)
+"""The ops that graphs attend with."""
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.alias.default)
 
 
 def residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | Refusal:
     """The addition of the attention's branch to the residual stream, and the stream's side of it."""
     own = [n for n in graph.graph.nodes if graph.layer_of.get(n) == layer]
-    attentions = [n for n in own if n.target is SDPA]
+    attentions = [n for n in own if n.target in ATTENTIONS]
     if len(attentions) != 1:
         where = own[0].name if own else ""
         return Refusal(f"{len(attentions)} attentions in this layer, expected 1.", where, layer)

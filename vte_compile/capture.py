@@ -84,7 +84,7 @@ class DecoderGraph:
         """A copy that refers to the weights of `spec`: the same decoder, of which some weights were freed."""
         wrapper = _DecoderWithHead(spec)
         other = replace(self.clone(), spec=spec)
-        other.parameters = {target: _reader(wrapper, other.module, target) for target in self.parameters}
+        other.parameters = {target: reader(wrapper, other.module, target) for target in self.parameters}
         for target, read in other.parameters.items():
             path, _, name = target.rpartition(".")
             setattr(other.module.get_submodule(path), name, read())
@@ -181,14 +181,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
+def decoder_module(spec: DecoderSpec) -> nn.Module:
+    """The decoder, with stand-ins for weights that were freed."""
+    if not spec.freed:
+        return spec.decoder
+    return with_stand_ins(spec.decoder, spec.freed, spec.lm_head.get_parameter("weight"))
+
+
 class _DecoderWithHead(nn.Module):
     """The part of the model that becomes one graph."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
-        self.decoder, self.lm_head = spec.decoder, spec.lm_head
-        if spec.freed:
-            self.decoder = with_stand_ins(spec.decoder, spec.freed, spec.lm_head.get_parameter("weight"))
+        self.decoder, self.lm_head = decoder_module(spec), spec.lm_head
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, past: list[Tensor], kv_start: list[Tensor]
@@ -238,13 +243,13 @@ def capture(spec: DecoderSpec, phase: Phase, *, batched: bool = False) -> Decode
     module = fx.GraphModule(module, module.graph)
     _name_inputs(module, phase, spec.num_layers)
     parameters = {
-        node.target: _reader(wrapper, module, node.target) for node in module.graph.nodes if node.op == "get_attr"
+        node.target: reader(wrapper, module, node.target) for node in module.graph.nodes if node.op == "get_attr"
     }
     module.recompile()
     return DecoderGraph(module, phase, batched, spec, parameters, kv_layers=list(range(spec.num_layers)))
 
 
-def _reader(wrapper: nn.Module, module: fx.GraphModule, target: str) -> Parameter:
+def reader(wrapper: nn.Module, module: fx.GraphModule, target: str) -> Parameter:
     """Read through the owning module: ``.to()`` and friends may replace the tensor objects."""
     path, _, name = target.rpartition(".")
     try:

@@ -10,6 +10,7 @@ import torch
 
 from vte_compile.adapters import Router
 from vte_compile.capture import DecoderGraph, capture
+from vte_compile.chunk_capture import capture_chunk
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.folded_weights import FoldedWeights
@@ -87,7 +88,7 @@ class DecoderRunner(RowRunner):
         Raises:
             CaptureError: The decoder could not be traced or rewritten.
         """
-        one_prompt = not self.routed
+        one_prompt = not self.routed and phase != "chunk"
         return self._lowered((phase, batched, True, one_prompt, self.spec.dtype, self.spec.device))[0]
 
     def uncompiled_prefill(self) -> Program:
@@ -123,7 +124,9 @@ class DecoderRunner(RowRunner):
             phase, batched, last, one_prompt, *where = key
             traced = (phase, batched, *where)
             if traced not in self._captures:
-                self._captures[traced] = capture(self.spec, phase, batched=batched)
+                chunk = phase == "chunk"
+                traced_graph = capture_chunk(self.spec) if chunk else capture(self.spec, phase, batched=batched)
+                self._captures[traced] = traced_graph
             graph = self._captures[traced].clone()
             results = run_passes(PASSES, graph, PassSettings(self.plan, last, one_prompt, self.folded))
             for result in results:

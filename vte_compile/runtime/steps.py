@@ -16,7 +16,8 @@ from vte_compile.kernels.exit_gate import exit_logits
 from vte_compile.kernels.token_exit import compact
 from vte_compile.runtime.prompt_value import PromptValue
 
-Phase = Literal["prefill", "extend", "decode"]
+Phase = Literal["prefill", "extend", "decode", "chunk"]
+"""What a graph is traced for; "chunk": all of it in one (vte_compile/chunk_capture.py)."""
 
 
 @dataclass

@@ -1,0 +1,309 @@
+"""The decoder as ONNX graphs: stages between exits, and the whole of it as one graph with the exits inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from vte_compile.errors import CaptureError
+from vte_compile.export.onnx_glue import gate_function
+from vte_compile.export.onnx_graph import OnnxGraph
+from vte_compile.export.onnx_manifest import CacheFacts, PromptFacts
+from vte_compile.export.onnx_ops import lower_ops
+from vte_compile.export.onnx_pieces import check, convert
+from vte_compile.passes.lower_piecewise import Piece, PiecewiseGraph
+from vte_compile.plan import GateExit, StaticExit
+
+_Exit = GateExit | StaticExit
+
+
+@dataclass
+class Stage:
+    """Layers between two exits."""
+
+    layers: list[int]
+    pieces: list[Piece]
+    stream: str
+    """The value that enters: the residual stream."""
+    exit: _Exit | None
+
+
+class OnnxDecoder:
+    """A decoder's pieces, converted, and what graphs are made of them.
+
+    Args:
+        lowered: Of the phase "chunk".
+        exits: Of the plan, in order.
+        layers: How many the decoder has.
+    """
+
+    def __init__(self, lowered: PiecewiseGraph, exits: Sequence[_Exit], layers: int) -> None:
+        self.lowered = lowered
+        pieces = [step for step in lowered.steps if isinstance(step, Piece)]
+        self._preamble = [p for p in pieces if p.layer < 0]
+        self.stages = _stages(pieces, exits, layers)
+        self._converted: dict[str, ir.Model] = {}
+        self._placeholders = dict(zip(lowered.inputs, lowered.input_examples, strict=True))
+
+    @property
+    def distinct(self) -> list[Piece]:
+        """Pieces to convert, each once."""
+        known = {p.key: p for stage in self.stages for p in stage.pieces}
+        return list({p.key: p for p in self._preamble}.values()) + list(known.values())
+
+    def convert(self, piece: Piece) -> None:
+        """Convert a piece, and compare the result with it.
+
+        Raises:
+            CaptureError: It cannot be converted.
+        """
+        with torch.no_grad():
+            parameters = [read().detach() for read in piece.parameters]
+        inputs = piece.examples[: len(piece.inputs)]
+        values = [*(torch.zeros([_hint(s) for s in e.shape], dtype=e.dtype) for e in inputs), *parameters]
+        dynamic: list[set[int]] = [{d for d, s in enumerate(e.shape) if not isinstance(s, int)} for e in inputs]
+        dynamic += [set() for _ in parameters]
+        outputs = [f"result_{i}" for i in range(len(piece.outputs))]
+        model = convert(lower_ops(piece.module), values, dynamic, outputs)
+        for tokens, past in ((3, 2), (1, 0)):
+            tried = [self._value(n, e, tokens, past) for n, e in zip(piece.inputs, inputs, strict=True)]
+            check(model, piece.module, [*tried, *parameters])
+        self._converted[piece.key] = model
+
+    def _value(self, name: str, example: Tensor, tokens: int, past: int) -> Tensor:
+        """Numbers for a piece's input: one row, whose cache is full."""
+        lengths = {"new_lengths": tokens, "past_lengths": past}
+        if name in lengths:
+            return torch.tensor([lengths[name]])
+        batch, length = (_expression(size) for size in self._placeholders["inputs_embeds"].shape[:2])
+        sizes = {batch: 1, length: tokens}
+        shape = [sizes.get(_expression(size), size if isinstance(size, int) else past) for size in example.shape]
+        if not example.dtype.is_floating_point:
+            return torch.arange(shape[-1]).expand(shape).to(example.dtype).contiguous()
+        generator = torch.Generator().manual_seed(len(shape))
+        return torch.randn(shape, generator=generator).to(example.dtype)
+
+    def caches(self, stage: Stage) -> list[CacheFacts]:
+        """The keys and values of a stage."""
+        facts = []
+        for layer in stage.layers:
+            if (key := self._placeholders.get(f"past_key_{layer}")) is not None:
+                value = self._placeholders[f"past_value_{layer}"]
+                facts.append(CacheFacts(layer, int(key.shape[1]), int(key.shape[3]), int(value.shape[3])))
+        return facts
+
+    def prompt(self, stage: Stage) -> list[PromptFacts]:
+        """What a stage's adapters know of the prompt."""
+        read = {name for piece in stage.pieces for name in piece.inputs}
+        values = [value for value in self.lowered.prompt_state if value.name in read]
+        return [PromptFacts(v.name, [int(s) for s in self._placeholders[v.name].shape[1:]]) for v in values]
+
+    @property
+    def hidden_size(self) -> int:
+        """C."""
+        return int(self._placeholders["inputs_embeds"].shape[-1])
+
+    # ------------------------------------------------------------ graphs
+
+    def add_stage(self, graph: OnnxGraph, index: int) -> None:
+        """One stage as a graph."""
+        stage, last = self.stages[index], index == len(self.stages) - 1
+        hidden = self.hidden_size
+        entering = "hidden_states" if index else "inputs_embeds"
+        stream = graph.input(entering, ["batch", "tokens", hidden])
+        kept = "tokens"
+        if index:
+            kept = "kept_tokens"
+            stream = graph.op("Gather", [stream, graph.input("keep", [kept], ir.DataType.INT64)], "keep", axis=1)
+        env = {stage.stream: stream}
+        env["position_ids"] = graph.input("position_ids", ["batch", kept], ir.DataType.INT64)
+        for name in ("new_lengths", "past_lengths"):
+            env[name] = graph.input(name, ["batch"], ir.DataType.INT64)
+        self._add_past(graph, stage, env)
+        self._run(graph, stage, env)
+        if last:
+            graph.output("logits", env[self.lowered.outputs[0]], ["batch", 1, self._vocabulary])
+        else:
+            graph.output("next_hidden_states", env[self.stages[index + 1].stream], ["batch", kept, hidden])
+        self._add_present(graph, stage, env)
+
+    def add_single(self, graph: OnnxGraph) -> None:
+        """All stages as one graph, with the exits inside."""
+        hidden = self.hidden_size
+        integer = ir.DataType.INT64
+        stream = graph.input("inputs_embeds", ["batch", "tokens", hidden])
+        visual = graph.input("visual_mask", ["batch", "tokens"], ir.DataType.BOOL)
+        positions = graph.input("position_ids", ["batch", "tokens"], integer)
+        lengths = graph.input("new_lengths", ["batch"], integer)
+        past_lengths = graph.input("past_lengths", [len(self.stages), "batch"], integer)
+        exit_layer: ir.Value | None = None
+        present_lengths = []
+        envs = []
+        for index, stage in enumerate(self.stages):
+            own = graph.op("Gather", [past_lengths, graph.constant(index)], f"exits.{index}", axis=0)
+            env = {stage.stream: stream, "position_ids": positions, "new_lengths": lengths, "past_lengths": own}
+            self._add_past(graph, stage, env)
+            self._run(graph, stage, env)
+            envs.append(env)
+            present_lengths.append(graph.op("Add", [own, lengths], f"exits.{index}"))
+            if stage.exit is None:
+                continue
+            layer, prefix = stage.exit.layer, f"exits.{stage.exit.layer}"
+            stream = env[self.stages[index + 1].stream]
+            fire = self.add_gate(graph, stage.exit, stream, visual, lengths)
+            reached = graph.op("Where", [fire, graph.constant(layer), graph.constant(-1)], prefix)
+            exit_layer = reached if exit_layer is None else graph.op("Max", [exit_layer, reached], prefix)
+            leaving = graph.op("And", [visual, graph.op("Unsqueeze", [fire, graph.constant([1])], prefix)], prefix)
+            stream, positions, visual, lengths = _compact(graph, prefix, stream, positions, visual, lengths, leaving)
+        graph.output("logits", envs[-1][self.lowered.outputs[0]], ["batch", 1, self._vocabulary])
+        rows = [graph.op("Unsqueeze", [row, graph.constant([0])], "exits") for row in present_lengths]
+        graph.output("present_lengths", graph.op("Concat", rows, "exits", axis=0), [len(self.stages), "batch"], integer)
+        if exit_layer is None:
+            never = graph.op("Mul", [lengths, graph.constant(0)], "exits")
+            exit_layer = graph.op("Sub", [never, graph.constant(1)], "exits")
+        graph.output("exit_layer", exit_layer, ["batch"], integer)
+        for stage, env in zip(self.stages, envs, strict=True):
+            self._add_present(graph, stage, env)
+
+    def add_gate(
+        self, graph: OnnxGraph, exit_: _Exit, stream: ir.Value, visual: ir.Value, lengths: ir.Value
+    ) -> ir.Value:
+        """Whether the visual tokens leave, [B] bool."""
+        threshold = exit_.threshold if isinstance(exit_, GateExit) else None
+        key = f"gate {threshold} {graph.dtype}"
+        prefix = f"exits.{exit_.layer}"
+        weights: list[tuple[str, Callable[[], Tensor]]] = []
+        examples = [self._hidden_example(), torch.ones(3, 5, dtype=torch.bool), torch.full((3,), 5)]
+        if isinstance(exit_, GateExit):
+            weights = [(f"{prefix}.{name}", partial(getattr, exit_, name)) for name in ("w1", "w2")]
+            examples += [read().detach().float() for _, read in weights]
+        if key not in self._converted:
+            dynamic: list[set[int]] = [{0, 1}, {0, 1}, {0}, set(), set()]
+            function = gate_function(threshold)
+            self._converted[key] = convert(function, examples, dynamic[: len(examples)], ["fire"])
+            check(self._converted[key], function, examples)
+        [fire] = graph.add(self._converted[key], prefix, [stream, visual, lengths, *weights])
+        return fire
+
+    def _hidden_example(self) -> Tensor:
+        example = self._placeholders["inputs_embeds"]
+        return torch.randn(3, 5, int(example.shape[-1]), generator=torch.Generator().manual_seed(0)).to(example.dtype)
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.lowered.logits_example.shape[-1])
+
+    def _run(self, graph: OnnxGraph, stage: Stage, env: dict[str, ir.Value]) -> None:
+        """Add the stage's pieces; ``env`` has, and gets, values by their name in the traced graph."""
+        # What stands before the layers and reads positions only is computed anew in each stage.
+        for piece in [*self._preamble, *stage.pieces]:
+            if piece.layer < 0 and not all(name in env for name in piece.inputs):
+                continue
+            if missing := [name for name in piece.inputs if name not in env]:
+                raise CaptureError(f"layer {piece.layer} reads {missing[0]} of a layer before an exit.")
+            weights = [
+                (name.removeprefix("decoder."), read)
+                for name, read in zip(piece.weights, piece.parameters, strict=True)
+            ]
+            results = graph.add(
+                self._converted[piece.key], _prefix(piece), [*(env[name] for name in piece.inputs), *weights]
+            )
+            for name, value in zip(piece.outputs, results, strict=True):
+                env.setdefault(name, value)
+
+    def _add_past(self, graph: OnnxGraph, stage: Stage, env: dict[str, ir.Value]) -> None:
+        for cache in self.caches(stage):
+            for kind, size in (("key", cache.key_size), ("value", cache.value_size)):
+                shape: list[int | str] = ["batch", cache.kv_heads, f"past_columns_{cache.layer}", size]
+                name = f"past_key_values.{cache.layer}.{kind}"
+                env[f"past_{kind}_{cache.layer}"] = graph.input(name, shape)
+        for value in self.prompt(stage):
+            env[value.name] = graph.input(f"past_prompt.{value.name}", ["batch", *value.shape])
+
+    def _add_present(self, graph: OnnxGraph, stage: Stage, env: dict[str, ir.Value]) -> None:
+        for cache in self.caches(stage):
+            at = self.lowered.kv[cache.layer]
+            assert at is not None
+            for i, (kind, size) in enumerate((("key", cache.key_size), ("value", cache.value_size))):
+                shape: list[int | str] = ["batch", cache.kv_heads, f"present_columns_{cache.layer}", size]
+                value = env[self.lowered.outputs[1 + 2 * at + i]]
+                graph.output(f"present.{cache.layer}.{kind}", value, shape)
+        prompts = self.lowered.prompt_state
+        names = self.lowered.outputs[len(self.lowered.outputs) - len(prompts) :]
+        outputs = {value.name: name for value, name in zip(prompts, names, strict=True)}
+        for fact in self.prompt(stage):
+            graph.output(f"present_prompt.{fact.name}", env[outputs[fact.name]], ["batch", *fact.shape])
+
+
+def _stages(pieces: Sequence[Piece], exits: Sequence[_Exit], layers: int) -> list[Stage]:
+    stages = []
+    start, entering = 0, "inputs_embeds"
+    for exit_ in [*exits, None]:
+        end = layers if exit_ is None else exit_.layer + 1
+        own = [p for p in pieces if start <= p.layer < end or (exit_ is None and p.layer >= layers)]
+        stages.append(Stage(list(range(start, end)), own, entering, exit_))
+        later = [p for p in pieces if p.layer >= end]
+        if exit_ is not None:
+            given = {name for p in own for name in p.outputs}
+            crossing = list(dict.fromkeys(name for p in later for name in p.inputs if name in given))
+            if len(crossing) != 1:
+                raise CaptureError(f"behind layer {exit_.layer}: {len(crossing)} values go on, expected the stream.")
+            entering = crossing[0]
+        start = end
+    return stages
+
+
+def _compact(
+    graph: OnnxGraph,
+    prefix: str,
+    stream: ir.Value,
+    positions: ir.Value,
+    visual: ir.Value,
+    lengths: ir.Value,
+    leaving: ir.Value,
+) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+    """Move each row's staying tokens to its start, in their order, and cut to the longest row.
+
+    Args:
+        leaving: [B, T] bool.
+    """
+
+    def op(kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        return graph.op(kind, inputs, prefix, **attributes)
+
+    length = op("Shape", leaving, start=1, end=2)
+    tokens = op("Squeeze", length, graph.constant([0]))
+    index = op("Range", graph.constant(0), tokens, graph.constant(1))
+    padding = op("GreaterOrEqual", index, op("Unsqueeze", lengths, graph.constant([1])))
+    stays = op("Not", op("Or", leaving, padding))
+    kept = op("ReduceSum", op("Cast", stays, to=int(ir.DataType.INT64)), graph.constant([1]), keepdims=0)
+    longest = op("Reshape", op("ReduceMax", kept, keepdims=0), graph.constant([1]))
+    # Staying tokens first: each token has a place of its own, so that the order is stable.
+    place = op("Where", stays, index, op("Add", index, tokens))
+    order = graph.smallest(place, longest, prefix)
+    at = op("Unsqueeze", order, graph.constant([2]))
+    moved = [op("GatherND", value, at, batch_dims=1) for value in (stream, positions, visual)]
+    # A row that has fewer tokens than the longest is padded with tokens that left: they are no visual ones.
+    real = op("Less", op("Range", graph.constant(0), op("Squeeze", longest, graph.constant([0])), graph.constant(1)),
+              op("Unsqueeze", kept, graph.constant([1])))  # fmt: skip
+    return moved[0], moved[1], op("And", moved[2], real), kept
+
+
+def _prefix(piece: Piece) -> str:
+    """What nodes of a piece are named by, where they have no weight."""
+    layers = [name.split(".") for name in piece.weights if ".layers." in f".{name}"]
+    return f"layers.{piece.layer}" if layers else "decoder"
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _expression(size: Any) -> Any:
+    return size if isinstance(size, int) else size.node.expr

@@ -1,0 +1,201 @@
+"""One ONNX graph put together from converted pieces: copies of their nodes, named by layer, and shared weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+from onnx_ir.tape import Tape
+from torch import Tensor
+
+from vte_compile.errors import CaptureError
+from vte_compile.export.onnx_ops import OPSETS
+from vte_compile.export.onnx_weights import WeightFiles
+from vte_compile.version import __version__
+
+_IR_VERSION = 10
+
+
+class OnnxGraph:
+    """A graph under construction.
+
+    Args:
+        name: Of the graph.
+        weights: Where initializers go.
+        dtype: What floating-point inputs are.
+    """
+
+    def __init__(self, name: str, weights: WeightFiles, dtype: ir.DataType) -> None:
+        self.dtype = dtype
+        self._weights = weights
+        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports=dict(OPSETS))
+        self._names: set[str] = set()
+
+    def input(self, name: str, shape: Sequence[int | str], dtype: ir.DataType | None = None) -> ir.Value:
+        """An input of the graph."""
+        kind = self.dtype if dtype is None else dtype
+        value = ir.Value(name=self._unique(name), shape=ir.Shape(shape), type=ir.TensorType(kind))
+        self._graph.inputs.append(value)
+        return value
+
+    def output(self, name: str, value: ir.Value, shape: Sequence[int | str], dtype: ir.DataType | None = None) -> None:
+        """Make a value an output of the graph, under a name of its own."""
+        if value.is_graph_input() or value.is_initializer() or value.is_graph_output():
+            value = self.op("Identity", [value], name=name)
+        value.name, value.shape = self._unique(name), ir.Shape(shape)
+        value.type = ir.TensorType(self.dtype if dtype is None else dtype)
+        self._graph.outputs.append(value)
+
+    def op(self, kind: str, inputs: Sequence[ir.Value | None], name: str = "", **attributes: Any) -> ir.Value:
+        """A node with one output."""
+        tape = Tape()
+        result = tape.op(kind, list(inputs), attributes)
+        for node in tape.nodes:
+            node.name = self._unique(f"{name or 'node'}/{kind}")
+            node.outputs[0].name = self._unique(f"{node.name}.out")
+            self._graph.append(node)
+        return result
+
+    def smallest(self, values: ir.Value, count: ir.Value, name: str) -> ir.Value:
+        """Where the smallest of the last dim are, the smallest first; ``count`` [1]."""
+        node = ir.node("TopK", [values, count], {"axis": -1, "largest": 0, "sorted": 1}, num_outputs=2)
+        node.name = self._unique(f"{name}/TopK")
+        for output in node.outputs:
+            output.name = self._unique(f"{node.name}.out")
+        self._graph.append(node)
+        return node.outputs[1]
+
+    def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
+        """A small initializer, inside the graph's file."""
+        array = np.asarray(value, dtype)
+        name = f"const_{array.dtype}_{'x'.join(map(str, array.shape))}_{'_'.join(map(str, array.ravel().tolist()))}"
+        if name in self._graph.initializers:
+            return self._graph.initializers[name]
+        return self._register(ir.Value(name=name, const_value=ir.tensor(array, name=name)), array)
+
+    def weight(self, name: str, read: Callable[[], Tensor], transposed: bool = False) -> ir.Value:
+        """An initializer in the weights' files."""
+        value = self._weights.add(name, read, transposed)
+        assert value.name is not None
+        if value.name in self._graph.initializers:
+            return self._graph.initializers[value.name]
+        self._names.add(value.name)
+        self._graph.initializers[value.name] = value
+        return value
+
+    def add(
+        self, piece: ir.Model, prefix: str, values: Sequence[ir.Value | tuple[str, Callable[[], Tensor]]]
+    ) -> list[ir.Value]:
+        """Copy a piece's nodes.
+
+        Args:
+            piece: From :func:`vte_compile.export.onnx_pieces.convert`.
+            prefix: In front of the names of nodes and values, such as ``layers.3``.
+            values: The piece's arguments, in order: values of this graph, or name and reader of a weight.
+
+        Returns:
+            Its results.
+
+        Raises:
+            CaptureError: It has control flow.
+        """
+        env: dict[ir.Value, ir.Value] = {}
+        weights: dict[ir.Value, tuple[str, Callable[[], Tensor]]] = {}
+        for value in piece.graph.inputs:
+            assert value.name is not None
+            given = values[int(value.name.removeprefix("value_"))]
+            if isinstance(given, ir.Value):
+                env[value] = given
+            else:
+                weights[value] = given
+        for value in piece.graph.initializers.values():
+            assert value.const_value is not None
+            array = value.const_value.numpy()
+            env[value] = self._small(array) if array.size <= 16 else self._large(f"{prefix}.{value.name}", array)
+        for node in piece.graph:
+            self._copy(node, prefix, env, weights)
+        return [self._read(value, env, weights) for value in piece.graph.outputs]
+
+    def _copy(
+        self,
+        node: ir.Node,
+        prefix: str,
+        env: dict[ir.Value, ir.Value],
+        weights: Mapping[ir.Value, tuple[str, Callable[[], Tensor]]],
+    ) -> None:
+        if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+            raise CaptureError(f"{prefix}: a node {node.op_type} has control flow, which no engine takes.")
+        source = node.inputs[0] if node.inputs else None
+        if (
+            node.op_type == "Transpose"
+            and source is not None
+            and source in weights
+            and node.attributes.get_ints("perm") == (1, 0)
+        ):
+            name, read = weights[source]
+            env[node.outputs[0]] = self.weight(name, read, transposed=True)
+            return
+        inputs = [None if value is None else self._read(value, env, weights) for value in node.inputs]
+        copy = ir.Node(
+            node.domain,
+            node.op_type,
+            inputs,
+            list(node.attributes.values()),
+            num_outputs=len(node.outputs),
+            name=self._unique(f"{_where(node, prefix, weights)}/{node.op_type}"),
+        )
+        for old, new in zip(node.outputs, copy.outputs, strict=True):
+            # No shapes: symbols of one piece mean something else in another.
+            new.name, new.type = self._unique(f"{prefix}/{old.name}"), old.type
+            env[old] = new
+        self._graph.append(copy)
+
+    def _read(
+        self,
+        value: ir.Value,
+        env: Mapping[ir.Value, ir.Value],
+        weights: Mapping[ir.Value, tuple[str, Callable[[], Tensor]]],
+    ) -> ir.Value:
+        return self.weight(*weights[value]) if value in weights else env[value]
+
+    def _small(self, array: np.ndarray) -> ir.Value:
+        return self.constant(array, array.dtype)
+
+    def _large(self, name: str, array: np.ndarray) -> ir.Value:
+        return self._register(ir.Value(name=self._unique(name), const_value=ir.tensor(array)), array)
+
+    def _register(self, value: ir.Value, array: np.ndarray) -> ir.Value:
+        value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
+        assert value.name is not None
+        self._graph.initializers[value.name] = value
+        return value
+
+    def _unique(self, name: str) -> str:
+        unique, count = name, 1
+        while unique in self._names:
+            unique, count = f"{name}_{count}", count + 1
+        self._names.add(unique)
+        return unique
+
+    def save(self, file: Path) -> None:
+        """Write the graph, without what no output needs, beside the weights' files."""
+        model = ir.Model(self._graph, ir_version=_IR_VERSION, producer_name="vte_compile", producer_version=__version__)
+        CommonSubexpressionEliminationPass()(model)
+        RemoveUnusedNodesPass()(model)
+        for name in [n for n, v in self._graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
+            del self._graph.initializers[name]
+        ir.save(model, file)
+
+
+def _where(node: ir.Node, prefix: str, weights: Mapping[ir.Value, tuple[str, Callable[[], Tensor]]]) -> str:
+    """The module a node belongs to: that of its weight, or else the layer."""
+    for value in node.inputs:
+        producer = value.producer() if value is not None else None
+        source = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
+        if source is not None and source in weights:
+            return weights[source][0].rpartition(".")[0]
+    return prefix

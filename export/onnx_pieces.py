@@ -1,0 +1,127 @@
+"""A piece as an ONNX graph: values and weights in, values out. torch.onnx does it; norms are fused behind that.
+
+Each distinct piece is converted once, whatever the model's depth, and compared with what it was made from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+import torch.fx.experimental._config as symbolic_shapes_config
+from onnxscript.rewriter.rules.fusion import _rms_normalization as rms_normalization
+from torch import Tensor, nn
+from torch.export import Dim
+
+from vte_compile.errors import CaptureError
+from vte_compile.export.onnx_ops import OPSET
+
+# Of outputs, relative to the largest expected value.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
+
+
+class _Call(nn.Module):
+    """torch.export takes modules."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *values: Tensor) -> Any:
+        return self.function(*values)
+
+
+def convert(
+    function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[set[int]], outputs: Sequence[str]
+) -> ir.Model:
+    """Convert a function of tensors.
+
+    Args:
+        function: Returns a tuple.
+        examples: Its arguments; no symbolic length may be 0 or 1, or equal to another that differs.
+        dynamic: The dims of each that are symbolic.
+        outputs: Names of the results.
+
+    Returns:
+        A model whose inputs are ``value_0``, ``value_1`` ...
+
+    Raises:
+        CaptureError: torch.onnx cannot convert it.
+    """
+    dims = tuple({d: Dim.AUTO for d in symbolic} for symbolic in dynamic)
+    # Sizes 0 and 1 are otherwise other programs to torch.export; here one has to do for all.
+    oblivious = symbolic_shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    try:
+        with torch.no_grad(), oblivious, _quiet():
+            exported = torch.export.export(_Call(function), tuple(examples), dynamic_shapes=(dims,), strict=False)
+            program = torch.onnx.export(
+                exported,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=[f"value_{i}" for i in range(len(examples))],
+                output_names=list(outputs),
+            )
+    except Exception as error:  # whatever torch.export and torch.onnx raise
+        raise CaptureError(f"torch.onnx could not convert a piece: {error}") from error
+    assert program is not None
+    rms_normalization.fuse_rms_normalization(program.model)
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx says in warnings that torchvision is not installed, which nothing here needs."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx._internal.exporter._registration", "torch.onnx")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def check(model: ir.Model, function: Callable[..., Any], values: Sequence[Tensor]) -> None:
+    """Compare a converted piece with its function, in ONNX Runtime on the CPU.
+
+    Args:
+        model: From :func:`convert`.
+        function: What it was made from.
+        values: Its arguments, at any lengths.
+
+    Raises:
+        CaptureError: The results differ.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    proto = ir.to_proto(model)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = function(*values)
+    # What a piece does not read is no input any more.
+    names = {i.name for i in session.get_inputs()}
+    feeds = {f"value_{i}": value.detach().cpu().numpy() for i, value in enumerate(values) if f"value_{i}" in names}
+    got = session.run(None, feeds)
+    for want, have, output in zip(expected, got, session.get_outputs(), strict=True):
+        wanted = want.detach().cpu().numpy()
+        scale = float(np.abs(wanted).max()) if wanted.size else 0.0
+        allowed = _TOLERANCE.get(want.dtype, 0.0) * max(scale, 1e-6)
+        error = np.abs(have.astype(np.float64) - wanted).max() if wanted.shape == have.shape else np.inf
+        if not error <= allowed:
+            raise CaptureError(
+                f"a converted piece does not compute what its graph does: {output.name} differs by {error:.3g} "
+                f"(allowed {allowed:.3g})."
+            )

@@ -1,0 +1,168 @@
+"""target="onnxruntime": an engine of ONNX graphs, which ONNX Runtime runs. docs/onnx.md says what is in the folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
+from vte_compile.export.folder import check_target_folder, facts_of, whole_folder
+from vte_compile.export.manifest import MANIFEST, VisionCall, encode
+from vte_compile.export.onnx_decoder import OnnxDecoder
+from vte_compile.export.onnx_glue import embedding_function
+from vte_compile.export.onnx_graph import OnnxGraph
+from vte_compile.export.onnx_manifest import ExitFacts, OnnxManifest, StageFacts, Tools
+from vte_compile.export.onnx_ops import OPSET
+from vte_compile.export.onnx_pieces import check, convert
+from vte_compile.export.onnx_weights import WeightFiles
+from vte_compile.export.staged import embedding_table, model_facts
+from vte_compile.export.vision import image_encoder
+from vte_compile.optimized_model import OptimizedModel
+from vte_compile.plan import GateExit
+from vte_compile.version import __version__
+
+logger = logging.getLogger(__name__)
+_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
+FORMS = ("staged", "single")
+
+
+def write(fast: Any, path: Path, *, processor: Any = None, forms: tuple[str, ...] = FORMS) -> None:
+    """See :func:`vte_compile.export`."""
+    check_target_folder(path)
+    _check(fast, forms)
+    runner, dtype = fast._vte_runner, _DTYPES[fast._vte_spec.dtype]
+    decoder = OnnxDecoder(runner.lowered("chunk", batched=True), fast.plan.exits, fast._vte_spec.num_layers)
+    table = embedding_table(fast)
+    with whole_folder(path) as folder:
+        for piece in tqdm(decoder.distinct, desc="convert pieces", leave=False):
+            decoder.convert(piece)
+        weights = WeightFiles(folder)
+        _write_embedding(OnnxGraph("embedding", weights, dtype), fast, table, folder / "embedding.onnx")
+        vision, vision_missing = _write_vision(weights, fast, folder)
+        stages = _write_stages(decoder, weights, dtype, folder) if "staged" in forms else []
+        if "single" in forms:
+            graph = OnnxGraph("decoder", weights, dtype)
+            decoder.add_single(graph)
+            graph.save(folder / "decoder.onnx")
+        fast.plan.save_pretrained(folder / "plan")
+        fast.generation_config.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder / "processor")
+        manifest = OnnxManifest(
+            target="onnxruntime",
+            built=_tools(),
+            opset=OPSET,
+            provider="cpu",
+            precision=str(fast._vte_spec.dtype).removeprefix("torch."),
+            model=model_facts(fast),
+            plan=fast.plan.describe(),
+            embedding="embedding.onnx",
+            vision=vision,
+            vision_missing=vision_missing,
+            stages=stages,
+            decoder="decoder.onnx" if "single" in forms else None,
+            files=facts_of(folder),
+        )
+        (folder / MANIFEST).write_bytes(encode(manifest))
+
+
+def _check(fast: Any, forms: tuple[str, ...]) -> None:
+    if not isinstance(fast, OptimizedModel):
+        raise InputError(
+            f"export: expected what vte_compile.optimize() returned for a model with a decoder, got a "
+            f"{type(fast).__name__}: call optimize(model, plan) first (plan=Plan() changes nothing)."
+        )
+    if not forms or not set(forms) <= set(FORMS):
+        raise InputError(f"forms: expected one or both of {', '.join(map(repr, FORMS))}, got {forms!r}.")
+    spec = fast._vte_spec
+    if spec.position_rows > 1:
+        raise UnsupportedModelError(
+            f"{type(fast).__name__} has multimodal rotary positions: engines number tokens one by one so far."
+        )
+    if spec.dtype not in _DTYPES:
+        raise UnsupportedModelError(
+            f"ONNX Runtime's CPU kernels do not take {spec.dtype}: load the model in float32 or float16 before "
+            "optimize()."
+        )
+
+
+def _tools() -> Tools:
+    return Tools(__version__, *(version(name) for name in ("torch", "transformers", "onnx", "onnxscript")))
+
+
+def _write_embedding(graph: OnnxGraph, fast: Any, table: Tensor, file: Path) -> None:
+    spec = fast._vte_spec
+    integer = ir.DataType.INT64
+    ids = graph.input("input_ids", ["batch", "tokens"], integer)
+    features = graph.input("image_features", ["features", spec.hidden_size])
+    function = embedding_function(list(spec.visual_token_ids))
+    examples = [torch.zeros(3, 5, dtype=torch.long), torch.zeros(7, spec.hidden_size, dtype=spec.dtype), table.detach()]
+    piece = convert(function, examples, [{0, 1}, {0}, set()], ["inputs_embeds", "visual_mask"])
+    check(piece, function, examples)
+    embeds, visual = graph.add(piece, "embedding", [ids, features, ("embed_tokens.weight", lambda: table)])
+    graph.output("inputs_embeds", embeds, ["batch", "tokens", spec.hidden_size])
+    graph.output("visual_mask", visual, ["batch", "tokens"], ir.DataType.BOOL)
+    graph.save(file)
+
+
+def _write_vision(weights: WeightFiles, fast: Any, folder: Path) -> tuple[VisionCall | None, str | None]:
+    if not fast._vte_spec.is_multimodal:
+        return None, None
+    try:
+        encoder = image_encoder(fast)
+    except (CaptureError, UnsupportedModelError) as error:
+        logger.warning("export: the engine has no image encoder and takes image_features: %s", error)
+        return None, str(error)
+    graph = OnnxGraph("vision", weights, _DTYPES[fast._vte_spec.dtype])
+    image = [int(size) for size in encoder.pixels.shape[1:]]
+    pixels = graph.input("pixel_values", [1, *image])
+    examples = [encoder.pixels, *(t.detach() for t in encoder.weights.values())]
+    piece = convert(encoder.module, examples, [set() for _ in examples], ["image_features"])
+    check(piece, encoder.module, examples)
+    named: list[tuple[str, Callable[[], Tensor]]] = [
+        (f"vision.{name}", partial(_same, tensor)) for name, tensor in encoder.weights.items()
+    ]
+    [features] = graph.add(piece, "vision", [pixels, *named])
+    graph.output("image_features", features, ["visual_tokens", fast._vte_spec.hidden_size])
+    graph.save(folder / "vision.onnx")
+    return VisionCall("vision.onnx", [], image), None
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _write_stages(decoder: OnnxDecoder, weights: WeightFiles, dtype: ir.DataType, folder: Path) -> list[StageFacts]:
+    facts = []
+    for index, stage in enumerate(decoder.stages):
+        graph = OnnxGraph(f"stage_{index}", weights, dtype)
+        decoder.add_stage(graph, index)
+        graph.save(folder / f"stage_{index}.onnx")
+        exit_ = None
+        if stage.exit is not None:
+            gate = f"gate_{stage.exit.layer}.onnx" if isinstance(stage.exit, GateExit) else None
+            if gate is not None:
+                _write_gate(decoder, OnnxGraph(f"gate_{stage.exit.layer}", weights, dtype), index, folder / gate)
+            exit_ = ExitFacts(stage.exit.layer, gate)
+        caches, prompt = decoder.caches(stage), decoder.prompt(stage)
+        facts.append(StageFacts(f"stage_{index}.onnx", stage.layers, caches, prompt, exit_))
+    return facts
+
+
+def _write_gate(decoder: OnnxDecoder, graph: OnnxGraph, index: int, file: Path) -> None:
+    exit_ = decoder.stages[index].exit
+    assert exit_ is not None
+    stream = graph.input("hidden_states", ["batch", "tokens", decoder.hidden_size])
+    visual = graph.input("visual_mask", ["batch", "tokens"], ir.DataType.BOOL)
+    lengths = graph.input("new_lengths", ["batch"], ir.DataType.INT64)
+    graph.output("fire", decoder.add_gate(graph, exit_, stream, visual, lengths), ["batch"], ir.DataType.BOOL)
+    graph.save(file)
