@@ -113,7 +113,7 @@ class StagedDecoder(Decoder):
                 gate.check(["hidden_states", "visual_mask", "new_lengths"], ["fire"])
 
     def _result(self, stage: int) -> str:
-        return "hidden_states" if stage < len(self._graphs) - 1 else "logits"
+        return "next_hidden_states" if stage < len(self._graphs) - 1 else "logits"
 
     def _run(self, chunk: Chunk, cache: OnnxCache, lengths: Array, exit_layer: Array, room: int) -> Array:
         rows = [b for b, mask in enumerate(chunk.visual) if len(mask)]
