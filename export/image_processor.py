@@ -111,7 +111,7 @@ def open_picture(picture: Any, where: str) -> Image.Image:
                 picture = ImageOps.exif_transpose(opened)
                 picture.load()
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"{where}: {picture}: {error}") from error
+            raise InputError(f"{where} {picture}: {error}") from error
     elif isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise InputError(

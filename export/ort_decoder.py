@@ -132,8 +132,9 @@ class StagedDecoder(Decoder):
                 stream[b] = results[b][0]
                 lengths[s, b] += counts[b]
                 visual[b], keep[b] = visual[b][keep[b]], np.arange(counts[b])
-            exit_ = self._exits[s]
-            for b in rows if exit_ is not None else []:
+            if (exit_ := self._exits[s]) is None:
+                continue
+            for b in rows:
                 if self._leaves(s, stream[b], visual[b]):
                     exit_layer[b] = exit_.layer
                     keep[b] = np.flatnonzero(~visual[b])

@@ -353,7 +353,8 @@ def _check_named(manifest: OnnxManifest) -> None:
     """
     names = [manifest.embedding, *(stage.file for stage in manifest.stages)]
     names += [stage.exit.gate for stage in manifest.stages if stage.exit is not None and stage.exit.gate is not None]
-    names += [name for name in (manifest.decoder, manifest.vision and manifest.vision.piece) if name is not None]
+    names += [] if manifest.decoder is None else [manifest.decoder]
+    names += [] if manifest.vision is None else [manifest.vision.piece]
     for name in names:
         if name not in manifest.files:
             raise EngineError(f"{MANIFEST}: {name} is not among its files: export the model again.")

@@ -114,7 +114,7 @@ class Processor:
             raise InputError("messages: the engine has no chat template, so a prompt is one message: pass a text.")
         content = messages[0]["content"]
         text = content if isinstance(content, str) else "".join(p["text"] for p in content if p.get("type") == "text")
-        return f"{self._image_token}\n" * images + text
+        return text if self._image_token in text else f"{self._image_token}\n" * images + text
 
 
 class _FromTransformers:
