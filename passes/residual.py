@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +30,8 @@ def residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | R
         return Refusal(f"{len(attentions)} attentions in this layer, expected 1.", where, layer)
     behind = {attentions[0]}
     for node in own:
-        if behind & set(node.all_input_nodes):
+        # (What a cache becomes is the graph's result, and not the attention's.)
+        if behind & set(node.all_input_nodes) and not _is_cache(node):
             behind.add(node)
     entering = graph.streams[layer - 1] if layer else None
     for node in own:
@@ -42,6 +44,11 @@ def residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | R
     return Refusal(
         "the attention's output is not added to the layer's input (not a pre-norm block).", attentions[0].name, layer
     )
+
+
+def _is_cache(node: fx.Node) -> bool:
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and source.target is ATTENTIONS[1] and node.args[1] != 0
 
 
 def _is_stream(node: fx.Node, entering: fx.Node | None) -> bool:
@@ -62,7 +69,7 @@ def _alone(
     branch = behind - after
     for node in branch:
         for user in node.users:
-            if user not in branch and user is not add:
+            if user not in branch and user is not add and not _is_cache(user):
                 reason = f"{user.name} uses the attention's result besides the residual addition {add.name}."
                 return Refusal(reason, user.name, layer)
     return add, stream
