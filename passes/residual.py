@@ -48,7 +48,7 @@ def residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | R
 
 def _is_cache(node: fx.Node) -> bool:
     source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, fx.Node) and source.target is ATTENTIONS[1] and node.args[1] != 0
+    return isinstance(source, fx.Node) and source.target is ATTENTIONS[1] and bool(node.args[1])
 
 
 def _is_stream(node: fx.Node, entering: fx.Node | None) -> bool:
