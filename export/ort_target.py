@@ -23,6 +23,7 @@ from vte_compile.export.onnx_graph import OnnxGraph
 from vte_compile.export.onnx_manifest import ExitFacts, OnnxManifest, StageFacts, Tools
 from vte_compile.export.onnx_ops import OPSET
 from vte_compile.export.onnx_pieces import check, convert
+from vte_compile.export.onnx_quantize import check_quantize
 from vte_compile.export.onnx_weights import WeightFiles
 from vte_compile.export.staged import embedding_table, model_facts
 from vte_compile.export.vision import image_encoder
@@ -35,12 +36,18 @@ _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
 FORMS = ("staged", "single")
 
 
-def write(fast: Any, path: Path, *, processor: Any = None, forms: tuple[str, ...] = FORMS) -> None:
+def write(
+    fast: Any, path: Path, *, processor: Any = None, forms: tuple[str, ...] = FORMS, quantize: str | None = None
+) -> None:
     """See :func:`vte_compile.export`."""
     check_target_folder(path)
     _check(fast, forms)
+    check_quantize(quantize)
     runner, dtype = fast._vte_runner, _DTYPES[fast._vte_spec.dtype]
-    decoder = OnnxDecoder(runner.lowered("chunk", batched=True), fast.plan.exits, fast._vte_spec.num_layers)
+    lowered = runner.lowered("chunk", batched=True)
+    if refused := runner.refused("chunk"):
+        raise CaptureError(f"export: {refused}")
+    decoder = OnnxDecoder(lowered, fast.plan.exits, fast._vte_spec.num_layers)
     table = embedding_table(fast)
     with whole_folder(path) as folder:
         for piece in tqdm(decoder.distinct, desc="convert pieces", leave=False):
@@ -48,9 +55,9 @@ def write(fast: Any, path: Path, *, processor: Any = None, forms: tuple[str, ...
         weights = WeightFiles(folder)
         _write_embedding(OnnxGraph("embedding", weights, dtype), fast, table, folder / "embedding.onnx")
         vision, vision_missing = _write_vision(weights, fast, folder)
-        stages = _write_stages(decoder, weights, dtype, folder) if "staged" in forms else []
+        stages = _write_stages(decoder, weights, dtype, quantize, folder) if "staged" in forms else []
         if "single" in forms:
-            graph = OnnxGraph("decoder", weights, dtype)
+            graph = OnnxGraph("decoder", weights, dtype, quantize)
             decoder.add_single(graph)
             graph.save(folder / "decoder.onnx")
         fast.plan.save_pretrained(folder / "plan")
@@ -62,7 +69,7 @@ def write(fast: Any, path: Path, *, processor: Any = None, forms: tuple[str, ...
             built=_tools(),
             opset=OPSET,
             provider="cpu",
-            precision=str(fast._vte_spec.dtype).removeprefix("torch."),
+            precision=quantize or str(fast._vte_spec.dtype).removeprefix("torch."),
             model=model_facts(fast),
             plan=fast.plan.describe(),
             embedding="embedding.onnx",
@@ -141,10 +148,12 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _write_stages(decoder: OnnxDecoder, weights: WeightFiles, dtype: ir.DataType, folder: Path) -> list[StageFacts]:
+def _write_stages(
+    decoder: OnnxDecoder, weights: WeightFiles, dtype: ir.DataType, quantize: str | None, folder: Path
+) -> list[StageFacts]:
     facts = []
     for index, stage in enumerate(decoder.stages):
-        graph = OnnxGraph(f"stage_{index}", weights, dtype)
+        graph = OnnxGraph(f"stage_{index}", weights, dtype, quantize)
         decoder.add_stage(graph, index)
         graph.save(folder / f"stage_{index}.onnx")
         exit_ = None

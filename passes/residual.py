@@ -28,10 +28,9 @@ def residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | R
     if len(attentions) != 1:
         where = own[0].name if own else ""
         return Refusal(f"{len(attentions)} attentions in this layer, expected 1.", where, layer)
-    behind = {attentions[0]}
+    behind = {_result(attentions[0])}
     for node in own:
-        # (What a cache becomes is the graph's result, and not the attention's.)
-        if behind & set(node.all_input_nodes) and not _is_cache(node):
+        if behind & set(node.all_input_nodes):
             behind.add(node)
     entering = graph.streams[layer - 1] if layer else None
     for node in own:
@@ -46,9 +45,11 @@ def residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | R
     )
 
 
-def _is_cache(node: fx.Node) -> bool:
-    source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, fx.Node) and source.target is ATTENTIONS[1] and bool(node.args[1])
+def _result(attention: fx.Node) -> fx.Node:
+    """What an attention gives, without the keys and values it may give beside it."""
+    if attention.target is SDPA:
+        return attention
+    return next(user for user in attention.users if user.target is operator.getitem and user.args[1] == 0)
 
 
 def _is_stream(node: fx.Node, entering: fx.Node | None) -> bool:
@@ -69,7 +70,7 @@ def _alone(
     branch = behind - after
     for node in branch:
         for user in node.users:
-            if user not in branch and user is not add and not _is_cache(user):
+            if user not in branch and user is not add:
                 reason = f"{user.name} uses the attention's result besides the residual addition {add.name}."
                 return Refusal(reason, user.name, layer)
     return add, stream
