@@ -34,7 +34,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 PUBLIC = "transformers' exporter"
-OURS = "engine"
+OURS = "engine, no exit"
 
 
 def main(
@@ -91,12 +91,12 @@ def export_cases(folder: Path, hidden: int, layers: int, visual: int, seq: int) 
     skips = [SkippedAttention(layer) for layer in range(1, layers, 2)]
     plans = {OURS: Plan()}
     for k in (layers // 4 - 1, layers // 2 - 1, 3 * layers // 4 - 1):
-        plans[f"{OURS}, exit after {k}"] = Plan([StaticExit(k)])
+        plans[f"engine, exit after {k}"] = Plan([StaticExit(k)])
     half = layers // 2 - 1
-    plans[f"{OURS}, exit after {half}, half the attentions"] = Plan([StaticExit(half)], skips=skips)
+    plans[f"engine, exit {half}, 1/2 attentions"] = Plan([StaticExit(half)], skips=skips)
     cases: dict[str, dict[str, Any]] = {}
     for name, plan in plans.items():
-        path = folder / name.replace(", ", "-").replace(" ", "-")
+        path = folder / name.replace(", ", "-").replace(" ", "-").replace("/", "of")
         if not path.exists():
             vte_compile.export(optimize(model, plan, compile=False), path, target="onnxruntime", forms=("staged",))
         exit_layer = plan.exits[0].layer if plan.exits else -1
@@ -125,9 +125,8 @@ def export_public(model: Any, folder: Path, embeds: Any) -> None:
     with torch.no_grad():
         cache = model(**inputs).past_key_values
     assert isinstance(cache, DynamicCache)
-    exporter.export(
-        model, {**inputs, "inputs_embeds": embeds[:, :1], "past_key_values": cache}, config
-    ).save_pretrained(folder / "decode")
+    step = {**inputs, "inputs_embeds": embeds[:, :1], "past_key_values": cache}
+    exporter.export(model, step, config).save_pretrained(folder / "decode")
 
 
 class Public:
@@ -294,18 +293,24 @@ def shipped_answers(count: int, threads: int) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-    table = Table(title="engines: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
-    columns = ("prefill\nms", "to\npublic", "to FLOPs", "decode\nms/token", "to\npublic", "load\ns", "peak\nMB")
-    for column in ("case", *columns):
-        table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
-    for row in rows:
-        prefill, decode = row["prefill"], row["decode"]
-        table.add_row(
-            row["case"], f"{1e3 * prefill['median_s']:.0f}", f"{prefill['to_public']:.3f}",
-            f"{prefill['over_flops']:.3f}" if row["case"] != PUBLIC else "", f"{1e3 * decode['median_s']:.1f}",
-            f"{decode['to_public']:.3f}", f"{row['load_s']:.2f}", f"{row['peak_mb']:.0f}",
-        )  # fmt: skip
-    Console().print(table)
+    """Two tables of a terminal's width."""
+    Console().print("engines: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    for phase in ("prefill", "decode"):
+        table = Table(title=phase + (", per token" if phase == "decode" else ""))
+        columns = ["median\nms", "min, max\nms", "to\npublic"]
+        columns += ["to\nFLOPs"] if phase == "prefill" else ["load\ns", "peak\nMB"]
+        for column in ("case", *columns):
+            table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
+        for row in rows:
+            times = row[phase]
+            median, least, most = (f"{1e3 * times[key]:.4g}" for key in ("median_s", "min_s", "max_s"))
+            cells = [median, f"{least}, {most}", f"{times['to_public']:.3f}"]
+            if phase == "prefill":
+                cells.append("" if row["case"] == PUBLIC else f"{times['over_flops']:.3f}")
+            else:
+                cells += [f"{row['load_s']:.2f}", f"{row['peak_mb']:.0f}"]
+            table.add_row(row["case"], *cells)
+        Console().print(table)
 
 
 def show_answers(rows: list[dict[str, Any]]) -> None:
