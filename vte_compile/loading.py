@@ -52,7 +52,8 @@ def as_dtype(model: PreTrainedModel, dtype: str | None) -> PreTrainedModel:
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype is not None and dtype not in kinds:
         raise InputError(f"dtype: expected one of {', '.join(kinds)}, got {dtype!r}.")
-    return model if dtype is None else model.to(dtype=kinds[dtype])
+    moved: Any = model
+    return model if dtype is None else moved.to(kinds[dtype])
 
 
 def load_processor(name: str | Path) -> Any:
