@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from vte_compile.folding import LinearLayer
 from vte_compile.passes.manager import Refusal
-from vte_compile.passes.residual import SDPA, residual_add
+from vte_compile.passes.residual import ATTENTIONS, residual_add
 
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
@@ -96,7 +96,7 @@ def _plain_add(graph: DecoderGraph, layer: int) -> fx.Node | Refusal:
 def _attention_input(graph: DecoderGraph, layer: int) -> tuple[fx.Node, list[fx.Node]] | Refusal:
     """What q, k and v are computed from, and the linear layers that do so."""
     own = _own(graph, layer)
-    attentions = [n for n in own if n.target is SDPA]
+    attentions = [n for n in own if n.target in ATTENTIONS]
     if len(attentions) != 1:
         return Refusal(f"{len(attentions)} attentions in this layer, expected 1.", own[0].name if own else "", layer)
     attention = attentions[0]

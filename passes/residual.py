@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from vte_compile.kernels.append_attention import append_attention
 from vte_compile.passes.manager import Refusal
 
 if TYPE_CHECKING:
@@ -14,17 +15,22 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
+ATTENTIONS = (SDPA, append_attention._opoverload)
+"""Of a layer: in prefill and extend, and in decode."""
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.alias.default)
 
 
 def residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | Refusal:
     """The addition of the attention's branch to the residual stream, and the stream's side of it."""
     own = [n for n in graph.graph.nodes if graph.layer_of.get(n) == layer]
-    attentions = [n for n in own if n.target is SDPA]
+    attentions = [n for n in own if n.target in ATTENTIONS]
     if len(attentions) != 1:
         where = own[0].name if own else ""
         return Refusal(f"{len(attentions)} attentions in this layer, expected 1.", where, layer)
-    behind = {attentions[0]}
+    result = attentions[0]
+    if result.target is not SDPA:  # its other results are what the layer caches
+        result = next(n for n in result.users if n.args[1] == 0)
+    behind = {result}
     for node in own:
         if behind & set(node.all_input_nodes):
             behind.add(node)
@@ -37,7 +43,7 @@ def residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | R
             if branch in behind and stream not in behind and _is_stream(stream, entering):
                 return _alone(graph, node, stream, behind, layer)
     return Refusal(
-        "the attention's output is not added to the layer's input (not a pre-norm block).", attentions[0].name, layer
+        "the attention's output is not added to the layer's input (not a pre-norm block).", result.name, layer
     )
 
 

@@ -84,7 +84,6 @@ def test_crop_only_what_was_decoded(filled):
     fast(inputs_embeds=tokens[1], past_key_values=filled)
     filled.crop(-2)
     assert filled.lengths.tolist() == again.lengths.tolist()
-    assert all(layer.keys.is_contiguous() and layer.values.is_contiguous() for layer in filled.layers)
     assert torch.equal(fast(inputs_embeds=tokens[0], past_key_values=filled).logits, out.logits)
     filled.crop(0)
     assert filled.get_seq_length() == 8
@@ -145,7 +144,8 @@ def test_equal_layers_are_equal_pieces(phase, batched):
     _, plain = lowered(phase=phase, batched=batched)
     _, exits = lowered(gate(0, 0.5), gate(1, 0.5), phase=phase, batched=batched)
     keys = [step.key for step in plain.steps if isinstance(step, Piece)]
-    assert len(keys) == LAYERS + 2
+    # In decode a piece is what lies between the attentions of two layers.
+    assert len(keys) == LAYERS + (1 if phase == "decode" else 2)
     assert len(set(keys)) == (3 if phase == "decode" else 4)
     assert {step.key for step in exits.steps if isinstance(step, Piece)} == set(keys)
     assert len(exits.steps) - len(plain.steps) == (0 if phase == "decode" else 2)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vte_compile.runtime.cache import RowsCache
+from vte_compile.runtime.growing import GrowingLayer
+
+
+class ExitLayer(GrowingLayer, DynamicLayer):
+    """A layer, as transformers knows them."""
 
 
 class ExitCache(RowsCache, DynamicCache):
     """A DynamicCache whose layers, and whose rows, may differ in length."""
 
-    layer_class: ClassVar[type[Any]] = DynamicLayer
+    layer_class: ClassVar[type[GrowingLayer]] = ExitLayer
 
     @classmethod
     def adopt(cls, cache: DynamicCache) -> ExitCache:
