@@ -83,5 +83,7 @@ def _(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads = query.shape[:2]
-    grown = (past.new_empty(*past.shape[:2], past.shape[2] + 1, past.shape[3]) for past in (past_keys, past_values))
-    return query.new_empty(batch, 1, heads, past_values.shape[3]), *grown
+    keys, values = (
+        past.new_empty(*past.shape[:2], past.shape[2] + 1, past.shape[3]) for past in (past_keys, past_values)
+    )
+    return query.new_empty(batch, 1, heads, past_values.shape[3]), keys, values

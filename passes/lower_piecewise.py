@@ -151,8 +151,9 @@ def _appends(node: object) -> bool:
 
 def _attend_point(node: fx.Node) -> AttendPoint:
     *tensors, scale = node.args
+    inputs = [n.name for n in tensors if isinstance(n, fx.Node)]
     outputs = {user.args[1]: user.name for user in node.users}
-    return AttendPoint([n.name for n in tensors if n is not None], [outputs[i] for i in range(3)], scale)  # type: ignore[union-attr, arg-type]
+    return AttendPoint(inputs, [outputs[i] for i in range(3)], scale)  # type: ignore[arg-type]
 
 
 def _pieces(graph: DecoderGraph, nodes: list[fx.Node]) -> list[Piece]:

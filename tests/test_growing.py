@@ -66,8 +66,7 @@ def test_prefill_takes_no_room():
 def test_a_step_that_fails_changes_nothing():
     layer = layer_of(5)
     step(layer, 5)
-    keys, values = layer.next_column()
-    keys[:, :, -1:] = 99.0  # and then an error, before append()
+    layer.next_column()[0][:, :, -1:] = 99.0  # and then an error, before append()
     assert torch.equal(layer.keys, counted(6))
     step(layer, 6)
     assert torch.equal(layer.keys, counted(7))

@@ -93,6 +93,14 @@ def test_crop_only_what_was_decoded(filled):
         filled.crop(-2)
 
 
+def test_the_original_model_cannot_continue_it(filled):
+    """Its layers differ in length, which no mask of the original's says."""
+    before = filled.lengths.tolist()
+    with pytest.raises(InputError, match="filled by an optimized model"):
+        shared_model("llama")(inputs_embeds=chunk("t", "t")[0], past_key_values=filled)
+    assert filled.lengths.tolist() == before
+
+
 def test_reset_and_use_again(filled):
     fast = optimized("llama", StaticExit(0))
     filled.reset()

@@ -175,9 +175,7 @@ def _append_attention(
     if key is not layer.new[0] or value is not layer.new[1]:
         raise CaptureError(f"layer {index}: keys or values change between cache and attention.")
     starts = step.starts[index] if step.starts else None
-    output, layer.keys, layer.values = append_attention(
-        query, key, value, layer.keys, layer.values, starts, scaling
-    )
+    output, layer.keys, layer.values = append_attention(query, key, value, layer.keys, layer.values, starts, scaling)
     return output
 
 

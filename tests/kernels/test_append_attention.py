@@ -64,7 +64,10 @@ def test_in_place(case):
     """Views of buffers with room: what lies behind is not read, and of what is there the last column alone written."""
     query, key, value, past_keys, past_values, starts = inputs(**case)
     expected = append_attention(query, key, value, past_keys, past_values, starts, None)
-    buffers = [torch.full((*p.shape[:2], p.shape[2] + 5, p.shape[3]), torch.nan, dtype=p.dtype) for p in (past_keys, past_values)]
+    buffers = [
+        torch.full((*p.shape[:2], p.shape[2] + 5, p.shape[3]), torch.nan, dtype=p.dtype)
+        for p in (past_keys, past_values)
+    ]
     for buffer, past in zip(buffers, (past_keys, past_values), strict=True):
         buffer[:, :, : past.shape[2]] = past
     views = [buffer[:, :, : past_keys.shape[2] + 1] for buffer in buffers]

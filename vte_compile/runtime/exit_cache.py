@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from vte_compile.errors import InputError
 from vte_compile.runtime.cache import RowsCache
 from vte_compile.runtime.growing import GrowingLayer
 
 
-class ExitLayer(GrowingLayer, DynamicLayer):
+class ExitLayer(GrowingLayer, DynamicLayer):  # type: ignore[misc]  # DynamicLayer's keys may also be None
     """A layer, as transformers knows them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refused: only the optimized model knows where the rows of each layer end.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "past_key_values was filled by an optimized model: pass it to that model alone, and another model a cache "
+            "of its own."
+        )
 
 
 class ExitCache(RowsCache, DynamicCache):
