@@ -89,5 +89,6 @@ class WeightFiles:
 
 
 def _array(tensor: Tensor, transposed: bool) -> np.ndarray:
-    array: np.ndarray = tensor.detach().cpu().numpy()
-    return array.T if transposed else array
+    values = tensor.detach().cpu()
+    array: np.ndarray = (values.T if transposed else values).contiguous().numpy()  # torch's copy is the faster one
+    return array
