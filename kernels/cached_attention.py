@@ -72,7 +72,10 @@ def cached_attention(
         index = columns[:, None, :, None].expand_as(heads_second)
         grown.append(cache.scatter(2, index, heads_second))
     mask = torch.arange(grown[0].shape[2], device=query.device) <= columns[..., None]  # [B, T, P + T]
-    keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in grown)
+    # What is free may hold anything, and 0 times NaN is NaN.
+    free = torch.arange(grown[0].shape[2], device=query.device) >= (past_lengths + new_lengths)[:, None]
+    filled = (x.masked_fill(free[:, None, :, None], 0) for x in grown)
+    keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in filled)
     queries = query.unflatten(-1, (heads, -1)).transpose(1, 2)
     output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], scale=scale)
     return output.transpose(1, 2).flatten(-2).contiguous(), grown[0], grown[1]

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from vte_compile.capture import DecoderGraph, Phase, capture
+from vte_compile.chunk_capture import capture_chunk
 from vte_compile.families.decoder import describe
 from vte_compile.oracle import RowCache
 from vte_compile.plan import GateExit, Plan
@@ -71,7 +72,8 @@ def shared(family: str = "llama", **options: Any) -> Any:
 
 @functools.cache
 def _captured(phase: Phase, batched: bool, family: str, **options: Any) -> DecoderGraph:
-    return capture(describe(shared(family, **options)), phase, batched=batched)
+    spec = describe(shared(family, **options))
+    return capture_chunk(spec) if phase == "chunk" else capture(spec, phase, batched=batched)
 
 
 def captured(phase: Phase = "prefill", batched: bool = False, family: str = "llama", **options: Any) -> DecoderGraph:
@@ -94,6 +96,14 @@ def embeddings(tokens: int, batch: int = 1, seed: int = 0, dtype: torch.dtype = 
 def positions(tokens: int, start: int = 0) -> Tensor:
     """[1, T]."""
     return torch.arange(start, start + tokens)[None]
+
+
+def chunk_inputs(lengths: Sequence[int], past: Sequence[int], columns: int = 9, seed: int = 0) -> list[Tensor]:
+    """What a graph of the phase "chunk" takes: rows of so many tokens, behind caches of which so much is filled."""
+    tokens, batch = max(lengths), len(lengths)
+    counted = torch.tensor(past)[:, None] + torch.arange(tokens)
+    kv = random_kv([columns + layer for layer in range(LAYERS)], batch, seed=seed + 7)
+    return [embeddings(tokens, batch, seed), counted, torch.tensor(lengths), torch.tensor(past), *kv]
 
 
 def layout(cells: str) -> Tensor:
