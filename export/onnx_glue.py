@@ -34,12 +34,12 @@ def gate_function(threshold: float | None) -> Callable[..., tuple[Tensor]]:
         hidden = hidden_states.float()
         last = (lengths - 1)[:, None]
         question = (index >= start[:, None]) & (index < last)
-        # No question but the last token: 0 / 0, and a NaN never fires.
+        # No question but the last token: 0 / 0, and it never fires.
         mean = torch.where(question[..., None], hidden, 0.0).sum(1) / question.sum(1, keepdim=True)
         at = last[..., None].expand(-1, -1, hidden.shape[2])
         features = torch.cat([mean, hidden.gather(1, at)[:, 0]], dim=-1)
         logits = F.linear(F.gelu(F.linear(features, w1)), w2)
-        return (may & (logits[:, 1] - logits[:, 0] > threshold),)
+        return (may & (start < lengths - 1) & (logits[:, 1] - logits[:, 0] > threshold),)
 
     return static if threshold is None else gated
 
@@ -63,7 +63,8 @@ def embedding_function(placeholders: list[int]) -> Callable[..., tuple[Tensor, T
         # One more row, so that there is one to gather where no feature is.
         features = torch.cat([image_features, table[:1] * 0])
         flat = visual.reshape(-1)
-        nth = (flat.long().cumsum(0) - 1).clamp(min=0).reshape(input_ids.shape)
+        # TensorRT sums floating-point numbers only; exact up to 2^24 tokens.
+        nth = (flat.float().cumsum(0).long() - 1).clamp(min=0).reshape(input_ids.shape)
         return torch.where(visual[..., None], F.embedding(nth.masked_fill(~visual, 0), features), embeds), visual
 
     return embed

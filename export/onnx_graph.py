@@ -13,7 +13,7 @@ from onnx_ir.tape import Tape
 from torch import Tensor
 
 from vte_compile.errors import CaptureError
-from vte_compile.export.onnx_ops import OPSETS
+from vte_compile.export.onnx_ops import ORT, Operators
 from vte_compile.export.onnx_weights import WeightFiles
 from vte_compile.version import __version__
 
@@ -27,12 +27,13 @@ class OnnxGraph:
         name: Of the graph.
         weights: Where initializers go.
         dtype: What floating-point inputs are.
+        operators: Of the target.
     """
 
-    def __init__(self, name: str, weights: WeightFiles, dtype: ir.DataType) -> None:
-        self.dtype = dtype
+    def __init__(self, name: str, weights: WeightFiles, dtype: ir.DataType, operators: Operators = ORT) -> None:
+        self.dtype, self.operators = dtype, operators
         self._weights = weights
-        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports=dict(OPSETS))
+        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports=dict(operators.opsets))
         self._names: set[str] = set()
 
     def input(self, name: str, shape: Sequence[int | str], dtype: ir.DataType | None = None) -> ir.Value:

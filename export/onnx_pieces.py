@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from vte_compile.errors import CaptureError
-from vte_compile.export.onnx_ops import OPSET
+from vte_compile.export.onnx_ops import ORT, Operators
 
 # Of outputs, relative to the largest expected value.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
@@ -38,7 +38,11 @@ class _Call(nn.Module):
 
 
 def convert(
-    function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[set[int]], outputs: Sequence[str]
+    function: Callable[..., Any],
+    examples: Sequence[Tensor],
+    dynamic: Sequence[set[int]],
+    outputs: Sequence[str],
+    operators: Operators = ORT,
 ) -> ir.Model:
     """Convert a function of tensors.
 
@@ -47,6 +51,7 @@ def convert(
         examples: Its arguments; no symbolic length may be 0 or 1, or equal to another that differs.
         dynamic: The dims of each that are symbolic.
         outputs: Names of the results.
+        operators: Of the target.
 
     Returns:
         A model whose inputs are ``value_0``, ``value_1`` ...
@@ -64,7 +69,7 @@ def convert(
                 exported,
                 (),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=operators.opsets[""],
                 verbose=False,
                 input_names=[f"value_{i}" for i in range(len(examples))],
                 output_names=list(outputs),
@@ -72,7 +77,8 @@ def convert(
     except Exception as error:  # whatever torch.export and torch.onnx raise
         raise CaptureError(f"torch.onnx could not convert a piece: {error}") from error
     assert program is not None
-    rms_normalization.fuse_rms_normalization(program.model)
+    if operators.fuses_norms:
+        rms_normalization.fuse_rms_normalization(program.model)
     return program.model
 
 
