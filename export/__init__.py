@@ -18,12 +18,13 @@ from vte_compile.errors import EngineError, InputError
 
 if TYPE_CHECKING:
     from vte_compile.export.engine import Engine
+    from vte_compile.export.ort_engine import OnnxEngine
 
 TARGETS = {"aoti": "vte_compile.export.aoti_target", "onnxruntime": "vte_compile.export.ort_target"}
 """The modules that write engines, each with a function ``write(fast, path)``."""
 
-LOADERS = {"aoti": "vte_compile.export.engine:Engine"}
-"""The classes that run engines, each with a method ``load(folder, manifest's fields)``."""
+LOADERS = {"aoti": "vte_compile.export.engine:Engine", "onnxruntime": "vte_compile.export.ort_engine:OnnxEngine"}
+"""The classes that run engines, each with ``load(folder, manifest's fields, **options)``; options: `load_engine`."""
 
 
 def export(fast: Any, path: str | os.PathLike[str], target: str = "aoti", **options: Any) -> Path:
@@ -63,21 +64,36 @@ def export(fast: Any, path: str | os.PathLike[str], target: str = "aoti", **opti
     return Path(path)
 
 
-def load_engine(path: str | os.PathLike[str]) -> Engine:
-    """Load an engine that :func:`export` wrote. Needs torch and safetensors, not transformers.
+def load_engine(
+    path: str | os.PathLike[str],
+    *,
+    provider: str | None = None,
+    threads: int | None = None,
+    form: str | None = None,
+) -> Engine | OnnxEngine:
+    """Load an engine that :func:`export` wrote.
 
-    An engine holds compiled code, which loading it lets run: load only engines you trust. The checksums, which are
-    compared before anything is loaded, find damage; they do not prove who made the engine.
+    An engine of target "aoti" needs torch and safetensors; one of target "onnxruntime" needs onnxruntime and numpy, and
+    for text and images tokenizers, jinja2 and pillow. Neither needs transformers.
+
+    An AOTInductor engine holds compiled code, which loading it lets run: load only engines you trust. The checksums,
+    which are compared before anything is loaded, find damage; they do not prove who made the engine.
 
     Args:
         path: The folder.
+        provider: What runs an ONNX engine: "cpu" or "cuda"; None: what it was exported for.
+        threads: Of an ONNX engine on a CPU; None: ONNX Runtime's choice, a thread for each core.
+        form: Which form of an ONNX engine runs, "staged" or "single"; None: the staged one if it is there.
 
     Returns:
-        The engine, with ``generate()``, ``prefill()`` and ``decode()``.
+        The engine, with ``generate()``, ``prefill()`` and ``decode()``: an
+        :class:`~vte_compile.export.engine.Engine` or
+        an :class:`~vte_compile.export.ort_engine.OnnxEngine`, which also has ``chat()``.
 
     Raises:
+        InputError: An option is none of its values, or means nothing to an engine of this target.
         EngineError: A file is missing, truncated or altered, or the engine is of another version, or made for another
-            device or processor; the message says which, and what to do.
+            device or processor, or the provider is not there; the message says which, and what to do.
     """
     from vte_compile.export.folder import read_manifest
     from vte_compile.export.manifest import MANIFEST
@@ -90,7 +106,9 @@ def load_engine(path: str | os.PathLike[str]) -> Engine:
             f"{', '.join(map(repr, LOADERS))} only."
         )
     module, _, name = LOADERS[body["target"]].partition(":")
-    engine: Engine = getattr(import_module(module), name).load(folder, body)
+    options = {"provider": provider, "threads": threads, "form": form}
+    loader = getattr(import_module(module), name)
+    engine: Engine | OnnxEngine = loader.load(folder, body, **{k: v for k, v in options.items() if v is not None})
     return engine
 
 

@@ -51,8 +51,17 @@ class Engine:
         self._runner = EngineRunner(loaded)
 
     @classmethod
-    def load(cls, folder: Path, body: dict[str, Any]) -> Engine:
-        """See :func:`vte_compile.load_engine`; ``body``: the manifest's fields."""
+    def load(cls, folder: Path, body: dict[str, Any], **options: object) -> Engine:
+        """See :func:`vte_compile.load_engine`; ``body``: the manifest's fields.
+
+        Raises:
+            InputError: There are options: they are for ONNX engines.
+        """
+        if options:
+            raise InputError(
+                f"{', '.join(options)}: options of ONNX engines; this one is compiled for its device, and uses torch's "
+                "threads (torch.set_num_threads): leave them out."
+            )
         return cls(load(folder, Manifest.from_body(body)), folder)
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vte_compile.errors import EngineError
-from vte_compile.runtime.prompt_state import PromptValue
+from vte_compile.runtime.prompt_value import PromptValue
 
 MANIFEST = "manifest.json"
 FORMAT = "vte_compile engine"

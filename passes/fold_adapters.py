@@ -20,7 +20,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from vte_compile.adapters import PIA
 from vte_compile.passes.adapter_sites import AdapterSite, site_before_attention, site_before_ffn
 from vte_compile.passes.manager import PassResult, PassSettings, Refusal
-from vte_compile.runtime.prompt_state import PromptValue
+from vte_compile.runtime.prompt_value import PromptValue
 
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph

@@ -21,7 +21,7 @@ from vte_compile.kernels.token_exit import token_exit, unpack_dims
 
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
-    from vte_compile.runtime.prompt_state import PromptValue
+    from vte_compile.runtime.prompt_value import PromptValue
 
 Parameter = Callable[[], Tensor]
 _EXIT_OPS = (exit_gate._opoverload, static_exit._opoverload, token_exit._opoverload)

@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from vte_compile.errors import CaptureError
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.module_tree import with_stand_ins
-from vte_compile.runtime.prompt_state import PromptValue
+from vte_compile.runtime.prompt_value import PromptValue
 from vte_compile.runtime.steps import Phase
 
 Parameter = Callable[[], Tensor]

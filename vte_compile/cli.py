@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -171,50 +170,6 @@ def optimize(
         except InputError:
             logging.getLogger(__name__).warning("%s has no processor or tokenizer to save", model)
         console.print(f"Model and plan are in {_plain(out)}: optimize() finds the plan there.", soft_wrap=True)
-
-
-@app.command()
-def generate(
-    model: ModelArgument,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
-    plan: PlanOption = None,
-    image: Annotated[
-        list[Path] | None, typer.Option("--image", metavar="FILE", help="A picture; may be repeated.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 64,
-    no_exit: Annotated[bool, typer.Option("--no-exit", help="Keep the visual tokens in all layers.")] = False,
-    no_compile: NoCompileOption = False,
-    device: DeviceOption = None,
-    debug: DebugOption = False,
-) -> None:
-    """Answer one prompt; the answer streams to stdout, exit layer and timing go to stderr."""
-    import vte_compile
-    from vte_compile.loading import load_model, load_processor
-    from vte_compile.loading import prompt as in_template
-    from vte_compile.plan import Plan
-
-    pictures = [_open_picture(file) for file in image or []]
-    loaded, processor = load_model(model, device), load_processor(model)
-    wanted = Plan() if no_exit else _load_plan(plan)
-    fast: Any = vte_compile.optimize(loaded, wanted, compile=_compile(no_compile))
-    text = in_template(processor, prompt, len(pictures))
-    arguments: dict[str, Any] = {"text": text, "return_tensors": "pt"} | ({"images": pictures} if pictures else {})
-    inputs = processor(**arguments).to(fast.device)
-    streamer = _timed_streamer(getattr(processor, "tokenizer", processor))
-    for phase in ("prefill", "decode"):
-        fast._vte_runner.program(phase)  # traces and compiles now, not while the time is taken
-    start = time.perf_counter()
-    result = fast.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=streamer)
-    first, last, tokens = streamer.times[0] - start, streamer.times[-1] - start, len(streamer.times)
-    layer = int(result.exit_layer[0])
-    visual = "never left" if layer < 0 else f"left after layer {layer}"
-    layers = fast.config.get_text_config().num_hidden_layers
-    rate = f", then {(tokens - 1) / (last - first):.1f} tokens/s" if tokens > 1 else ""
-    _errors().print(
-        f"visual tokens {visual} (of layers 0..{layers - 1}); {inputs['input_ids'].shape[1]} prompt tokens, "
-        f"{tokens} new; first token after {first:.2f} s{rate}",
-        style="dim", highlight=False, soft_wrap=True,
-    )  # fmt: skip
 
 
 @app.command()
@@ -440,37 +395,9 @@ def _compile(no_compile: bool) -> bool | None:
     return False if no_compile else None
 
 
-def _open_picture(file: Path) -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise InputError("--image needs pillow: pip install 'vte-compile[demo]'.") from error
-    try:
-        return Image.open(file).convert("RGB")
-    except OSError as error:
-        raise InputError(f"--image {file}: {error}") from error
-
-
-def _timed_streamer(tokenizer: Any) -> Any:
-    from transformers import TextStreamer
-
-    class Timed(TextStreamer):
-        """Notes when each new token came."""
-
-        def __init__(self) -> None:
-            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            self.times: list[float] = []
-
-        def put(self, value: Any) -> None:
-            if not self.next_tokens_are_prompt:
-                self.times.append(time.perf_counter())
-            super().put(value)
-
-    return Timed()
-
-
 # At the end: they take the program and its options from here.
 from vte_compile import cli_analyze as cli_analyze  # noqa: E402
 from vte_compile import cli_eval as cli_eval  # noqa: E402
 from vte_compile import cli_export as cli_export  # noqa: E402
+from vte_compile import cli_generate as cli_generate  # noqa: E402
 from vte_compile import cli_tuning as cli_tuning  # noqa: E402

@@ -8,14 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class PromptValue:
-    """One thing a graph knows of the prompt: an output of prefill, an input of later chunks."""
-
-    name: str
-    per_row: bool
-    """[B, ...], one per row of the batch; else the same for all rows, which then come from one prompt."""
+from vte_compile.runtime.prompt_value import PromptValue
 
 
 @dataclass(frozen=True)

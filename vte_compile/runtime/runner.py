@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vte_compile.errors import InputError
 from vte_compile.runtime.cache import RowKV, RowsCache
-from vte_compile.runtime.prompt_state import PromptState, PromptValue
+from vte_compile.runtime.prompt_state import PromptState
+from vte_compile.runtime.prompt_value import PromptValue
 from vte_compile.runtime.steps import Phase, StepProgram, VisualTokens
 
 _RowInput = tuple[Tensor, Tensor, Tensor]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vte_compile.kernels.exit_gate import exit_logits
 from vte_compile.kernels.token_exit import compact
-from vte_compile.runtime.prompt_state import PromptValue
+from vte_compile.runtime.prompt_value import PromptValue
 
 Phase = Literal["prefill", "extend", "decode", "chunk"]
 """What a graph is traced for; "chunk": all of it in one (vte_compile/chunk_capture.py)."""

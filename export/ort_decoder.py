@@ -1,0 +1,251 @@
+"""The decoder of an ONNX engine in its two forms: stages with decisions on the host between them, or one graph.
+
+Prompts run row by row in the staged form, stage by stage: rows leave behind different layers, and when a stage begins
+it is known how many columns each row needs. Decode steps run all rows at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vte_compile.errors import EngineError, InputError
+from vte_compile.export.onnx_manifest import OnnxManifest, StageFacts
+from vte_compile.export.ort_cache import GraphMemory, Layout, OnnxCache
+from vte_compile.export.ort_inputs import Chunk
+from vte_compile.export.ort_sessions import Array, Graph, Setting, Value
+
+
+class Decoder:
+    """What both forms do.
+
+    Args:
+        graphs: In order.
+        stages: How many lengths a row's cache has.
+        may_exit: Whether visual tokens may leave.
+        dtype: Of embeddings, keys and values.
+        in_place: Whether the graphs can write new keys and values behind those they read.
+    """
+
+    def __init__(self, graphs: list[Graph], stages: int, may_exit: bool, dtype: Any, in_place: bool) -> None:
+        self._graphs, self._stages, self._dtype, self._in_place = graphs, stages, dtype, in_place
+        self._layouts = [Layout.of(graph) for graph in graphs]
+        self.may_exit = may_exit
+
+    def new_cache(self, batch: int) -> OnnxCache:
+        """An empty one."""
+        memories = [
+            GraphMemory(layout, batch, self._dtype, graph.device, self._in_place)
+            for graph, layout in zip(self._graphs, self._layouts, strict=True)
+        ]
+        return OnnxCache(memories, self._stages, batch)
+
+    def run(self, chunk: Chunk, cache: OnnxCache, room: int) -> tuple[Array, Array]:
+        """Run a prompt, or what follows one.
+
+        Args:
+            chunk: The new tokens.
+            cache: Of the same rows; extended.
+            room: Columns to keep free for what will follow.
+
+        Returns:
+            Logits [B, vocabulary] of each row's last token, zeros for rows without a token; exit layers [B].
+        """
+        counts = chunk.lengths
+        if len(counts) != cache.batch:
+            raise InputError(f"The cache holds {cache.batch} rows, the inputs {len(counts)}.")
+        if len(empty := np.flatnonzero((counts == 0) & (cache.next_positions == 0))):
+            raise InputError(f"attention_mask: row {empty[0]} has no token.")
+        if not counts.any():
+            raise InputError("attention_mask: no row has a token.")
+        lengths, exit_layer = cache.lengths.copy(), np.full(cache.batch, -1, np.int64)
+        logits = self._run(chunk, cache, lengths, exit_layer, room)
+        # Only now: after an error in between, the cache is what it was.
+        cache.lengths = lengths
+        cache.next_positions = cache.next_positions + counts
+        return logits, exit_layer
+
+    def step(self, embeds: Value, cache: OnnxCache, active: Array) -> Array:
+        """One more token of each row.
+
+        Args:
+            embeds: [B, 1, C].
+            cache: Of the same rows; extended.
+            active: [B] bool; other rows' tokens are forgotten, and their logits mean nothing.
+
+        Returns:
+            Logits [B, vocabulary].
+        """
+        logits = self._step(embeds, cache)
+        cache.lengths = cache.lengths + active
+        cache.next_positions = cache.next_positions + active
+        return logits
+
+    def _run(self, chunk: Chunk, cache: OnnxCache, lengths: Array, exit_layer: Array, room: int) -> Array:
+        """Fill in ``lengths`` and ``exit_layer``."""
+        raise NotImplementedError
+
+    def _step(self, embeds: Value, cache: OnnxCache) -> Array:
+        raise NotImplementedError
+
+
+class StagedDecoder(Decoder):
+    """stage_0.onnx and so on, with a decision behind all but the last."""
+
+    def __init__(self, folder: Path, stages: list[StageFacts], dtype: Any, setting: Setting, in_place: bool) -> None:
+        if not stages or stages[-1].exit is not None or any(stage.exit is None for stage in stages[:-1]):
+            raise EngineError(f"{folder}: the manifest's stages do not end with the only one without exit.")
+        graphs = [Graph(folder / stage.file, setting) for stage in stages]
+        super().__init__(graphs, len(stages), len(stages) > 1, dtype, in_place)
+        self._exits = [stage.exit for stage in stages]
+        self._gates = [
+            Graph(folder / stage.exit.gate, setting, small=True) if stage.exit and stage.exit.gate else None
+            for stage in stages
+        ]
+        for s, (graph, layout) in enumerate(zip(graphs, self._layouts, strict=True)):
+            first = ["hidden_states", "keep"] if s else ["inputs_embeds"]
+            given = [*first, "position_ids", "new_lengths", "past_lengths", *layout.inputs]
+            graph.check(given, [self._result(s), *layout.outputs])
+        for gate in self._gates:
+            if gate is not None:
+                gate.check(["hidden_states", "visual_mask", "new_lengths"], ["fire"])
+
+    def _result(self, stage: int) -> str:
+        return "next_hidden_states" if stage < len(self._graphs) - 1 else "logits"
+
+    def _run(self, chunk: Chunk, cache: OnnxCache, lengths: Array, exit_layer: Array, room: int) -> Array:
+        rows = [b for b, mask in enumerate(chunk.visual) if len(mask)]
+        visual = {b: chunk.visual[b] for b in rows}
+        positions = {b: cache.next_positions[b] + np.arange(len(visual[b])) for b in rows}
+        keep = {b: np.arange(len(visual[b])) for b in rows}
+        stream: dict[int, Value] = {b: chunk.row(b) for b in rows}
+        for s, (graph, memory) in enumerate(zip(self._graphs, cache.memories, strict=True)):
+            counts = {b: len(keep[b]) for b in rows}
+            memory.reserve(max(int(lengths[s, b]) + counts[b] for b in rows) + room)
+            inputs = {
+                b: self._inputs(s, stream[b], keep[b], positions[b][None], [counts[b]], lengths[s, [b]]) for b in rows
+            }
+            results = memory.run_rows(graph, inputs, [self._result(s)])
+            for b in rows:
+                stream[b] = results[b][0]
+                lengths[s, b] += counts[b]
+                visual[b], keep[b] = visual[b][keep[b]], np.arange(counts[b])
+            if (exit_ := self._exits[s]) is None:
+                continue
+            for b in rows:
+                if self._leaves(s, stream[b], visual[b]):
+                    exit_layer[b] = exit_.layer
+                    keep[b] = np.flatnonzero(~visual[b])
+                    positions[b] = positions[b][keep[b]]
+        logits = None
+        for b in rows:
+            row = stream[b].numpy()[0, -1].astype(np.float32)
+            logits = np.zeros((cache.batch, len(row)), np.float32) if logits is None else logits
+            logits[b] = row
+        assert logits is not None  # run() made sure that a row has a token
+        return logits
+
+    def _leaves(self, stage: int, stream: Value, visual: Array) -> bool:
+        """Whether a row's visual tokens leave behind a stage: if there are any, text follows, and the gate fires."""
+        if not visual.any() or visual[-1]:
+            return False
+        gate = self._gates[stage]
+        if gate is None:
+            return True
+        inputs = {"hidden_states": stream, "visual_mask": visual[None], "new_lengths": np.array([len(visual)])}
+        return bool(gate.run(inputs, ["fire"])[0].numpy()[0])
+
+    def _step(self, embeds: Value, cache: OnnxCache) -> Array:
+        stream = embeds
+        positions, ones, keep = cache.next_positions[:, None], [1] * cache.batch, np.zeros(1, np.int64)
+        for s, (graph, memory) in enumerate(zip(self._graphs, cache.memories, strict=True)):
+            memory.reserve(int(cache.lengths[s].max()) + 1)
+            inputs = self._inputs(s, stream, keep, positions, ones, cache.lengths[s])
+            stream = memory.run_all(graph, inputs, [self._result(s)], step=True)[0]
+        return np.asarray(stream.numpy()[:, -1].astype(np.float32))
+
+    @staticmethod
+    def _inputs(s: int, stream: Value, keep: Array, positions: Array, new: list[int], past: Array) -> dict[str, Value]:
+        names = {"hidden_states": stream, "keep": keep} if s else {"inputs_embeds": stream}
+        return {**names, "position_ids": positions, "new_lengths": np.array(new, np.int64), "past_lengths": past}
+
+
+class SingleDecoder(Decoder):
+    """decoder.onnx, whose exits are inside."""
+
+    def __init__(self, folder: Path, file: str, dtype: Any, setting: Setting, in_place: bool) -> None:
+        graph = Graph(folder / file, setting)
+        stages = (graph.inputs.get("past_lengths") or [None])[0]
+        if not isinstance(stages, int):
+            raise EngineError(
+                f"{graph.file}: input past_lengths has no fixed number of stages: export the model again."
+            )
+        super().__init__([graph], stages, stages > 1, dtype, in_place)
+        layout = self._layouts[0]
+        given = ["inputs_embeds", "visual_mask", "position_ids", "new_lengths", "past_lengths", *layout.inputs]
+        graph.check(given, [*self._RESULTS, *layout.outputs])
+
+    _RESULTS = ("logits", "present_lengths", "exit_layer")
+
+    def _run(self, chunk: Chunk, cache: OnnxCache, lengths: Array, exit_layer: Array, room: int) -> Array:
+        graph, memory, counts = self._graphs[0], cache.memories[0], chunk.lengths
+        memory.reserve(int((lengths.max(0) + counts).max()) + room)
+        if cache.is_empty:
+            columns = np.arange(int(counts.max()))
+            positions = np.repeat(columns[None], cache.batch, 0)
+            inputs = self._inputs(chunk.padded(), chunk.padded_mask(), positions, counts, lengths)
+            given = memory.run_all(graph, inputs, self._RESULTS, step=False)
+            logits, lengths[:], exit_layer[:] = (value.numpy() for value in given)
+            return np.asarray(logits[:, -1].astype(np.float32))
+        # Attention takes several tokens behind a past of one row only.
+        rows = {}
+        for b in np.flatnonzero(counts).tolist():
+            positions = cache.next_positions[b] + np.arange(counts[b])[None]
+            mask = chunk.visual[b][None]
+            rows[b] = self._inputs(chunk.row(b), mask, positions, counts[[b]], lengths[:, [b]])
+        logits = np.zeros((cache.batch, 0), np.float32)
+        for b, given in memory.run_rows(graph, rows, self._RESULTS).items():
+            row, lengths[:, [b]], exit_layer[[b]] = (value.numpy() for value in given)
+            if not logits.size:
+                logits = np.zeros((cache.batch, row.shape[-1]), np.float32)
+            logits[b] = row[0, -1]
+        return logits
+
+    def _step(self, embeds: Value, cache: OnnxCache) -> Array:
+        batch = cache.batch
+        cache.memories[0].reserve(int(cache.lengths.max()) + 1)
+        none, ones = np.zeros((batch, 1), bool), np.ones(batch, np.int64)
+        inputs = self._inputs(embeds, none, cache.next_positions[:, None], ones, cache.lengths)
+        given = cache.memories[0].run_all(self._graphs[0], inputs, ["logits"], step=True)
+        return np.asarray(given[0].numpy()[:, -1].astype(np.float32))
+
+    @staticmethod
+    def _inputs(embeds: Value, visual: Array, positions: Array, new: Array, past: Array) -> dict[str, Value]:
+        return {
+            "inputs_embeds": embeds,
+            "visual_mask": visual,
+            "position_ids": positions,
+            "new_lengths": new,
+            "past_lengths": past,
+        }
+
+
+def load_decoder(folder: Path, manifest: OnnxManifest, form: str | None, dtype: Any, setting: Setting) -> Decoder:
+    """The decoder of an engine, in the form that was asked for, or the staged one if it is there.
+
+    Raises:
+        InputError: The engine does not have this form.
+        EngineError: A graph is not what the manifest says.
+    """
+    forms = [name for name, there in (("staged", manifest.stages), ("single", manifest.decoder)) if there]
+    if form is not None and form not in forms:
+        raise InputError(f"form: {form!r} is not in this engine, which has {', '.join(map(repr, forms))}.")
+    if not forms:
+        raise EngineError(f"{folder}: the manifest names no decoder: export the model again.")
+    in_place = True  # GroupQueryAttention, which all graphs hold, appends to the memory it reads
+    if (form or forms[0]) == "staged":
+        return StagedDecoder(folder, manifest.stages, dtype, setting, in_place)
+    assert manifest.decoder is not None
+    return SingleDecoder(folder, manifest.decoder, dtype, setting, in_place)

@@ -1,0 +1,360 @@
+"""Run an ONNX engine with numpy and ONNX Runtime: prompts, decode steps, generation and chats; no torch."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vte_compile.errors import EngineError, InputError
+from vte_compile.export.folder import check_files
+from vte_compile.export.generation import GenerationDefaults, Stops, generate_tokens
+from vte_compile.export.manifest import MANIFEST
+from vte_compile.export.onnx_manifest import OnnxManifest
+from vte_compile.export.ort_cache import OnnxCache
+from vte_compile.export.ort_decoder import Decoder, load_decoder
+from vte_compile.export.ort_inputs import Inputs
+from vte_compile.export.ort_sessions import Array, Graph, Setting
+from vte_compile.export.processor import Processor
+from vte_compile.export.sampling import Sampler
+from vte_compile.export.text_stream import TextStream
+
+_LOGGER = logging.getLogger(__name__)
+_DTYPES = {"float32": np.float32, "float16": np.float16}
+PROCESSOR = "processor"
+"""The folder of tokenizer and image processor."""
+
+
+@dataclass(frozen=True)
+class OnnxOutput:
+    """What one chunk gives."""
+
+    logits: Array
+    """[B, vocabulary] float32, of each row's last token."""
+    exit_layer: Array
+    """[B] int64: the layer after which each row's visual tokens left in this chunk; -1 = never."""
+    cache: OnnxCache
+    """Keys and values so far: the cache that was passed, extended."""
+
+
+@dataclass(frozen=True)
+class OnnxGenerated:
+    """What ``generate()`` gives."""
+
+    tokens: Array
+    """[B, new tokens] int64; behind a row's last token there is padding."""
+    lengths: Array
+    """[B] int64: how many tokens each row has, its end token included."""
+    exit_layer: Array
+    """[B] int64, of the prompt; -1 = never."""
+    cache: OnnxCache
+    """Of each row's prompt and its new tokens but the last one."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What ``chat()`` gives."""
+
+    text: str
+    """Without special tokens, and without the stop string that ended it."""
+    tokens: list[int]
+    exit_layer: int
+    """-1 = never."""
+    prompt_tokens: int
+    messages: list[dict[str, Any]]
+    """The chat with this answer, to go on with."""
+
+
+class OnnxEngine:
+    """An ONNX engine, from :func:`vte_compile.load_engine`. Nothing of a request is kept on it.
+
+    Arrays are numpy's; what has ``__array__`` (such as a torch tensor on the CPU) is taken as well.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: OnnxManifest, setting: Setting, decoder: Decoder, embedding: Graph,
+        vision: Graph | None, defaults: GenerationDefaults,
+    ) -> None:  # fmt: skip
+        self.folder = folder
+        """Where it was loaded from."""
+        self.manifest = manifest
+        """What the engine is made of, and was made from."""
+        self.device = setting.device
+        """Where it runs."""
+        self.dtype = np.dtype(_DTYPES[manifest.model.dtype])
+        """Of embeddings, keys and values."""
+        self._decoder, self._vision, self._defaults = decoder, vision, defaults
+        self._inputs = Inputs(manifest.model, embedding, self.dtype, decoder.may_exit)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        body: dict[str, Any],
+        *,
+        provider: str | None = None,
+        threads: int | None = None,
+        form: str | None = None,
+    ) -> OnnxEngine:
+        """See :func:`vte_compile.load_engine`; ``body``: the manifest's fields."""
+        manifest = OnnxManifest.from_body(body)
+        setting = Setting.choose(provider or manifest.provider, threads)
+        if form not in (None, "staged", "single"):
+            raise InputError(f"form: {form!r} is unknown; there are 'staged', 'single'.")
+        if manifest.model.dtype not in _DTYPES:
+            raise EngineError(
+                f"{folder / MANIFEST}: dtype {manifest.model.dtype!r}, but the runner takes {', '.join(_DTYPES)} only: "
+                "export the model again."
+            )
+        _check_named(manifest)
+        check_files(folder, manifest.files)
+        dtype = np.dtype(_DTYPES[manifest.model.dtype])
+        decoder = load_decoder(folder, manifest, form, dtype, setting)
+        embedding = Graph(folder / manifest.embedding, setting, small=True)
+        embedding.check(["input_ids", "image_features"], ["inputs_embeds", "visual_mask"])
+        vision = None
+        if manifest.vision is not None:
+            vision = Graph(folder / manifest.vision.piece, setting)
+            vision.check(["pixel_values"], ["image_features"])
+        defaults = GenerationDefaults.read(folder / "generation_config.json")
+        return cls(folder, manifest, setting, decoder, embedding, vision, defaults)
+
+    @functools.cached_property
+    def processor(self) -> Processor:
+        """The model's tokenizer and image processor, loaded on first use.
+
+        Raises:
+            EngineError: The engine has none, or a package it needs is missing.
+        """
+        if f"{PROCESSOR}/tokenizer.json" not in self.manifest.files:
+            raise EngineError(
+                f"{self.folder}: the engine has no tokenizer: export the model with processor=, or pass input_ids to "
+                "generate()."
+            )
+        return Processor(self.folder / PROCESSOR, bool(self.manifest.model.visual_token_ids))
+
+    def prefill(
+        self,
+        input_ids: Any = None,
+        inputs_embeds: Any = None,
+        *,
+        image_features: Any = None,
+        pixel_values: Any = None,
+        visual_mask: Any = None,
+        attention_mask: Any = None,
+        cache: OnnxCache | None = None,
+        room: int = 0,
+    ) -> OnnxOutput:
+        """Run a prompt, or with a ``cache`` the next chunk of the same rows.
+
+        Args:
+            input_ids: [B, T] integers, with a placeholder for each visual token; or a list of rows of different
+                lengths, without padding. Either these or ``inputs_embeds``.
+            inputs_embeds: [B, T, C], visual features in place; then pass ``visual_mask`` too if there are any.
+            image_features: Embeddings of the visual tokens, [n, C] or a list of such, in the order of the placeholders.
+            pixel_values: [images, channels, height, width]; the engine's own encoder makes features of them.
+            visual_mask: [B, T] bool; found from the placeholders if None.
+            attention_mask: [B, T] bool or int, of this chunk: 0 at padding, on any side.
+            cache: From an earlier call.
+            room: How many tokens will follow in each row: their keys and values get memory now. More than that may
+                follow, but the cache has to move then.
+
+        Raises:
+            InputError: Contradicting or misshaped inputs; the message says which.
+        """
+        if image_features is not None and pixel_values is not None:
+            raise InputError("Pass at most one of image_features and pixel_values.")
+        if pixel_values is not None:
+            image_features = self._encode_each(np.asarray(pixel_values))
+        chunk = self._inputs.chunk(input_ids, inputs_embeds, image_features, visual_mask, attention_mask)
+        cache = self._decoder.new_cache(len(chunk.visual)) if cache is None else cache
+        logits, exit_layer = self._decoder.run(chunk, cache, room)
+        return OnnxOutput(logits, exit_layer, cache)
+
+    def decode(self, tokens: Any, cache: OnnxCache, *, active: Any = None) -> OnnxOutput:
+        """One more token of each row.
+
+        Args:
+            tokens: [B] integers.
+            cache: Of the same rows, from :meth:`prefill`; extended in place.
+            active: [B] bool: rows that are not are as they were afterwards, and their logits mean nothing. None: all.
+
+        Raises:
+            InputError: Misshaped tokens, or an empty cache.
+        """
+        if cache.is_empty:
+            raise InputError("cache: is empty: run the prompt with prefill() first.")
+        chunk = self._inputs.tokens(tokens)
+        running = np.ones(cache.batch, bool) if active is None else np.asarray(active, bool)
+        for name, size in (("tokens", len(chunk.ids)), ("active", len(running))):
+            if size != cache.batch:
+                raise InputError(f"{name}: expected {cache.batch}, one for each row of the cache, got {size}.")
+        logits = self._decoder.step(chunk.padded(), cache, running)
+        return OnnxOutput(logits, np.full(cache.batch, -1, np.int64), cache)
+
+    def generate(
+        self,
+        input_ids: Any = None,
+        inputs_embeds: Any = None,
+        *,
+        image_features: Any = None,
+        pixel_values: Any = None,
+        visual_mask: Any = None,
+        attention_mask: Any = None,
+        cache: OnnxCache | None = None,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] = (),
+        on_tokens: Callable[[Array], None] | None = None,
+    ) -> OnnxGenerated:
+        """Answer, for any number of rows. Takes what :meth:`prefill` takes, and:
+
+        Args:
+            max_new_tokens: At most so many, at least 1; None: as generation_config.json says, or 64.
+            do_sample: Draw tokens, instead of taking the likeliest. None: if one of the next three is given, else as
+                generation_config.json says.
+            temperature: Logits are divided by it before drawing; 0 takes the likeliest token.
+            top_k: Draw from so many of the likeliest tokens.
+            top_p: Draw from the fewest likeliest tokens that have this probability together. Of these three, what is
+                None is as generation_config.json says, or has no effect.
+            seed: Of drawing; None: other tokens each time.
+            eos_token_ids: A row ends with any of these; None: those of the model; empty: none.
+            stop_strings: A row ends when its text has one of these; needs the engine's tokenizer.
+            on_tokens: Called with each step's tokens [B] as they come, padding in rows that have ended. What it raises
+                ends the generation.
+
+        In a later turn, pass the cache, and as input_ids what it does not hold: each row's last token, and the new
+        question.
+
+        Raises:
+            InputError: As :meth:`prefill`, or an option that cannot be.
+            EngineError: Stop strings, but no tokenizer.
+        """
+        limit = self._defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise InputError(f"max_new_tokens: expected at least 1, got {limit!r}.")
+        sampling = self._defaults.sampling(do_sample, temperature, top_k, top_p, seed)
+        facts = self.manifest.model
+        ends = facts.eos_token_ids if eos_token_ids is None else list(eos_token_ids)
+        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        decode = self.processor.decode if strings else None
+        output = self.prefill(
+            input_ids,
+            inputs_embeds,
+            image_features=image_features,
+            pixel_values=pixel_values,
+            visual_mask=visual_mask,
+            attention_mask=attention_mask,
+            cache=cache,
+            room=limit - 1,
+        )
+        batch = output.cache.batch
+        tokens, lengths = generate_tokens(
+            output.logits,
+            lambda tokens, active: self.decode(tokens, output.cache, active=active).logits,
+            Sampler(sampling, batch),
+            Stops(ends, [TextStream(decode, strings) for _ in range(batch)] if decode else []),
+            limit,
+            facts.pad_token_id,
+            on_tokens,
+        )
+        return OnnxGenerated(tokens, lengths, output.exit_layer, output.cache)
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        images: Sequence[Any] | None = None,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Answer a question, or the last message of a chat, in the model's own format.
+
+        Args:
+            messages: A question; or a chat of messages with "role" and "content", which is a text or a list of parts
+                {"type": "text", "text": ...} and {"type": "image", "image": ...}.
+            images: The question's pictures: paths, Pillow images, or arrays [height, width, 3] of uint8. Those of a
+                chat are in its parts.
+            on_text: Called with each piece of the answer as it comes.
+            options: Of :meth:`generate`: ``max_new_tokens``, ``temperature``, ``seed``, ``stop_strings`` ...
+
+        Returns:
+            The answer. To go on, pass its ``messages`` with a new one behind them; the chat is read anew then.
+
+        Raises:
+            InputError: Messages of another kind, or options that cannot be.
+            EngineError: The engine has no tokenizer, or a package it needs is missing.
+        """
+        processor = self.processor
+        if isinstance(messages, str):
+            messages = processor.messages(messages, images or [])
+        elif images:
+            raise InputError("images: put the pictures of a chat into its messages, as parts of type 'image'.")
+        prompt = processor.prompt(messages, self._encode_each)
+        stops = options.get("stop_strings", ())
+        stream = TextStream(processor.decode, [stops] if isinstance(stops, str) else list(stops))
+        on_tokens = options.pop("on_tokens", None)
+
+        def show(piece: str) -> None:
+            if piece and on_text is not None:
+                on_text(piece)
+
+        def follow(tokens: Array) -> None:
+            if on_tokens is not None:
+                on_tokens(tokens)
+            show(stream.push(int(tokens[0])))
+
+        result = self.generate([prompt.ids], image_features=prompt.features, on_tokens=follow, **options)
+        show(stream.finish())
+        answer = {"role": "assistant", "content": stream.text}
+        given = result.tokens[0, : result.lengths[0]].tolist()
+        chat = [*(dict(message) for message in messages), answer]
+        return Answer(stream.text, given, int(result.exit_layer[0]), len(prompt.ids), chat)
+
+    def encode_images(self, pixel_values: Any) -> Array:
+        """[images, channels, height, width] -> their visual tokens' embeddings [n, C], image after image.
+
+        Raises:
+            InputError: The engine has no image encoder (the message says why), or takes images of another size.
+        """
+        return np.concatenate(self._encode_each(np.asarray(pixel_values)))
+
+    def _encode_each(self, pixel_values: Array) -> list[Array]:
+        """The features [n, C] of each image."""
+        facts = self.manifest
+        if facts.vision is None or self._vision is None:
+            why = facts.vision_missing or f"{facts.model.name} is a language model alone"
+            raise InputError(f"pixel_values: the engine has no image encoder ({why}): pass image_features.")
+        shape = facts.vision.image
+        if pixel_values.ndim != 4 or list(pixel_values.shape[1:]) != shape or not len(pixel_values):
+            raise InputError(
+                f"pixel_values: expected [images, {', '.join(map(str, shape))}], got {list(pixel_values.shape)}."
+            )
+        images = pixel_values.astype(self.dtype, copy=False)
+        encoder = self._vision
+        return [encoder.run({"pixel_values": i[None]}, ["image_features"])[0].numpy() for i in images]
+
+
+def _check_named(manifest: OnnxManifest) -> None:
+    """Every graph the manifest names is among its files, so that no other file is ever opened.
+
+    Raises:
+        EngineError: One is not.
+    """
+    names = [manifest.embedding, *(stage.file for stage in manifest.stages)]
+    names += [stage.exit.gate for stage in manifest.stages if stage.exit is not None and stage.exit.gate is not None]
+    names += [] if manifest.decoder is None else [manifest.decoder]
+    names += [] if manifest.vision is None else [manifest.vision.piece]
+    for name in names:
+        if name not in manifest.files:
+            raise EngineError(f"{MANIFEST}: {name} is not among its files: export the model again.")

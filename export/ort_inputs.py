@@ -1,0 +1,225 @@
+"""What goes into an ONNX engine's decoder: rows of token ids and image features, or of embeddings, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vte_compile.errors import InputError
+from vte_compile.export.manifest import ModelFacts
+from vte_compile.export.ort_sessions import Array, Graph, Value
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens of each row, without padding; embedded when they are needed, by row or all at once."""
+
+    visual: list[Array]
+    """[n] bool of each row: which tokens are visual."""
+
+    @property
+    def lengths(self) -> Array:
+        """[B] int64."""
+        return np.array([len(row) for row in self.visual], np.int64)
+
+    def padded_mask(self) -> Array:
+        """[B, T] bool: the visual tokens of all rows; shorter rows are padded at their end."""
+        return _padded(self.visual, False)
+
+    def row(self, b: int) -> Value:
+        """Embeddings [1, n, C] of one row."""
+        raise NotImplementedError
+
+    def padded(self) -> Value:
+        """Embeddings [B, T, C] of all rows; shorter rows are padded at their end."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TokenChunk(Chunk):
+    """From token ids."""
+
+    graph: Graph
+    """embedding.onnx."""
+    ids: list[Array]
+    """[n] int64 of each row."""
+    features: list[Array]
+    """[visual tokens of the row, C]."""
+    filler: int
+    """A token that is no placeholder."""
+
+    def row(self, b: int) -> Value:
+        return self._embed(self.ids[b][None], self.features[b])
+
+    def padded(self) -> Value:
+        return self._embed(_padded(self.ids, self.filler), np.concatenate(self.features))
+
+    def _embed(self, ids: Array, features: Array) -> Value:
+        return self.graph.run({"input_ids": ids, "image_features": features}, ["inputs_embeds"])[0]
+
+
+@dataclass(frozen=True)
+class EmbeddedChunk(Chunk):
+    """From embeddings."""
+
+    embeds: list[Array]
+    """[n, C] of each row."""
+
+    def row(self, b: int) -> Value:
+        return self.embeds[b][None]
+
+    def padded(self) -> Value:
+        return _padded(self.embeds, 0)
+
+
+class Inputs:
+    """Makes chunks of what users pass.
+
+    Args:
+        facts: Of the model.
+        embedding: embedding.onnx.
+        dtype: Of embeddings.
+        may_exit: Whether it matters which tokens are visual.
+    """
+
+    def __init__(self, facts: ModelFacts, embedding: Graph, dtype: Any, may_exit: bool) -> None:
+        self._facts, self._embedding, self._dtype, self._may_exit = facts, embedding, dtype, may_exit
+        known = facts.visual_token_ids
+        self._filler = next(i for i in range(len(known) + 1) if i not in known)
+
+    def tokens(self, ids: Array) -> TokenChunk:
+        """One token of each row, [B].
+
+        A placeholder that a model generates has no features, and embedding.onnx no other way to embed it: it is read
+        as another token.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 1:
+            raise InputError(f"tokens: expected shape [batch], got {list(ids.shape)}.")
+        ids = self._checked_ids("tokens", ids)
+        none = np.zeros((0, self._facts.hidden_size), self._dtype)
+        ids = np.where(np.isin(ids, self._facts.visual_token_ids), self._filler, ids)
+        rows = [ids[b : b + 1] for b in range(len(ids))]
+        return TokenChunk([np.zeros(1, bool)] * len(ids), self._embedding, rows, [none] * len(ids), self._filler)
+
+    def chunk(
+        self,
+        input_ids: Any,
+        inputs_embeds: Any,
+        image_features: Any,
+        visual_mask: Any,
+        attention_mask: Any,
+    ) -> Chunk:
+        """See :meth:`OnnxEngine.prefill`.
+
+        Raises:
+            InputError: Contradicting or misshaped inputs.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("Pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is not None:
+            if image_features is not None:
+                raise InputError("inputs_embeds hold the visual features already: leave image_features out.")
+            return self._embedded(np.asarray(inputs_embeds), visual_mask, attention_mask)
+        if _is_ragged(input_ids):
+            if attention_mask is not None or visual_mask is not None:
+                raise InputError("input_ids is a list of rows without padding: leave attention_mask, visual_mask out.")
+            rows = [self._checked_ids("input_ids", np.asarray(row)) for row in input_ids]
+            visual = [np.isin(row, self._facts.visual_token_ids) for row in rows]
+            return self._from_rows(rows, visual, image_features)
+        ids = np.asarray(input_ids)
+        if ids.ndim != 2 or not ids.size:
+            raise InputError(f"input_ids: expected shape [batch, tokens], got {list(ids.shape)}.")
+        ids = self._checked_ids("input_ids", ids)
+        real = _mask("attention_mask", attention_mask, ids.shape, True)
+        placeholders = np.isin(ids, self._facts.visual_token_ids)
+        given = placeholders if visual_mask is None else _visual_mask(visual_mask, ids.shape)
+        if (given & ~placeholders & real).any():
+            # Which rows of features belong to them would be open.
+            raise InputError("visual_mask: marks tokens of input_ids that are no placeholders: pass inputs_embeds.")
+        rows = [row[keep] for row, keep in zip(ids, real, strict=True)]
+        visual = [row[keep] for row, keep in zip(given, real, strict=True)]
+        return self._from_rows(rows, visual, image_features)
+
+    def _from_rows(self, rows: list[Array], visual: list[Array], image_features: Any) -> TokenChunk:
+        counts = [int(np.isin(row, self._facts.visual_token_ids).sum()) for row in rows]
+        total, hidden = sum(counts), self._facts.hidden_size
+        if image_features is None:
+            if total:
+                raise InputError(f"input_ids hold {total} visual placeholders: pass image_features or pixel_values.")
+            image_features = np.zeros((0, hidden), self._dtype)
+        one = hasattr(image_features, "shape") or not isinstance(image_features, Sequence)
+        parts = [np.asarray(part) for part in ([image_features] if one else image_features)]
+        if any(p.ndim < 2 or p.shape[-1] != hidden for p in parts) or sum(p.size for p in parts) != total * hidden:
+            raise InputError(
+                f"image_features: expected [{total}, {hidden}], one for each visual placeholder of input_ids, got "
+                f"{', '.join(str(list(part.shape)) for part in parts)}."
+            )
+        flat = np.concatenate([p.reshape(-1, hidden) for p in parts]).astype(self._dtype, copy=False)
+        features = np.split(flat, np.cumsum(counts)[:-1])
+        return TokenChunk(visual, self._embedding, rows, features, self._filler)
+
+    def _embedded(self, embeds: Array, visual_mask: Any, attention_mask: Any) -> EmbeddedChunk:
+        hidden = self._facts.hidden_size
+        if embeds.ndim != 3 or embeds.shape[-1] != hidden or not embeds.size:
+            raise InputError(f"inputs_embeds: expected shape [batch, tokens, {hidden}], got {list(embeds.shape)}.")
+        if visual_mask is None and self._may_exit:
+            raise InputError(
+                "The engine has exits, but which of inputs_embeds are visual is not known: pass visual_mask "
+                "([batch, tokens] bool, all False for a text-only prompt)."
+            )
+        shape = embeds.shape[:2]
+        visual = np.zeros(shape, bool) if visual_mask is None else _visual_mask(visual_mask, shape)
+        real = _mask("attention_mask", attention_mask, shape, True)
+        embeds = embeds.astype(self._dtype, copy=False)
+        return EmbeddedChunk(
+            [row[keep] for row, keep in zip(visual, real, strict=True)],
+            [row[keep] for row, keep in zip(embeds, real, strict=True)],
+        )
+
+    def _checked_ids(self, name: str, ids: Array) -> Array:
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(f"{name}: expected token ids (int64), got {ids.dtype}.")
+        # Placeholders may lie outside the table: what stands there is replaced.
+        outside = (ids < 0) | (ids >= self._facts.vocab_size)
+        if (outside & ~np.isin(ids, self._facts.visual_token_ids)).any():
+            raise InputError(f"{name}: an id lies outside the vocabulary of {self._facts.vocab_size}.")
+        return ids.astype(np.int64, copy=False)
+
+
+def _is_ragged(ids: Any) -> bool:
+    """Whether these are rows of different lengths, none of them empty."""
+    if not isinstance(ids, list | tuple) or not all(np.ndim(row) == 1 and len(row) for row in ids):
+        return False
+    return len({len(row) for row in ids}) > 1
+
+
+def _mask(name: str, mask: Any, shape: tuple[int, ...], default: bool) -> Array:
+    if mask is None:
+        return np.full(shape, default)
+    mask = np.asarray(mask)
+    if mask.shape != shape:
+        raise InputError(
+            f"{name}: expected shape {list(shape)} ([batch, tokens of this chunk]), got {list(mask.shape)}."
+        )
+    return mask.astype(bool)
+
+
+def _visual_mask(mask: Any, shape: tuple[int, ...]) -> Array:
+    mask = np.asarray(mask)
+    if mask.shape != shape or mask.dtype != bool:
+        raise InputError(
+            f"visual_mask: expected bools of shape {list(shape)}, got {mask.dtype} of shape {list(mask.shape)}."
+        )
+    return mask
+
+
+def _padded(rows: list[Array], value: Any) -> Array:
+    """Rows [n, ...] of different lengths, filled up at their end: [B, T, ...]."""
+    padded = np.full((len(rows), max(map(len, rows)), *rows[0].shape[1:]), value, rows[0].dtype)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded
