@@ -20,10 +20,18 @@ if TYPE_CHECKING:
     from vte_compile.export.engine import Engine
     from vte_compile.export.ort_engine import OnnxEngine
 
-TARGETS = {"aoti": "vte_compile.export.aoti_target", "onnxruntime": "vte_compile.export.ort_target"}
+TARGETS = {
+    "aoti": "vte_compile.export.aoti_target",
+    "onnxruntime": "vte_compile.export.ort_target",
+    "tensorrt": "vte_compile.export.tensorrt_target",
+}
 """The modules that write engines, each with a function ``write(fast, path)``."""
 
-LOADERS = {"aoti": "vte_compile.export.engine:Engine", "onnxruntime": "vte_compile.export.ort_engine:OnnxEngine"}
+LOADERS = {
+    "aoti": "vte_compile.export.engine:Engine",
+    "onnxruntime": "vte_compile.export.ort_engine:OnnxEngine",
+    "tensorrt": "vte_compile.export.tensorrt_engine:TensorRTEngine",
+}
 """The classes that run engines, each with ``load(folder, manifest's fields, **options)``; options: `load_engine`."""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -62,6 +64,15 @@ class WeightFiles:
             opened.write(values.view(torch.uint8).numpy().data if values.ndim else values.numpy().tobytes())
         offset = self._used
         self._used += tensor.nbytes
-        dtype = ir.DataType.from_numpy(values.flatten()[:0].numpy().dtype)
+        dtype = ir.DataType.from_numpy(as_array(values.flatten()[:0]).dtype)
         shape = ir.Shape(tuple(tensor.shape))
         return ir.ExternalTensor(file, offset, tensor.nbytes, dtype, shape=shape, name=name, base_dir=self._folder)
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """A tensor's content; numpy itself knows no bfloat16."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    array: np.ndarray = tensor.numpy()
+    return array

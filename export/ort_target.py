@@ -21,7 +21,7 @@ from vte_compile.export.onnx_decoder import OnnxDecoder
 from vte_compile.export.onnx_glue import embedding_function
 from vte_compile.export.onnx_graph import OnnxGraph
 from vte_compile.export.onnx_manifest import ExitFacts, OnnxManifest, StageFacts, Tools
-from vte_compile.export.onnx_ops import OPSET
+from vte_compile.export.onnx_ops import OPSET, ORT, Operators
 from vte_compile.export.onnx_pieces import check, convert
 from vte_compile.export.onnx_weights import WeightFiles
 from vte_compile.export.staged import embedding_table, model_facts
@@ -31,7 +31,7 @@ from vte_compile.plan import GateExit
 from vte_compile.version import __version__
 
 logger = logging.getLogger(__name__)
-_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
+DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
 FORMS = ("staged", "single")
 
 
@@ -39,16 +39,16 @@ def write(fast: Any, path: Path, *, processor: Any = None, forms: tuple[str, ...
     """See :func:`vte_compile.export`."""
     check_target_folder(path)
     _check(fast, forms)
-    runner, dtype = fast._vte_runner, _DTYPES[fast._vte_spec.dtype]
+    runner, dtype = fast._vte_runner, DTYPES[fast._vte_spec.dtype]
     decoder = OnnxDecoder(runner.lowered("chunk", batched=True), fast.plan.exits, fast._vte_spec.num_layers)
     table = embedding_table(fast)
     with whole_folder(path) as folder:
         for piece in tqdm(decoder.distinct, desc="convert pieces", leave=False):
             decoder.convert(piece)
         weights = WeightFiles(folder)
-        _write_embedding(OnnxGraph("embedding", weights, dtype), fast, table, folder / "embedding.onnx")
-        vision, vision_missing = _write_vision(weights, fast, folder)
-        stages = _write_stages(decoder, weights, dtype, folder) if "staged" in forms else []
+        write_embedding(OnnxGraph("embedding", weights, dtype), fast, table, folder / "embedding.onnx")
+        vision, vision_missing = write_vision(weights, fast, folder)
+        stages = write_stages(decoder, weights, dtype, folder) if "staged" in forms else []
         if "single" in forms:
             graph = OnnxGraph("decoder", weights, dtype)
             decoder.add_single(graph)
@@ -59,7 +59,7 @@ def write(fast: Any, path: Path, *, processor: Any = None, forms: tuple[str, ...
             processor.save_pretrained(folder / "processor")
         manifest = OnnxManifest(
             target="onnxruntime",
-            built=_tools(),
+            built=tools(),
             opset=OPSET,
             provider="cpu",
             precision=str(fast._vte_spec.dtype).removeprefix("torch."),
@@ -88,25 +88,28 @@ def _check(fast: Any, forms: tuple[str, ...]) -> None:
         raise UnsupportedModelError(
             f"{type(fast).__name__} has multimodal rotary positions: engines number tokens one by one so far."
         )
-    if spec.dtype not in _DTYPES:
+    if spec.dtype not in DTYPES:
         raise UnsupportedModelError(
             f"ONNX Runtime's CPU kernels do not take {spec.dtype}: load the model in float32 or float16 before "
             "optimize()."
         )
 
 
-def _tools() -> Tools:
+def tools() -> Tools:
+    """What writes here."""
     return Tools(__version__, *(version(name) for name in ("torch", "transformers", "onnx", "onnxscript")))
 
 
-def _write_embedding(graph: OnnxGraph, fast: Any, table: Tensor, file: Path) -> None:
+def write_embedding(graph: OnnxGraph, fast: Any, table: Tensor, file: Path) -> None:
+    """embedding.onnx: embeddings and the visual mask, of token ids and image features."""
     spec = fast._vte_spec
     integer = ir.DataType.INT64
     ids = graph.input("input_ids", ["batch", "tokens"], integer)
     features = graph.input("image_features", ["features", spec.hidden_size])
     function = embedding_function(list(spec.visual_token_ids))
     examples = [torch.zeros(3, 5, dtype=torch.long), torch.zeros(7, spec.hidden_size, dtype=spec.dtype), table.detach()]
-    piece = convert(function, examples, [{0, 1}, {0}, set()], ["inputs_embeds", "visual_mask"])
+    dims: list[set[int]] = [{0, 1}, {0}, set()]
+    piece = convert(function, examples, dims, ["inputs_embeds", "visual_mask"], graph.operators)
     check(piece, function, examples)
     embeds, visual = graph.add(piece, "embedding", [ids, features, ("embed_tokens.weight", lambda: table)])
     graph.output("inputs_embeds", embeds, ["batch", "tokens", spec.hidden_size])
@@ -114,7 +117,10 @@ def _write_embedding(graph: OnnxGraph, fast: Any, table: Tensor, file: Path) -> 
     graph.save(file)
 
 
-def _write_vision(weights: WeightFiles, fast: Any, folder: Path) -> tuple[VisionCall | None, str | None]:
+def write_vision(
+    weights: WeightFiles, fast: Any, folder: Path, operators: Operators = ORT
+) -> tuple[VisionCall | None, str | None]:
+    """vision.onnx, for one image; or why there is none. None, None: the model takes no images."""
     if not fast._vte_spec.is_multimodal:
         return None, None
     try:
@@ -122,11 +128,11 @@ def _write_vision(weights: WeightFiles, fast: Any, folder: Path) -> tuple[Vision
     except (CaptureError, UnsupportedModelError) as error:
         logger.warning("export: the engine has no image encoder and takes image_features: %s", error)
         return None, str(error)
-    graph = OnnxGraph("vision", weights, _DTYPES[fast._vte_spec.dtype])
+    graph = OnnxGraph("vision", weights, DTYPES[fast._vte_spec.dtype], operators)
     image = [int(size) for size in encoder.pixels.shape[1:]]
     pixels = graph.input("pixel_values", [1, *image])
     examples = [encoder.pixels, *(t.detach() for t in encoder.weights.values())]
-    piece = convert(encoder.module, examples, [set() for _ in examples], ["image_features"])
+    piece = convert(encoder.module, examples, [set() for _ in examples], ["image_features"], operators)
     check(piece, encoder.module, examples)
     named: list[tuple[str, Callable[[], Tensor]]] = [
         (f"vision.{name}", partial(_same, tensor)) for name, tensor in encoder.weights.items()
@@ -141,17 +147,19 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _write_stages(decoder: OnnxDecoder, weights: WeightFiles, dtype: ir.DataType, folder: Path) -> list[StageFacts]:
+def write_stages(decoder: OnnxDecoder, weights: WeightFiles, dtype: ir.DataType, folder: Path) -> list[StageFacts]:
+    """stage_0.onnx and so on, with the gates between them; for the manifest, what they are."""
     facts = []
     for index, stage in enumerate(decoder.stages):
-        graph = OnnxGraph(f"stage_{index}", weights, dtype)
+        graph = OnnxGraph(f"stage_{index}", weights, dtype, decoder.operators)
         decoder.add_stage(graph, index)
         graph.save(folder / f"stage_{index}.onnx")
         exit_ = None
         if stage.exit is not None:
             gate = f"gate_{stage.exit.layer}.onnx" if isinstance(stage.exit, GateExit) else None
             if gate is not None:
-                _write_gate(decoder, OnnxGraph(f"gate_{stage.exit.layer}", weights, dtype), index, folder / gate)
+                gate_graph = OnnxGraph(f"gate_{stage.exit.layer}", weights, dtype, decoder.operators)
+                _write_gate(decoder, gate_graph, index, folder / gate)
             exit_ = ExitFacts(stage.exit.layer, gate)
         caches, prompt = decoder.caches(stage), decoder.prompt(stage)
         facts.append(StageFacts(f"stage_{index}.onnx", stage.layers, caches, prompt, exit_))
