@@ -49,7 +49,8 @@ def export(fast: Any, path: str | os.PathLike[str], target: str = "aoti", **opti
             model is on, and for processors like this one. ``onnxruntime``: ONNX graphs, for ONNX Runtime.
         options: For ``onnxruntime``: ``processor``, the model's processor (or tokenizer), whose files go into the
             folder, so that the engine takes text and pictures; ``forms``, ("staged", "single") or one of them: graphs
-            between exits, which spare what leaves, and one graph with the exits inside.
+            between exits, which spare what leaves, and one graph with the exits inside; ``quantize``, "int4" or
+            "int8": the weights of the decoder's linear layers in so many bits.
 
     Returns:
         ``path``.

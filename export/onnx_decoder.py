@@ -221,7 +221,10 @@ class OnnxDecoder:
                 for name, read in zip(piece.weights, piece.parameters, strict=True)
             ]
             results = graph.add(
-                self._converted[piece.key], _prefix(piece), [*(env[name] for name in piece.inputs), *weights]
+                self._converted[piece.key],
+                _prefix(piece),
+                [*(env[name] for name in piece.inputs), *weights],
+                quantize=True,
             )
             for name, value in zip(piece.outputs, results, strict=True):
                 env.setdefault(name, value)

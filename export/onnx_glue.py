@@ -45,7 +45,9 @@ def gate_function(threshold: float | None) -> Callable[..., tuple[Tensor]]:
 
 
 def embedding_function(placeholders: list[int]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Embed tokens, with image features in the places of their placeholders.
+    """Embed tokens, with image features in the places of their placeholders, in order.
+
+    Placeholders without a feature are tokens like others: models may generate some.
 
     Args:
         placeholders: The ids that stand for visual tokens.
@@ -59,12 +61,12 @@ def embedding_function(placeholders: list[int]) -> Callable[..., tuple[Tensor, T
         visual = torch.zeros_like(input_ids, dtype=torch.bool)
         for token in placeholders:
             visual = visual | (input_ids == token)
-        embeds = F.embedding(input_ids.masked_fill(visual, 0), table)
+        # TensorRT sums floating-point numbers only; exact up to 2^24 tokens.
+        nth = (visual.reshape(-1).float().cumsum(0).long() - 1).reshape(input_ids.shape)
+        visual = visual & (nth < image_features.shape[0])
+        embeds = F.embedding(input_ids.clamp(max=table.shape[0] - 1), table)
         # One more row, so that there is one to gather where no feature is.
         features = torch.cat([image_features, table[:1] * 0])
-        flat = visual.reshape(-1)
-        # TensorRT sums floating-point numbers only; exact up to 2^24 tokens.
-        nth = (flat.float().cumsum(0).long() - 1).clamp(min=0).reshape(input_ids.shape)
         return torch.where(visual[..., None], F.embedding(nth.masked_fill(~visual, 0), features), embeds), visual
 
     return embed

@@ -18,6 +18,8 @@ from vte_compile.export.onnx_weights import WeightFiles
 from vte_compile.version import __version__
 
 _IR_VERSION = 10
+Weight = tuple[str, Callable[[], Tensor]]
+"""Name of a weight, and how to read it."""
 
 
 class OnnxGraph:
@@ -27,11 +29,19 @@ class OnnxGraph:
         name: Of the graph.
         weights: Where initializers go.
         dtype: What floating-point inputs are.
+        quantize: "int4" or "int8" for linear layers of pieces that may be quantized.
         operators: Of the target.
     """
 
-    def __init__(self, name: str, weights: WeightFiles, dtype: ir.DataType, operators: Operators = ORT) -> None:
-        self.dtype, self.operators = dtype, operators
+    def __init__(
+        self,
+        name: str,
+        weights: WeightFiles,
+        dtype: ir.DataType,
+        quantize: str | None = None,
+        operators: Operators = ORT,
+    ) -> None:
+        self.dtype, self._quantize, self.operators = dtype, quantize, operators
         self._weights = weights
         self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports=dict(operators.opsets))
         self._names: set[str] = set()
@@ -81,15 +91,15 @@ class OnnxGraph:
     def weight(self, name: str, read: Callable[[], Tensor], transposed: bool = False) -> ir.Value:
         """An initializer in the weights' files."""
         value = self._weights.add(name, read, transposed)
+        return self._shared(value)
+
+    def _shared(self, value: ir.Value) -> ir.Value:
         assert value.name is not None
-        if value.name in self._graph.initializers:
-            return self._graph.initializers[value.name]
         self._names.add(value.name)
-        self._graph.initializers[value.name] = value
-        return value
+        return self._graph.initializers.setdefault(value.name, value)
 
     def add(
-        self, piece: ir.Model, prefix: str, values: Sequence[ir.Value | tuple[str, Callable[[], Tensor]]]
+        self, piece: ir.Model, prefix: str, values: Sequence[ir.Value | Weight], *, quantize: bool = False
     ) -> list[ir.Value]:
         """Copy a piece's nodes.
 
@@ -97,6 +107,7 @@ class OnnxGraph:
             piece: From :func:`vte_compile.export.onnx_pieces.convert`.
             prefix: In front of the names of nodes and values, such as ``layers.3``.
             values: The piece's arguments, in order: values of this graph, or name and reader of a weight.
+            quantize: Its linear layers may be quantized.
 
         Returns:
             Its results.
@@ -105,7 +116,7 @@ class OnnxGraph:
             CaptureError: It has control flow.
         """
         env: dict[ir.Value, ir.Value] = {}
-        weights: dict[ir.Value, tuple[str, Callable[[], Tensor]]] = {}
+        weights: dict[ir.Value, Weight] = {}
         for value in piece.graph.inputs:
             assert value.name is not None
             given = values[int(value.name.removeprefix("value_"))]
@@ -118,27 +129,32 @@ class OnnxGraph:
             array = value.const_value.numpy()
             env[value] = self._small(array) if array.size <= 16 else self._large(f"{prefix}.{value.name}", array)
         for node in piece.graph:
-            self._copy(node, prefix, env, weights)
+            if quantize and self._quantize is not None and (found := _linear_weight(node, weights)) is not None:
+                env[node.outputs[0]] = self._quantized(node, prefix, env[node.inputs[0]], found)  # type: ignore[index]
+            else:
+                self._copy(node, prefix, env, weights)
         return [self._read(value, env, weights) for value in piece.graph.outputs]
 
+    def _quantized(self, node: ir.Node, prefix: str, x: ir.Value, weight: Weight) -> ir.Value:
+        """x W, where W is [K, N] quantized."""
+        assert self._quantize is not None
+        initializers, attributes = self._weights.add_quantized(*weight, self._quantize)
+        inputs = [x, *(self._shared(value) for value in initializers)]
+        name = self._unique(f"{weight[0].rpartition('.')[0]}/MatMulNBits")
+        new = ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=name)
+        new.outputs[0].name, new.outputs[0].type = (
+            self._unique(f"{prefix}/{node.outputs[0].name}"),
+            node.outputs[0].type,
+        )
+        self._graph.append(new)
+        return new.outputs[0]
+
     def _copy(
-        self,
-        node: ir.Node,
-        prefix: str,
-        env: dict[ir.Value, ir.Value],
-        weights: Mapping[ir.Value, tuple[str, Callable[[], Tensor]]],
+        self, node: ir.Node, prefix: str, env: dict[ir.Value, ir.Value], weights: Mapping[ir.Value, Weight]
     ) -> None:
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
             raise CaptureError(f"{prefix}: a node {node.op_type} has control flow, which no engine takes.")
-        source = node.inputs[0] if node.inputs else None
-        if (
-            node.op_type == "Transpose"
-            and source is not None
-            and source in weights
-            and node.attributes.get_ints("perm") == (1, 0)
-        ):
-            name, read = weights[source]
-            env[node.outputs[0]] = self.weight(name, read, transposed=True)
+        if _transposed(node.outputs[0], weights) is not None:
             return
         inputs = [None if value is None else self._read(value, env, weights) for value in node.inputs]
         copy = ir.Node(
@@ -155,13 +171,14 @@ class OnnxGraph:
             env[old] = new
         self._graph.append(copy)
 
-    def _read(
-        self,
-        value: ir.Value,
-        env: Mapping[ir.Value, ir.Value],
-        weights: Mapping[ir.Value, tuple[str, Callable[[], Tensor]]],
-    ) -> ir.Value:
-        return self.weight(*weights[value]) if value in weights else env[value]
+    def _read(self, value: ir.Value, env: dict[ir.Value, ir.Value], weights: Mapping[ir.Value, Weight]) -> ir.Value:
+        if value in weights:
+            return self.weight(*weights[value])
+        if value not in env:  # a transposed weight, which is written when something reads it
+            source = _transposed(value, weights)
+            assert source is not None
+            env[value] = self.weight(*source, transposed=True)
+        return env[value]
 
     def _small(self, array: np.ndarray) -> ir.Value:
         return self.constant(array, array.dtype)
@@ -192,11 +209,24 @@ class OnnxGraph:
         ir.save(model, file)
 
 
-def _where(node: ir.Node, prefix: str, weights: Mapping[ir.Value, tuple[str, Callable[[], Tensor]]]) -> str:
+def _transposed(value: ir.Value | None, weights: Mapping[ir.Value, Weight]) -> Weight | None:
+    """The weight [N, K], if a value is its transpose."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Transpose" or tuple(node.attributes.get_ints("perm", [])) != (1, 0):
+        return None
+    source = node.inputs[0]
+    return weights.get(source) if source is not None else None
+
+
+def _linear_weight(node: ir.Node, weights: Mapping[ir.Value, Weight]) -> Weight | None:
+    """The weight [N, K] of a linear layer."""
+    return _transposed(node.inputs[1], weights) if node.op_type == "MatMul" else None
+
+
+def _where(node: ir.Node, prefix: str, weights: Mapping[ir.Value, Weight]) -> str:
     """The module a node belongs to: that of its weight, or else the layer."""
     for value in node.inputs:
-        producer = value.producer() if value is not None else None
-        source = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
-        if source is not None and source in weights:
-            return weights[source][0].rpartition(".")[0]
+        weight = _transposed(value, weights) or (weights.get(value) if value is not None else None)
+        if weight is not None:
+            return weight[0].rpartition(".")[0]
     return prefix

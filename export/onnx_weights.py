@@ -11,6 +11,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from vte_compile.export.onnx_quantize import quantize_weight
+
 _SHARD = 1 << 30
 _ALIGNMENT = 4096
 """ONNX Runtime maps files into memory by pages."""
@@ -27,7 +29,9 @@ class WeightFiles:
         self._folder = folder
         self._number, self._used = 1, 0
         self._known: dict[str, ir.ExternalTensor] = {}
-        self._names: dict[tuple[int, bool], tuple[str, Tensor]] = {}
+        self._names: dict[tuple[int, str], tuple[str, Tensor]] = {}
+        """By tensor and what was done to it."""
+        self._attributes: dict[str, dict[str, int]] = {}
 
     def add(self, name: str, read: Callable[[], Tensor], transposed: bool = False) -> ir.Value:
         """An initializer that holds a tensor.
@@ -38,35 +42,53 @@ class WeightFiles:
             transposed: Store [N, K] as [K, N], as MatMul takes weights.
         """
         tensor = read()
-        identity = (id(tensor), transposed)
-        if identity in self._names:
-            name = self._names[identity][0]
-        else:
-            unique, count = name, 1
-            while unique in self._known:
-                unique, count = f"{name}.{count}", count + 1
+        identity = (id(tensor), "transposed" if transposed else "")
+        if identity not in self._names:
             # The tensor itself is kept, or its id could be that of a later one.
-            name = self._names.setdefault(identity, (unique, tensor))[0]
-            self._known[name] = self._write(name, tensor.detach().T if transposed else tensor.detach())
+            self._names[identity] = (self._unique(name), tensor)
+            self._write(self._names[identity][0], _array(tensor, transposed))
+        return self._value(self._names[identity][0])
+
+    def add_quantized(self, name: str, read: Callable[[], Tensor], kind: str) -> tuple[list[ir.Value], dict[str, int]]:
+        """The initializers, and the attributes, of a MatMulNBits whose weight is a tensor [N, K]."""
+        tensor = read()
+        identity = (id(tensor), kind)
+        if identity not in self._names:
+            self._names[identity] = (self._unique(f"{name}.{kind}"), tensor)
+            unique = self._names[identity][0]
+            quantized = quantize_weight(_array(tensor, transposed=True), kind)
+            self._write(unique, quantized.packed)
+            self._write(f"{unique}.scales", quantized.scales)
+            self._attributes[unique] = quantized.attributes
+        unique = self._names[identity][0]
+        return [self._value(unique), self._value(f"{unique}.scales")], self._attributes[unique]
+
+    def _unique(self, name: str) -> str:
+        unique, count = name, 1
+        while unique in self._known:
+            unique, count = f"{name}.{count}", count + 1
+        return unique
+
+    def _value(self, name: str) -> ir.Value:
         external = self._known[name]
         value = ir.Value(name=name, const_value=external)
         value.dtype, value.shape = external.dtype, ir.Shape(external.shape)
         return value
 
-    def _write(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
-        if self._used and self._used + tensor.nbytes > _SHARD:
+    def _write(self, name: str, array: np.ndarray) -> None:
+        if self._used and self._used + array.nbytes > _SHARD:
             self._number, self._used = self._number + 1, 0
         file = f"weights-{self._number:05d}.data"
         self._used += -self._used % _ALIGNMENT
         with open(self._folder / file, "r+b" if self._used else "wb") as opened:
             opened.seek(self._used)
-            values = tensor.cpu().contiguous()
-            opened.write(values.view(torch.uint8).numpy().data if values.ndim else values.numpy().tobytes())
-        offset = self._used
-        self._used += tensor.nbytes
-        dtype = ir.DataType.from_numpy(as_array(values.flatten()[:0]).dtype)
-        shape = ir.Shape(tuple(tensor.shape))
-        return ir.ExternalTensor(file, offset, tensor.nbytes, dtype, shape=shape, name=name, base_dir=self._folder)
+            values = np.ascontiguousarray(array)
+            opened.write(values.tobytes() if array.ndim == 0 else values.view(np.uint8).data)
+        dtype, shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
+        self._known[name] = ir.ExternalTensor(
+            file, self._used, array.nbytes, dtype, shape=shape, name=name, base_dir=self._folder
+        )
+        self._used += array.nbytes
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
@@ -76,3 +98,8 @@ def as_array(tensor: Tensor) -> np.ndarray:
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     array: np.ndarray = tensor.numpy()
     return array
+
+
+def _array(tensor: Tensor, transposed: bool) -> np.ndarray:
+    array = as_array(tensor)
+    return array.T if transposed else array

@@ -99,13 +99,14 @@ class GraphMemory:
         self._columns, self._step = columns, None
 
     def run_rows(
-        self, graph: Graph, rows: Mapping[int, Mapping[str, Value]], outputs: Sequence[str]
+        self, graph: Graph, rows: Mapping[int, Mapping[str, Value]], filled: Mapping[int, int], outputs: Sequence[str]
     ) -> dict[int, list[Any]]:
         """Run a chunk of some rows, one by one, and remember what it adds.
 
         Args:
             graph: Of this memory's layout.
             rows: By number, the inputs of each beside the past.
+            filled: How many columns of each row hold its past.
             outputs: Which are wanted.
 
         Returns:
@@ -114,7 +115,8 @@ class GraphMemory:
         results, grown = {}, {}
         for b, inputs in rows.items():
             part = slice(b, b + 1)
-            given = self._call(graph, part).run(inputs, [*outputs, *self._wanted(with_prompt=True)])
+            call = self._call(graph, part, None if self._in_place else filled[b])
+            given = call.run(inputs, [*outputs, *self._wanted(with_prompt=True)])
             results[b], grown[b] = given[: len(outputs)], self._take_prompt(given[len(outputs) :], part)
         if not self._in_place:
             self._replace_rows(grown)
@@ -148,13 +150,17 @@ class GraphMemory:
             self._step = None
         return given[:count]
 
-    def _call(self, graph: Graph, rows: slice) -> Call:
+    def _call(self, graph: Graph, rows: slice, filled: int | None = None) -> Call:
         inputs: dict[str, Value] = {}
         places = {}
         count = rows.stop - rows.start
         for name, (heads, size) in self._layout.slots.items():
             if name not in self._values:
                 inputs[_KV + name] = np.zeros((count, heads, 0, size), self._dtype)
+                continue
+            if filled is not None and filled != self._values[name].shape()[2]:
+                # Where there is no room for the new columns, attention wants none that is free at all.
+                inputs[_KV + name] = self._device.put(self._values[name].numpy()[rows, :, :filled])
                 continue
             inputs[_KV + name] = View.of(self._values[name], self._dtype, rows)
             if self._in_place:

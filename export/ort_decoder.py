@@ -127,7 +127,8 @@ class StagedDecoder(Decoder):
             inputs = {
                 b: self._inputs(s, stream[b], keep[b], positions[b][None], [counts[b]], lengths[s, [b]]) for b in rows
             }
-            results = memory.run_rows(graph, inputs, [self._result(s)])
+            filled = {b: int(lengths[s, b]) for b in rows}
+            results = memory.run_rows(graph, inputs, filled, [self._result(s)])
             for b in rows:
                 stream[b] = results[b][0]
                 lengths[s, b] += counts[b]
@@ -206,7 +207,9 @@ class SingleDecoder(Decoder):
             mask = chunk.visual[b][None]
             rows[b] = self._inputs(chunk.row(b), mask, positions, counts[[b]], lengths[:, [b]])
         logits = np.zeros((cache.batch, 0), np.float32)
-        for b, given in memory.run_rows(graph, rows, self._RESULTS).items():
+        # Layers above an exit hold less; they all get the columns of those below it.
+        filled = {b: int(lengths[:, b].max()) for b in rows}
+        for b, given in memory.run_rows(graph, rows, filled, self._RESULTS).items():
             row, lengths[:, [b]], exit_layer[[b]] = (value.numpy() for value in given)
             if not logits.size:
                 logits = np.zeros((cache.batch, row.shape[-1]), np.float32)

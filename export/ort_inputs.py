@@ -91,17 +91,12 @@ class Inputs:
         self._filler = next(i for i in range(len(known) + 1) if i not in known)
 
     def tokens(self, ids: Array) -> TokenChunk:
-        """One token of each row, [B].
-
-        A placeholder that a model generates has no features, and embedding.onnx no other way to embed it: it is read
-        as another token.
-        """
+        """One token of each row, [B]; without features, placeholders are tokens like others."""
         ids = np.asarray(ids)
         if ids.ndim != 1:
             raise InputError(f"tokens: expected shape [batch], got {list(ids.shape)}.")
         ids = self._checked_ids("tokens", ids)
         none = np.zeros((0, self._facts.hidden_size), self._dtype)
-        ids = np.where(np.isin(ids, self._facts.visual_token_ids), self._filler, ids)
         rows = [ids[b : b + 1] for b in range(len(ids))]
         return TokenChunk([np.zeros(1, bool)] * len(ids), self._embedding, rows, [none] * len(ids), self._filler)
 

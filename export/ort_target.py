@@ -21,8 +21,9 @@ from vte_compile.export.onnx_decoder import OnnxDecoder
 from vte_compile.export.onnx_glue import embedding_function
 from vte_compile.export.onnx_graph import OnnxGraph
 from vte_compile.export.onnx_manifest import ExitFacts, OnnxManifest, StageFacts, Tools
-from vte_compile.export.onnx_ops import OPSET, ORT, Operators
+from vte_compile.export.onnx_ops import OPSET
 from vte_compile.export.onnx_pieces import check, convert
+from vte_compile.export.onnx_quantize import check_quantize
 from vte_compile.export.onnx_weights import WeightFiles
 from vte_compile.export.staged import embedding_table, model_facts
 from vte_compile.export.vision import image_encoder
@@ -35,22 +36,28 @@ DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
 FORMS = ("staged", "single")
 
 
-def write(fast: Any, path: Path, *, processor: Any = None, forms: tuple[str, ...] = FORMS) -> None:
+def write(
+    fast: Any, path: Path, *, processor: Any = None, forms: tuple[str, ...] = FORMS, quantize: str | None = None
+) -> None:
     """See :func:`vte_compile.export`."""
     check_target_folder(path)
     _check(fast, forms)
+    check_quantize(quantize)
     runner, dtype = fast._vte_runner, DTYPES[fast._vte_spec.dtype]
-    decoder = OnnxDecoder(runner.lowered("chunk", batched=True), fast.plan.exits, fast._vte_spec.num_layers)
+    lowered = runner.lowered("chunk", batched=True)
+    if refused := runner.refused("chunk"):
+        raise CaptureError(f"export: {refused}")
+    decoder = OnnxDecoder(lowered, fast.plan.exits, fast._vte_spec.num_layers)
     table = embedding_table(fast)
     with whole_folder(path) as folder:
         for piece in tqdm(decoder.distinct, desc="convert pieces", leave=False):
             decoder.convert(piece)
         weights = WeightFiles(folder)
         write_embedding(OnnxGraph("embedding", weights, dtype), fast, table, folder / "embedding.onnx")
-        vision, vision_missing = write_vision(weights, fast, folder)
-        stages = write_stages(decoder, weights, dtype, folder) if "staged" in forms else []
+        vision, vision_missing = write_vision(OnnxGraph("vision", weights, dtype), fast, folder / "vision.onnx")
+        stages = write_stages(decoder, weights, dtype, quantize, folder) if "staged" in forms else []
         if "single" in forms:
-            graph = OnnxGraph("decoder", weights, dtype)
+            graph = OnnxGraph("decoder", weights, dtype, quantize)
             decoder.add_single(graph)
             graph.save(folder / "decoder.onnx")
         fast.plan.save_pretrained(folder / "plan")
@@ -62,7 +69,7 @@ def write(fast: Any, path: Path, *, processor: Any = None, forms: tuple[str, ...
             built=tools(),
             opset=OPSET,
             provider="cpu",
-            precision=str(fast._vte_spec.dtype).removeprefix("torch."),
+            precision=quantize or str(fast._vte_spec.dtype).removeprefix("torch."),
             model=model_facts(fast),
             plan=fast.plan.describe(),
             embedding="embedding.onnx",
@@ -117,9 +124,7 @@ def write_embedding(graph: OnnxGraph, fast: Any, table: Tensor, file: Path) -> N
     graph.save(file)
 
 
-def write_vision(
-    weights: WeightFiles, fast: Any, folder: Path, operators: Operators = ORT
-) -> tuple[VisionCall | None, str | None]:
+def write_vision(graph: OnnxGraph, fast: Any, file: Path) -> tuple[VisionCall | None, str | None]:
     """vision.onnx, for one image; or why there is none. None, None: the model takes no images."""
     if not fast._vte_spec.is_multimodal:
         return None, None
@@ -128,37 +133,38 @@ def write_vision(
     except (CaptureError, UnsupportedModelError) as error:
         logger.warning("export: the engine has no image encoder and takes image_features: %s", error)
         return None, str(error)
-    graph = OnnxGraph("vision", weights, DTYPES[fast._vte_spec.dtype], operators)
     image = [int(size) for size in encoder.pixels.shape[1:]]
     pixels = graph.input("pixel_values", [1, *image])
     examples = [encoder.pixels, *(t.detach() for t in encoder.weights.values())]
-    piece = convert(encoder.module, examples, [set() for _ in examples], ["image_features"], operators)
+    piece = convert(encoder.module, examples, [set() for _ in examples], ["image_features"], graph.operators)
     check(piece, encoder.module, examples)
     named: list[tuple[str, Callable[[], Tensor]]] = [
         (f"vision.{name}", partial(_same, tensor)) for name, tensor in encoder.weights.items()
     ]
     [features] = graph.add(piece, "vision", [pixels, *named])
     graph.output("image_features", features, ["visual_tokens", fast._vte_spec.hidden_size])
-    graph.save(folder / "vision.onnx")
-    return VisionCall("vision.onnx", [], image), None
+    graph.save(file)
+    return VisionCall(file.name, [], image), None
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def write_stages(decoder: OnnxDecoder, weights: WeightFiles, dtype: ir.DataType, folder: Path) -> list[StageFacts]:
+def write_stages(
+    decoder: OnnxDecoder, weights: WeightFiles, dtype: ir.DataType, quantize: str | None, folder: Path
+) -> list[StageFacts]:
     """stage_0.onnx and so on, with the gates between them; for the manifest, what they are."""
     facts = []
     for index, stage in enumerate(decoder.stages):
-        graph = OnnxGraph(f"stage_{index}", weights, dtype, decoder.operators)
+        graph = OnnxGraph(f"stage_{index}", weights, dtype, quantize, decoder.operators)
         decoder.add_stage(graph, index)
         graph.save(folder / f"stage_{index}.onnx")
         exit_ = None
         if stage.exit is not None:
             gate = f"gate_{stage.exit.layer}.onnx" if isinstance(stage.exit, GateExit) else None
             if gate is not None:
-                gate_graph = OnnxGraph(f"gate_{stage.exit.layer}", weights, dtype, decoder.operators)
+                gate_graph = OnnxGraph(f"gate_{stage.exit.layer}", weights, dtype, operators=decoder.operators)
                 _write_gate(decoder, gate_graph, index, folder / gate)
             exit_ = ExitFacts(stage.exit.layer, gate)
         caches, prompt = decoder.caches(stage), decoder.prompt(stage)

@@ -20,7 +20,7 @@ from vte_compile.export.ort_engine import OnnxEngine, OnnxOutput
 from vte_compile.export.ort_inputs import Inputs
 from vte_compile.export.tensorrt_build import import_tensorrt
 from vte_compile.export.tensorrt_decoder import TensorRTDecoder
-from vte_compile.export.tensorrt_graph import TensorRTGraph, Values
+from vte_compile.export.tensorrt_graph import TensorRTGraph
 from vte_compile.export.tensorrt_manifest import TensorRTManifest
 
 _NUMPY: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -46,8 +46,7 @@ class TensorRTEngine(OnnxEngine):
         self._decoder = decoder
         self._vision = None if manifest.vision is None else graphs[manifest.vision.piece]
         self._defaults = GenerationDefaults.read(folder / "generation_config.json")
-        embedding: Any = _Embedding(graphs[manifest.embedding])
-        self._inputs = Inputs(manifest.model, embedding, self.dtype, decoder.may_exit)
+        self._inputs = Inputs(manifest.model, graphs[manifest.embedding], self.dtype, decoder.may_exit)
         # TensorRT asks for a stream of its own: on the default one it waits more than it must.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -98,20 +97,6 @@ class TensorRTEngine(OnnxEngine):
             return
         with torch.cuda.stream(self._stream):
             yield
-
-
-class _Embedding:
-    """embedding.onnx, which takes no fewer than one feature: without any, one that nothing reads."""
-
-    def __init__(self, graph: Any) -> None:
-        self._graph = graph
-
-    def run(self, inputs: Mapping[str, Any], outputs: Any) -> list[Values]:
-        features = np.asarray(inputs["image_features"])
-        if not len(features):
-            features = np.zeros((1, *features.shape[1:]), features.dtype)
-        results: list[Values] = self._graph.run({**inputs, "image_features": features}, outputs)
-        return results
 
 
 def check_manifest(folder: Path, manifest: TensorRTManifest) -> None:

@@ -91,6 +91,7 @@ class TensorRTGraph:
         self.outputs: list[str] = [n for n in names if n not in self.inputs]
         self._types = {n: _TORCH[self._engine.get_tensor_dtype(n).name] for n in names}
         self._contexts: dict[int, Any] = {}
+        self._somewhere = torch.empty(1, device=device)
 
     def _refit(self, graph: Path) -> None:
         refitter = self._trt.Refitter(self._engine, self._logger)
@@ -116,7 +117,8 @@ class TensorRTGraph:
             if tensor.dtype != self._types[name]:
                 tensor = tensors[name] = tensor.to(self._types[name])
             context.set_input_shape(name, tuple(tensor.shape))
-            context.set_tensor_address(name, tensor.data_ptr())
+            # TensorRT takes no null for a tensor that is empty (image features, where there is no image).
+            context.set_tensor_address(name, tensor.data_ptr() or self._somewhere.data_ptr())
         given = {}
         for name in self.outputs:  # all of them: TensorRT writes those, too, that nobody wants
             shape = tuple(context.get_tensor_shape(name))

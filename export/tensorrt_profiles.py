@@ -28,7 +28,7 @@ class Profiles:
     prompt: Sizes = (1, 768, 4096)
     """Tokens of a prompt, or of a later chunk, visual ones included."""
     visual: Sizes = (1, 576, 2880)
-    """Visual tokens among them, where there are any."""
+    """Visual tokens among them; none is always allowed."""
     columns: Sizes = (1, 1024, 8192)
     """Of the cache: tokens of a row so far. Who runs the engine may hold more columns than are filled."""
 
@@ -78,12 +78,13 @@ class Profiles:
         tokens = (1, *prompt[1:]) if behind_exit else prompt  # an exit below may have left one token
         # Of a first chunk, the cache is one column that is not filled.
         columns = (1, 1, self.columns[2])
-        return {"batch": (1, 1, 1), "tokens": tokens, "kept_tokens": (1, text, prompt[2]), "features": self.visual,
-                "columns": columns}  # fmt: skip
+        return {"batch": (1, 1, 1), "tokens": tokens, "kept_tokens": (1, text, prompt[2]),
+                "features": (0, *self.visual[1:]), "columns": columns}  # fmt: skip
 
     def _decode(self) -> dict[str, Sizes]:
         one = (1, 1, 1)
-        return {"batch": self.batch, "tokens": one, "kept_tokens": one, "features": one, "columns": self.columns}
+        return {"batch": self.batch, "tokens": one, "kept_tokens": one, "features": (0, 1, 1),
+                "columns": self.columns}  # fmt: skip
 
 
 def _shapes(shapes: Shapes, sizes: Mapping[str, Sizes]) -> dict[str, tuple[list[int], list[int], list[int]]]:

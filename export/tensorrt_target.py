@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from tqdm import tqdm
 
-from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
 from vte_compile.export.folder import check_target_folder, facts_of, sha256_of, whole_folder
 from vte_compile.export.manifest import MANIFEST, encode
 from vte_compile.export.onnx_decoder import OnnxDecoder
@@ -97,13 +97,17 @@ def write_graphs(fast: Any, folder: Path, weights: Any) -> tuple[list[StageFacts
     """All graphs of a model: its stages, and its image encoder or why there is none."""
     dtype = DTYPES[fast._vte_spec.dtype]
     lowered = fast._vte_runner.lowered("chunk", batched=True)
+    if refused := fast._vte_runner.refused("chunk"):
+        raise CaptureError(f"export: {refused}")
     decoder = OnnxDecoder(lowered, fast.plan.exits, fast._vte_spec.num_layers, TENSORRT)
     for piece in tqdm(decoder.distinct, desc="convert pieces", leave=False):
         decoder.convert(piece)
     embedding = OnnxGraph("embedding", weights, dtype, operators=TENSORRT)
     write_embedding(embedding, fast, embedding_table(fast), folder / "embedding.onnx")
-    vision, vision_missing = write_vision(weights, fast, folder, TENSORRT)
-    return write_stages(decoder, weights, dtype, folder), vision, vision_missing
+    vision, vision_missing = write_vision(
+        OnnxGraph("vision", weights, dtype, operators=TENSORRT), fast, folder / "vision.onnx"
+    )
+    return write_stages(decoder, weights, dtype, None, folder), vision, vision_missing
 
 
 def plan_engines(folder: Path, sizes: Profiles, strip_weights: bool) -> list[EngineFacts]:

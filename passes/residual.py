@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +28,7 @@ def residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | R
     if len(attentions) != 1:
         where = own[0].name if own else ""
         return Refusal(f"{len(attentions)} attentions in this layer, expected 1.", where, layer)
-    behind = {attentions[0]}
+    behind = {_result(attentions[0])}
     for node in own:
         if behind & set(node.all_input_nodes):
             behind.add(node)
@@ -42,6 +43,13 @@ def residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | R
     return Refusal(
         "the attention's output is not added to the layer's input (not a pre-norm block).", attentions[0].name, layer
     )
+
+
+def _result(attention: fx.Node) -> fx.Node:
+    """What an attention gives, without the keys and values it may give beside it."""
+    if attention.target is SDPA:
+        return attention
+    return next(user for user in attention.users if user.target is operator.getitem and user.args[1] == 0)
 
 
 def _is_stream(node: fx.Node, entering: fx.Node | None) -> bool:

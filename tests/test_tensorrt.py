@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
 import pytest
 import torch
 from tensorrt_cpu import load_on_cpu
 from tiny_models import (
-    C,
     chunk,
     gate,
     image_prompt,
@@ -23,7 +21,6 @@ from tiny_models import (
 import vte_compile
 from vte_compile import SkippedAttention, StaticExit, optimize
 from vte_compile.adapters import PIA
-from vte_compile.plan import KeptAdapter
 
 GREEDY = dict(do_sample=False, max_new_tokens=5, pad_token_id=0, eos_token_id=None)
 OURS = dict(max_new_tokens=5, eos_token_ids=[], do_sample=False)

@@ -115,6 +115,13 @@ class DecoderRunner(RowRunner):
         named = (*decoder.named_parameters(remove_duplicate=False), *decoder.named_buffers(remove_duplicate=False))
         return [name for name, value in named if name.startswith("layers.") and id(value) in read - used]
 
+    def refused(self, phase: Phase) -> str | None:
+        """What the user asked for and a pass refused in the graph of a phase, and why."""
+        for result in self.pass_results(phase):
+            for refusal in result.refusals if result.name in _ASKED_FOR else ():
+                return f"{result.name} refused in layer {refusal.layer}: {refusal.reason}"
+        return None
+
     def pass_results(self, phase: Phase) -> list[PassResult]:
         """What the passes did in the graph of a phase (in the form that was lowered first); [] before it is."""
         return next((results for key, (_, results) in self._graphs.items() if key[0] == phase), [])
