@@ -52,6 +52,7 @@ class OnnxDecoder:
         self._preamble = [p for p in pieces if p.layer < 0]
         self.stages = _stages(pieces, exits, layers)
         self._converted: dict[str, ir.Model] = {}
+        self._gate_weights: dict[tuple[int, str], Tensor] = {}
         self._placeholders = dict(zip(lowered.inputs, lowered.input_examples, strict=True))
 
     @property
@@ -179,21 +180,29 @@ class OnnxDecoder:
         self, graph: OnnxGraph, exit_: _Exit, stream: ir.Value, visual: ir.Value, lengths: ir.Value
     ) -> ir.Value:
         """Whether the visual tokens leave, [B] bool."""
-        threshold = exit_.threshold if isinstance(exit_, GateExit) else None
-        key = f"gate {threshold} {graph.dtype}"
-        prefix = f"exits.{exit_.layer}"
+        gated, prefix = isinstance(exit_, GateExit), f"exits.{exit_.layer}"
         weights: list[tuple[str, Callable[[], Tensor]]] = []
         examples = [self._hidden_example(), torch.ones(3, 5, dtype=torch.bool), torch.full((3,), 5)]
         if isinstance(exit_, GateExit):
-            weights = [(f"{prefix}.{name}", partial(getattr, exit_, name)) for name in ("w1", "w2")]
-            examples += [read().detach().float() for _, read in weights]
+            weights = [
+                (f"{prefix}.{name}", partial(self._gate_weight, exit_, name)) for name in ("w1", "w2", "threshold")
+            ]
+            examples += [read() for _, read in weights]
+        key = f"gate {[list(e.shape) for e in examples[3:]]}"
         if key not in self._converted:
-            dynamic: list[set[int]] = [{0, 1}, {0, 1}, {0}, set(), set()]
-            function = gate_function(threshold)
+            dynamic: list[set[int]] = [{0, 1}, {0, 1}, {0}, set(), set(), set()]
+            function = gate_function(gated)
             self._converted[key] = convert(function, examples, dynamic[: len(examples)], ["fire"], self.operators)
             check(self._converted[key], function, examples)
         [fire] = graph.add(self._converted[key], prefix, [stream, visual, lengths, *weights])
         return fire
+
+    def _gate_weight(self, exit_: GateExit, name: str) -> Tensor:
+        """In float32, in which gates compute; the same object each time, so that it is written once."""
+        key = (exit_.layer, name)
+        if key not in self._gate_weights:
+            self._gate_weights[key] = torch.as_tensor(getattr(exit_, name)).detach().float()
+        return self._gate_weights[key]
 
     def _hidden_example(self) -> Tensor:
         example = self._placeholders["inputs_embeds"]

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def gate_function(threshold: float | None) -> Callable[..., tuple[Tensor]]:
+def gate_function(gated: bool) -> Callable[..., tuple[Tensor]]:
     """Should the visual tokens leave? (kernels/exit_gate.py says how a gate decides.) For rows with padding behind.
 
     Args:
-        threshold: Of a gate; None: they leave always.
+        gated: Ask a gate; else they leave always.
 
     Returns:
-        A function of hidden_states [B, T, C], visual_mask [B, T], lengths [B] and, with a threshold, w1 and w2, that
-        gives [B] bool: never for a row without visual tokens, or without text behind them.
+        A function of hidden_states [B, T, C], visual_mask [B, T], lengths [B] and, of a gate, w1, w2 and threshold [],
+        that gives [B] bool: never for a row without visual tokens, or without text behind them.
     """
 
     def leaves(visual_mask: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,8 +28,9 @@ def gate_function(threshold: float | None) -> Callable[..., tuple[Tensor]]:
     def static(hidden_states: Tensor, visual_mask: Tensor, lengths: Tensor) -> tuple[Tensor]:
         return (leaves(visual_mask, lengths)[0],)
 
-    def gated(hidden_states: Tensor, visual_mask: Tensor, lengths: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor]:
-        assert threshold is not None
+    def asked(
+        hidden_states: Tensor, visual_mask: Tensor, lengths: Tensor, w1: Tensor, w2: Tensor, threshold: Tensor
+    ) -> tuple[Tensor]:
         may, index, start = leaves(visual_mask, lengths)
         hidden = hidden_states.float()
         last = (lengths - 1)[:, None]
@@ -41,7 +42,7 @@ def gate_function(threshold: float | None) -> Callable[..., tuple[Tensor]]:
         logits = F.linear(F.gelu(F.linear(features, w1)), w2)
         return (may & (start < lengths - 1) & (logits[:, 1] - logits[:, 0] > threshold),)
 
-    return static if threshold is None else gated
+    return asked if gated else static
 
 
 def embedding_function(placeholders: list[int]) -> Callable[..., tuple[Tensor, Tensor]]:

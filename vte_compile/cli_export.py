@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vte_compile.cli import DebugOption, DeviceOption, ModelArgument, PlanOption, _load_plan, _out, _plain, app
+from vte_compile.errors import InputError
+
+_FORMS = {"staged": ("staged",), "single": ("single",), "both": ("staged", "single")}
 
 
 @app.command()
@@ -15,25 +19,61 @@ def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The engine's folder; an engine is replaced.")],
     plan: PlanOption = None,
-    target: Annotated[str, typer.Option("--target", help="What runs the engine: aoti.")] = "aoti",
+    target: Annotated[str, typer.Option("--target", help="What runs the engine: onnxruntime or aoti.")] = "onnxruntime",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32 or float16. Default: what the checkpoint is in.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="int8 or int4: the decoder's linear layers (onnxruntime).")
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--form", help="staged, single or both (onnxruntime): graphs between exits, or one graph."),
+    ] = None,
     device: DeviceOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Write a model with its plan as an engine, a folder that runs without transformers (docs/engines.md)."""
+    """Write a model with its plan as an engine, a folder that runs without transformers (docs/onnx.md, engines.md)."""
     import vte_compile
     from vte_compile.export.folder import check_target_folder, read_manifest
-    from vte_compile.export.manifest import Manifest
-    from vte_compile.loading import load_model
+    from vte_compile.loading import as_dtype, load_model
 
     check_target_folder(out)  # before minutes of work
-    fast = vte_compile.optimize(load_model(model, device), _load_plan(plan), compile=False)
-    vte_compile.export(fast, out, target)
-    manifest = Manifest.from_body(read_manifest(out))
-    size = sum(file.bytes for file in manifest.files.values())
-    pieces = sum(file.endswith(".pt2") for file in manifest.files)
-    images = "takes images" if manifest.vision else "takes image features" if manifest.vision_missing else "text only"
-    _out().print(
-        f"{_plain(out)}: {pieces} compiled pieces, {size / 1e6:.1f} MB, for {manifest.built.device} "
-        f"({_plain(manifest.built.processor)}) and torch {_plain(manifest.built.torch)}; {images}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    if form is not None and form not in _FORMS:
+        raise InputError(f"--form: expected {', '.join(_FORMS)}, got {form!r}.")
+    options: dict[str, Any] = {} if quantize is None else {"quantize": quantize}
+    if form is not None:
+        options["forms"] = _FORMS[form]
+    if target == "onnxruntime":
+        options["processor"] = _processor(model)
+    loaded = as_dtype(load_model(model, device), dtype)
+    fast = vte_compile.optimize(loaded, _load_plan(plan), compile=False)
+    vte_compile.export(fast, out, target, **options)
+    body = read_manifest(out)
+    _out().print(_summary(out, body), highlight=False, soft_wrap=True)
+
+
+def _processor(model: str) -> Any:
+    """A model's processor or tokenizer, if it has one."""
+    from vte_compile.loading import load_processor
+
+    try:
+        return load_processor(model)
+    except InputError as error:
+        logging.getLogger(__name__).warning("the engine takes token ids and pixels, no text and pictures: %s", error)
+        return None
+
+
+def _summary(out: Path, body: dict[str, Any]) -> str:
+    files = body["files"]
+    size = sum(file["bytes"] for file in files.values())
+    images = "takes images" if body["vision"] else "takes image features" if body["vision_missing"] else "text only"
+    if body["target"] == "aoti":
+        pieces, built = sum(file.endswith(".pt2") for file in files), body["built"]
+        what = f"{pieces} compiled pieces"
+        where = f"for {built['device']} ({_plain(built['processor'])}) and torch {_plain(built['torch'])}"
+    else:
+        what = f"{sum(file.endswith('.onnx') for file in files)} ONNX graphs"
+        where = f"{body['precision']}, opset {body['opset']}"
+        images += ", and text" if any(file.startswith("processor/") for file in files) else ""
+    return f"{_plain(out)}: {what}, {size / 1e6:.1f} MB, {where}; {images}"

@@ -41,6 +41,21 @@ def load_model(name: str | Path, device: str | None = None) -> PreTrainedModel:
     return model.eval().to(device)
 
 
+def as_dtype(model: PreTrainedModel, dtype: str | None) -> PreTrainedModel:
+    """The model with weights of a type; None: as it is.
+
+    Raises:
+        InputError: There is no such type.
+    """
+    import torch
+
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype is not None and dtype not in kinds:
+        raise InputError(f"dtype: expected one of {', '.join(kinds)}, got {dtype!r}.")
+    moved: Any = model
+    return model if dtype is None else moved.to(kinds[dtype])
+
+
 def load_processor(name: str | Path) -> Any:
     """Load a model's processor, or the tokenizer of a language model alone.
 
