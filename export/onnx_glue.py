@@ -65,7 +65,7 @@ def embedding_function(placeholders: list[int]) -> Callable[..., tuple[Tensor, T
         # TensorRT sums floating-point numbers only; exact up to 2^24 tokens.
         nth = (visual.reshape(-1).float().cumsum(0).long() - 1).reshape(input_ids.shape)
         visual = visual & (nth < image_features.shape[0])
-        embeds = F.embedding(input_ids.clamp(max=table.shape[0] - 1), table)
+        embeds = F.embedding(input_ids.masked_fill(input_ids >= table.shape[0], 0), table)
         # One more row, so that there is one to gather where no feature is.
         features = torch.cat([image_features, table[:1] * 0])
         return torch.where(visual[..., None], F.embedding(nth.masked_fill(~visual, 0), features), embeds), visual

@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vte_compile.errors import EngineError, InputError
+
+if TYPE_CHECKING:
+    import tensorrt
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")
 _INSTALL = {
@@ -36,6 +39,8 @@ def import_tensorrt(package: str) -> Any:
         trt: Any = importlib.import_module(package)
     except ImportError as error:  # also: its libraries are missing
         raise EngineError(f"{package} cannot be imported ({error}): {_INSTALL[package]}.") from error
+    if not hasattr(trt, "Builder"):  # type stubs alone are importable, too
+        raise EngineError(f"{package} is installed without its library (type stubs?): {_INSTALL[package]}.")
     if package == "tensorrt" and int(trt.__version__.split(".")[0]) < 10:
         raise EngineError(f"tensorrt {trt.__version__} is installed, but 10.0 or later is needed: {_INSTALL[package]}.")
     return trt
@@ -77,10 +82,10 @@ def build_engine(
         EngineError: TensorRT does not take the graph, or cannot build it.
     """
     logger = new_logger(trt)
-    builder = trt.Builder(logger)
+    builder: tensorrt.Builder = trt.Builder(logger)
     # Types are the graph's. TensorRT 11 knows no other networks, and ignores the flag.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
+    parser: tensorrt.OnnxParser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
         reasons = "; ".join(_reason(parser.get_error(i)) for i in range(parser.num_errors))
         raise EngineError(f"{graph.name}: TensorRT {trt.__version__} does not take the graph: {reasons}.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +19,9 @@ from vte_compile.errors import EngineError
 from vte_compile.export.tensorrt_build import new_logger
 from vte_compile.export.tensorrt_manifest import EngineFacts
 from vte_compile.export.tensorrt_profiles import fitting
+
+if TYPE_CHECKING:
+    import tensorrt
 
 _LOGGER = logging.getLogger(__name__)
 _TORCH = {
@@ -74,14 +78,15 @@ class TensorRTGraph:
         content = read_engine(folder, facts)
         self._logger = new_logger(trt)
         self._runtime = trt.Runtime(self._logger)
-        with torch.cuda.device(device):
-            self._engine = self._runtime.deserialize_cuda_engine(content)
-        if self._engine is None:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            engine: tensorrt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(content)
+        if engine is None:
             reasons = "; ".join(self._logger.errors) or "it gives no reason"
             raise EngineError(
                 f"{self.file}: {trt.__name__} {trt.__version__} cannot load it ({reasons}). An engine is for the "
                 "version and the GPU it was built with: run build.sh in the folder, on this machine."
             )
+        self._engine = engine
         if "--stripWeights" in facts.trtexec:
             self._refit(folder / facts.graph)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -90,12 +95,12 @@ class TensorRTGraph:
         """Their shapes; -1 for dims of any size."""
         self.outputs: list[str] = [n for n in names if n not in self.inputs]
         self._types = {n: _TORCH[self._engine.get_tensor_dtype(n).name] for n in names}
-        self._contexts: dict[int, Any] = {}
+        self._contexts: dict[int, tensorrt.IExecutionContext] = {}
         self._somewhere = torch.empty(1, device=device)
 
     def _refit(self, graph: Path) -> None:
-        refitter = self._trt.Refitter(self._engine, self._logger)
-        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        refitter: tensorrt.Refitter = self._trt.Refitter(self._engine, self._logger)
+        parser: tensorrt.OnnxParserRefitter = self._trt.OnnxParserRefitter(refitter, self._logger)
         if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
             reasons = "; ".join(self._logger.errors) or "TensorRT gives no reason"
             raise EngineError(f"{self.file}: its weights could not be taken from {graph.name}: {reasons}.")
@@ -112,7 +117,7 @@ class TensorRTGraph:
         """
         tensors = {name: as_tensor(inputs[name], self.device) for name in self.inputs}
         index = fitting(self._facts.profiles, {name: tensor.shape for name, tensor in tensors.items()})
-        context, stream = self._context(index), torch.cuda.current_stream(self.device)
+        context = self._context(index)
         for name, tensor in tensors.items():
             if tensor.dtype != self._types[name]:
                 tensor = tensors[name] = tensor.to(self._types[name])
@@ -124,18 +129,23 @@ class TensorRTGraph:
             shape = tuple(context.get_tensor_shape(name))
             given[name] = torch.empty(shape, dtype=self._types[name], device=self.device)
             context.set_tensor_address(name, given[name].data_ptr())
-        if not context.execute_async_v3(stream.cuda_stream):
+        if not context.execute_async_v3(self._stream):
             raise EngineError(f"{self.file}: cannot run: {'; '.join(self._logger.errors) or 'no reason is given'}.")
         return [Values(given[name]) for name in outputs]
 
-    def _context(self, profile: int) -> Any:
+    @property
+    def _stream(self) -> int:
+        """torch's current one, which memory is allocated on, too."""
+        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+
+    def _context(self, profile: int) -> tensorrt.IExecutionContext:
         """One per profile, so that changing between prompts and decode steps waits for nothing."""
         if profile not in self._contexts:
             context = self._engine.create_execution_context()
             if context is None:
                 raise EngineError(f"{self.file}: not enough GPU memory to run it: {'; '.join(self._logger.errors)}.")
-            stream = torch.cuda.current_stream(self.device)
-            context.set_optimization_profile_async(profile, stream.cuda_stream)
+            if self._facts.profiles:
+                context.set_optimization_profile_async(profile, self._stream)
             self._contexts[profile] = context
         return self._contexts[profile]
 

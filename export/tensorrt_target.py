@@ -53,10 +53,15 @@ def write(
 ) -> None:
     """See :func:`vte_compile.export`."""
     check_target_folder(path)
-    sizes = _profiles(profiles)
+    sizes = check_profiles(profiles)
     fast = in_precision(fast, precision)
     package = _package(build)
     trt = None if package is None else import_tensorrt(package)
+    if strip_weights and package == "tensorrt_rtx" and not torch.cuda.is_available():
+        raise InputError(
+            "strip_weights: TensorRT for RTX builds engines without weights only where a GPU is: build them there "
+            "(build=False, and build.sh), or leave strip_weights out."
+        )
     with whole_folder(path) as folder:
         parts = write_graphs(fast, folder, WeightFiles(folder))
         fast.plan.save_pretrained(folder / "plan")
@@ -168,7 +173,12 @@ def in_precision(fast: Any, precision: str | None) -> Any:
     return fast
 
 
-def _profiles(profiles: Profiles | Mapping[str, Sequence[int]] | None) -> Profiles:
+def check_profiles(profiles: Profiles | Mapping[str, Sequence[int]] | None) -> Profiles:
+    """Profiles as an object; None: the usual ones.
+
+    Raises:
+        InputError: Unknown names, or sizes that cannot be.
+    """
     if profiles is None or isinstance(profiles, Profiles):
         return profiles or Profiles()
     try:
