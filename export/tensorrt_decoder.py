@@ -196,11 +196,6 @@ class TensorRTDecoder(Decoder):
 
     def _step(self, embeds: Any, cache: OnnxCache) -> Array:
         batch, stream = cache.batch, embeds
-        if (most := self._sizes["batch"][2]) < batch:
-            raise InputError(
-                f"the cache has {batch} rows, and the engine decodes {most} at once: export the model with a larger "
-                "profiles.batch."
-            )
         lengths = as_tensor(cache.lengths, self._device)
         fixed = {
             "position_ids": as_tensor(cache.next_positions[:, None], self._device),

@@ -39,7 +39,7 @@ class TensorRTEngine(OnnxEngine):
     def __init__(
         self, folder: Path, manifest: TensorRTManifest, graphs: Mapping[str, Any], device: torch.device
     ) -> None:
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self._sizes = folder, manifest, manifest.sizes
         self.device: Any = device
         self.dtype = np.dtype(_NUMPY[manifest.model.dtype])
         decoder = TensorRTDecoder(graphs, manifest.stages, getattr(torch, manifest.model.dtype), device, manifest.sizes)
@@ -83,6 +83,11 @@ class TensorRTEngine(OnnxEngine):
 
     def decode(self, tokens: Any, cache: OnnxCache, *, active: Any = None) -> OnnxOutput:
         """See :meth:`OnnxEngine.decode`."""
+        if (most := self._sizes["batch"][2]) < cache.batch:
+            raise InputError(
+                f"the cache has {cache.batch} rows, and the engine decodes {most} at once: export the model with a "
+                "larger profiles.batch."
+            )
         with self._streamed():
             return super().decode(tokens, cache, active=active)
 

@@ -1,4 +1,4 @@
-"""What a TensorRT export writes, refuses and reports; and its engines, where TensorRT (or that for RTX) is installed."""
+"""What a TensorRT export writes, refuses and reports; its engines, where TensorRT (or that for RTX) is installed."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def test_inputs_that_no_profile_takes(folder: Path) -> None:
     engine, graphs = load_fake(folder)
     with pytest.raises(InputError, match=r"65 new tokens.*takes 64.*profiles\.prompt"):
         engine.prefill(np.ones((1, 65), np.int64))
-    ids, pixels, _ = image_prompt("tttt")
+    ids, *_ = image_prompt("tttt")
     rows = engine.prefill(np.ones((5, 2), np.int64))
     with pytest.raises(InputError, match=r"5 rows.*decodes 4.*profiles\.batch"):
         engine.decode(np.ones(5, np.int64), rows.cache)
