@@ -16,6 +16,8 @@ for name in SUBPACKAGES:
     packages.extend(f"vte_compile.{name}.{inner}" for inner in find_packages(name))
 
 demo = ["matplotlib", "pillow"]
+# What an ONNX engine takes to run text and pictures; the sandbox of older versions of jinja2 has holes.
+chat = ["tokenizers", "jinja2>=3.1.6", "pillow"]
 
 setup(
     name="vte-compile",
@@ -39,8 +41,8 @@ setup(
         "rich",
     ],
     extras_require={
-        "onnx": ["onnx", "onnxscript", "onnxruntime"],
-        "onnx-gpu": ["onnx", "onnxscript", "onnxruntime-gpu"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime", *chat],
+        "onnx-gpu": ["onnx", "onnxscript", "onnxruntime-gpu", *chat],
         "tensorrt": ["torch-tensorrt"],
         "train": ["accelerate", "datasets"],
         "demo": demo,

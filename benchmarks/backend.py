@@ -200,9 +200,13 @@ def compile_rows(threads: int) -> list[dict[str, Any]]:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             row = pool.submit(compile_time, how, layers, threads).result()
         first = row if layers == COMPILED_LAYERS[0] else rows[len(rows) // len(COMPILED_LAYERS) * len(COMPILED_LAYERS)]
-        row["to_fewest_layers"] = {key: seconds / first["compile"][key] for key, seconds in row["compile"].items()}
-        rows.append(row)
+        rows.append(row | {"to_fewest_layers": growth(row["compile"], first["compile"])})
     return rows
+
+
+def growth(seconds: dict[str, float], first: dict[str, float]) -> dict[str, float | None]:
+    """Ratios; None where there is nothing to compare with (Dynamo does nothing in optimize())."""
+    return {key: value / first[key] if first[key] > 0 else None for key, value in seconds.items()}
 
 
 def compile_time(how: str, layers: int, threads: int) -> dict[str, Any]:
@@ -266,9 +270,13 @@ def show_compile(rows: list[dict[str, Any]]) -> None:
     for column in ("case", "layers", "rounds", *columns):
         table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
     for row in rows:
-        seconds = [f"{row['compile'][key]:.1f} ({row['to_fewest_layers'][key]:.2f})" for key in columns.values()]
-        table.add_row(row["case"], str(row["layers"]), str(row["rounds"]), *seconds)
+        cells = [_grown(row["compile"][key], row["to_fewest_layers"][key]) for key in columns.values()]
+        table.add_row(row["case"], str(row["layers"]), str(row["rounds"]), *cells)
     Console().print(table)
+
+
+def _grown(seconds: float, ratio: float | None) -> str:
+    return "" if ratio is None else f"{seconds:.1f} ({ratio:.2f})"
 
 
 if __name__ == "__main__":

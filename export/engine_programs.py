@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vte_compile.export import aoti
 from vte_compile.export.folder import check_files
-from vte_compile.export.manifest import ExitCall, Manifest, PhaseSteps, PieceCall
+from vte_compile.export.manifest import AttendCall, ExitCall, Manifest, PhaseSteps, PieceCall
 from vte_compile.runtime.runner import RowRunner
-from vte_compile.runtime.steps import ExitStep, Phase, PieceStep, StepProgram
+from vte_compile.runtime.steps import AttendStep, ExitStep, Phase, PieceStep, Step, StepProgram
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,13 @@ def _program(phase: PhaseSteps, weights: Mapping[str, Tensor], pieces: Mapping[s
         return [slots.setdefault(name, len(slots)) for name in names]
 
     slot(phase.inputs)
-    steps: list[PieceStep | ExitStep] = []
+    steps: list[Step] = []
     for step in phase.steps:
         if isinstance(step, PieceCall):
             own = [weights[name] for name in step.weights]
             steps.append(_LoadedPiece(slot(step.inputs), slot(step.outputs), pieces[step.piece], own))
+        elif isinstance(step, AttendCall):
+            steps.append(AttendStep(slot(step.attend), slot(step.outputs), step.scale))
         else:
             [stream] = slot([step.stream])
             gate = _gate(step, weights)

@@ -17,7 +17,8 @@ from vte_compile.runtime.prompt_value import PromptValue
 
 MANIFEST = "manifest.json"
 FORMAT = "vte_compile engine"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: the attentions of decode steps are steps of their own."""
 _REMEDY = "export the model again, or copy the whole folder again"
 T = TypeVar("T")
 
@@ -58,11 +59,23 @@ class ExitCall:
 
 
 @dataclass(frozen=True)
+class AttendCall:
+    """The attention of one layer in a decode step, which appends to the cache (kernels/append_attention.py)."""
+
+    attend: list[str]
+    """Its inputs: query, key and value of the new token, keys and values, and where the rows start."""
+    outputs: list[str]
+    """The attention's output, keys and values."""
+    scale: float | None
+    """Of the scores; None for 1 / sqrt(head size)."""
+
+
+@dataclass(frozen=True)
 class PhaseSteps:
     """One phase: prefill, extend (a row's chunk that continues its cache) or decode (one token of each row)."""
 
     inputs: list[str]
-    steps: list[PieceCall | ExitCall]
+    steps: list[PieceCall | ExitCall | AttendCall]
     outputs: list[str]
     """Logits of the last token, then key and value of each layer that has them, then what adapters know."""
     kv: list[int | None]
@@ -219,8 +232,10 @@ def _phase(fields: dict[str, Any]) -> PhaseSteps:
     return PhaseSteps(**(fields | {"steps": [_step(s) for s in fields["steps"]], "prompt_state": state}))
 
 
-def _step(fields: dict[str, Any]) -> PieceCall | ExitCall:
+def _step(fields: dict[str, Any]) -> PieceCall | ExitCall | AttendCall:
     if "piece" in fields:
         return PieceCall(**fields)
+    if "attend" in fields:
+        return AttendCall(**fields)
     gate = fields["gate"]
     return ExitCall(**(fields | {"gate": None if gate is None else GateWeights(**gate)}))

@@ -101,5 +101,5 @@ def as_array(tensor: Tensor) -> np.ndarray:
 
 
 def _array(tensor: Tensor, transposed: bool) -> np.ndarray:
-    array = as_array(tensor)
-    return array.T if transposed else array
+    values = tensor.detach().cpu()
+    return as_array((values.T if transposed else values).contiguous())  # torch's copy is the faster one

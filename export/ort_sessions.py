@@ -180,16 +180,17 @@ class Call:
         self, graph: Graph, inputs: Mapping[str, Value] | None = None, places: Mapping[str, View] | None = None
     ) -> None:
         self._graph = graph
-        self._binding = graph.session.io_binding()
+        self._binding, self._wrap = graph.session.io_binding(), import_onnxruntime().OrtValue
         self._alive: dict[str, Value] = {}
-        self._names: list[str] = []
+        self._order: dict[str, int] = {}
+        """Of the outputs, as they were bound."""
         for name, value in (inputs or {}).items():
             self._bind(name, value)
         for name, view in (places or {}).items():
             self._alive[name] = view
             device = graph.device
             self._binding.bind_output(name, device.kind, device.index, view.dtype, view.shape, view.address)
-            self._names.append(name)
+            self._order[name] = len(self._order)
 
     def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> list[Any]:
         """Run the graph.
@@ -206,11 +207,11 @@ class Call:
             self._bind(name, value)
         for name in outputs:  # each time anew, else ONNX Runtime writes over what it gave last time
             self._binding.bind_output(name, device.kind, device.index)
-            if name not in self._names:
-                self._names.append(name)
+            self._order.setdefault(name, len(self._order))
         self._graph.session.run_with_iobinding(self._binding)
-        given = dict(zip(self._names, self._binding.get_outputs(), strict=True))
-        return [given[name] for name in outputs]
+        given = self._binding.get_outputs_as_ortvaluevector()
+        # Those with a place are left where they are.
+        return [self._wrap(given[self._order[name]]) for name in outputs]
 
     def _bind(self, name: str, value: Value) -> None:
         # The binding does not keep alive what it points to.

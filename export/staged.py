@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
-from vte_compile.export.manifest import ExitCall, GateWeights, ModelFacts, PhaseSteps, PieceCall, VisionCall
+from vte_compile.export.manifest import AttendCall, ExitCall, GateWeights, ModelFacts, PhaseSteps, PieceCall, VisionCall
 from vte_compile.export.vision import image_encoder
 from vte_compile.optimized_model import OptimizedModel
-from vte_compile.passes.lower_piecewise import ExitPoint, Piece, PiecewiseGraph, structure_key
+from vte_compile.passes.lower_piecewise import AttendPoint, ExitPoint, Piece, PiecewiseGraph, structure_key
 
 logger = logging.getLogger(__name__)
 _PHASES = (("prefill", False), ("extend", False), ("decode", True))
@@ -135,11 +135,16 @@ def embedding_table(fast: Any) -> Tensor:
 
 
 def _phase(staged: Staged, phase: str, lowered: PiecewiseGraph) -> PhaseSteps:
-    steps = [
-        _piece_call(staged, f"{phase}_{i}", step) if isinstance(step, Piece) else _exit_call(staged, step)
-        for i, step in enumerate(lowered.steps)
-    ]
+    steps = [_call(staged, f"{phase}_{i}", step) for i, step in enumerate(lowered.steps)]
     return PhaseSteps(lowered.inputs, steps, lowered.outputs, lowered.kv, lowered.prompt_state)
+
+
+def _call(staged: Staged, name: str, step: Piece | ExitPoint | AttendPoint) -> PieceCall | ExitCall | AttendCall:
+    if isinstance(step, Piece):
+        return _piece_call(staged, name, step)
+    if isinstance(step, AttendPoint):
+        return AttendCall(step.inputs, step.outputs, step.scale)
+    return _exit_call(staged, step)
 
 
 def _piece_call(staged: Staged, name: str, piece: Piece) -> PieceCall:

@@ -2,6 +2,10 @@
 
 A piece is one layer (or what comes before or behind the layers). Its weights are inputs, so that equal layers are one
 piece and compile once. Lengths are read from the piece's own inputs, so one piece serves before and behind an exit.
+
+In decode the graph is also cut at attentions, which run between pieces: they write into the cache, and no piece depends
+on its length. There, a piece is what stands between the attentions of two layers; one whose attention is skipped stays
+a piece of its own, so that the number of distinct pieces does not depend on which are skipped.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -16,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from vte_compile.errors import CaptureError
+from vte_compile.kernels.append_attention import append_attention
 from vte_compile.kernels.exit_gate import exit_gate, static_exit
 from vte_compile.kernels.token_exit import token_exit, unpack_dims
 
@@ -42,7 +48,7 @@ class Piece:
     weights: list[str]
     """Names of the parameters (see ``DecoderGraph.parameters``)."""
     layer: int
-    """-1 before the layers, 0 .. L-1, L behind them."""
+    """Its first node's: -1 before the layers, 0 .. L-1, L behind them."""
 
 
 @dataclass
@@ -59,13 +65,25 @@ class ExitPoint:
 
 
 @dataclass
+class AttendPoint:
+    """The attention of one layer in a decode step, which appends to the cache in place."""
+
+    inputs: list[str]
+    """Query, key and value of the new token, keys and values before it, and, of a batch, where its rows start."""
+    outputs: list[str]
+    """The attention's output, keys and values."""
+    scale: float | None
+    """Of the scores; None for 1 / sqrt(head size)."""
+
+
+@dataclass
 class PiecewiseGraph:
     """The steps of one phase, in order."""
 
     inputs: list[str]
     input_examples: list[Tensor]
     """Fake tensors with symbolic shapes."""
-    steps: list[Piece | ExitPoint]
+    steps: list[Piece | ExitPoint | AttendPoint]
     outputs: list[str]
     """logits, then key and value of each layer that has them, then what adapters know of the prompt (in prefill)."""
     logits_example: Tensor
@@ -83,19 +101,28 @@ def lower_piecewise(graph: DecoderGraph) -> PiecewiseGraph:
     nodes = list(graph.graph.nodes)
     output = next(n for n in nodes if n.op == "output")
     markers = [n for n in nodes if n.target is token_exit._opoverload]
-    skipped = {n for n in nodes if n.target in _EXIT_OPS}
-    skipped |= {n for n in nodes if n.target is operator.getitem and n.args[0] in skipped}
+    of_exits = {n for n in nodes if n.target in _EXIT_OPS}
+    of_exits |= {n for n in nodes if n.target is operator.getitem and n.args[0] in of_exits}
+    appended = {n for n in nodes if n.target is operator.getitem and _appends(n.args[0])}
     by_layer: dict[int, list[fx.Node]] = {}
     for node in nodes:
-        if node in graph.layer_of and node not in skipped:
+        if node in graph.layer_of and node not in of_exits | appended:
             by_layer.setdefault(graph.layer_of[node], []).append(node)
     exits = {graph.layer_of[marker]: _exit_point(graph, marker) for marker in markers}
-    results = [n for n in output.args[0] if n not in skipped]
-    steps: list[Piece | ExitPoint] = []
+    results = [n for n in output.args[0] if n not in of_exits]
+    attending = {graph.layer_of[n] for n in nodes if _appends(n)} | {-1, graph.spec.num_layers}
+    steps: list[Piece | ExitPoint | AttendPoint] = []
+    part: list[fx.Node] = []
     for layer in sorted(by_layer):
-        piece = _piece(graph, by_layer[layer], layer)
-        if piece is not None:
-            steps.append(piece)
+        for appends, own in groupby(by_layer[layer], _appends):
+            if appends:
+                steps += [*_pieces(graph, part), *map(_attend_point, own)]
+                part = []
+            else:
+                part += own
+        if not {layer, layer + 1} <= attending:
+            steps += _pieces(graph, part)
+            part = []
         if layer in exits:
             steps.append(exits[layer])
     placeholders = [n for n in nodes if n.op == "placeholder" and n.name != "visual_mask"]
@@ -127,11 +154,23 @@ def _exit_point(graph: DecoderGraph, marker: fx.Node) -> ExitPoint:
     )
 
 
-def _piece(graph: DecoderGraph, nodes: list[fx.Node], layer: int) -> Piece | None:
+def _appends(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target is append_attention._opoverload
+
+
+def _attend_point(node: fx.Node) -> AttendPoint:
+    *tensors, scale = node.args
+    inputs = [n.name for n in tensors if isinstance(n, fx.Node)]
+    outputs = {user.args[1]: user.name for user in node.users}
+    return AttendPoint(inputs, [outputs[i] for i in range(3)], scale)  # type: ignore[arg-type]
+
+
+def _pieces(graph: DecoderGraph, nodes: list[fx.Node]) -> list[Piece]:
+    """One piece; none where nodes are sizes only, which other pieces read from their own inputs."""
     own = set(nodes)
     outputs = [n for n in nodes if not _is_size(n) and any(user not in own for user in n.users)]
     if not outputs:
-        return None  # sizes only, which other pieces read from their own inputs
+        return []
     inputs, weights = _outside(nodes, own)
     piece = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -151,7 +190,7 @@ def _piece(graph: DecoderGraph, nodes: list[fx.Node], layer: int) -> Piece | Non
     with torch.no_grad():
         examples += [mode.from_tensor(read().detach(), static_shapes=True) for read in parameters]
     module = fx.GraphModule({}, piece)
-    return Piece(
+    lowered = Piece(
         module,
         structure_key(piece, examples),
         [n.name for n in inputs],
@@ -159,8 +198,9 @@ def _piece(graph: DecoderGraph, nodes: list[fx.Node], layer: int) -> Piece | Non
         [n.name for n in outputs],
         examples,
         [str(n.target) for n in weights],
-        layer,
+        graph.layer_of[nodes[0]],
     )
+    return [lowered]
 
 
 def _is_size(node: fx.Node) -> bool:

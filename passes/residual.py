@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
+from vte_compile.kernels.append_attention import append_attention
 from vte_compile.kernels.cached_attention import cached_attention
 from vte_compile.passes.manager import Refusal
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-ATTENTIONS = (SDPA, cached_attention._opoverload)
-"""The ops that graphs attend with."""
+ATTENTIONS = (SDPA, append_attention._opoverload, cached_attention._opoverload)
+"""Of a layer: in prefill and extend, in decode, and in chunks of any phase."""
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.alias.default)
 
 
@@ -28,7 +28,10 @@ def residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | R
     if len(attentions) != 1:
         where = own[0].name if own else ""
         return Refusal(f"{len(attentions)} attentions in this layer, expected 1.", where, layer)
-    behind = {_result(attentions[0])}
+    result = attentions[0]
+    if result.target is not SDPA:  # its other results are what the layer caches
+        result = next(n for n in result.users if n.args[1] == 0)
+    behind = {result}
     for node in own:
         if behind & set(node.all_input_nodes):
             behind.add(node)
@@ -41,15 +44,8 @@ def residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | R
             if branch in behind and stream not in behind and _is_stream(stream, entering):
                 return _alone(graph, node, stream, behind, layer)
     return Refusal(
-        "the attention's output is not added to the layer's input (not a pre-norm block).", attentions[0].name, layer
+        "the attention's output is not added to the layer's input (not a pre-norm block).", result.name, layer
     )
-
-
-def _result(attention: fx.Node) -> fx.Node:
-    """What an attention gives, without the keys and values it may give beside it."""
-    if attention.target is SDPA:
-        return attention
-    return next(user for user in attention.users if user.target is operator.getitem and user.args[1] == 0)
 
 
 def _is_stream(node: fx.Node, entering: fx.Node | None) -> bool:

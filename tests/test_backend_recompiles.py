@@ -104,6 +104,26 @@ def test_compiled_decoder_serves_without_new_pieces():
     assert seen == {-1, 0, 1}
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_generation_that_dynamo_gives_up_is_an_error(cache):
+    """The model's own code would attend to handles, which are NaN, or to buffers that nobody filled."""
+    model = tiny(num_hidden_layers=2)
+    ids, settings = torch.tensor([[5, 6, 7, 8]]), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(ids, **settings).tolist()
+    own = model.forward
+    model.forward = torch.compile(own, backend="vte", options={"compile": False})
+    with torch._dynamo.config.patch(recompile_limit=1):  # one graph, for the prompt
+        for _ in range(2):
+            with pytest.raises(InputError, match="recompile_limit"):
+                model.generate(ids, **settings, cache_implementation=cache)
+    # What was never compiled is as it was, also when tracing is over.
+    model.forward = own
+    assert model.generate(ids, **settings, cache_implementation=cache).tolist() == want
+    torch._dynamo.reset()
+    model.forward = torch.compile(own, backend="vte", options={"compile": False})
+    assert model.generate(ids, **settings, cache_implementation=cache).tolist() == want
+
+
 def test_exit_layers_of_another_cache():
     """As of a model that Dynamo stopped compiling (recompile_limit), and runs as it is."""
     cache = tiny(num_hidden_layers=1)(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values

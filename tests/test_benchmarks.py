@@ -1,6 +1,7 @@
 """The benchmarks: which attentions they skip, and what they make of what they measured. Their times are not tested."""
 
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,42 @@ def test_compare_and_summarize(guarantee):
     assert (summary["calibrations"], summary["refused"], summary["within"]) == (3, 1, 1)
     assert summary["disagreement"]["max"] == 0.11
     assert summary["speedup"]["mean"] == pytest.approx((3.0 + certified["speedup"]) / 2)
+
+
+class CountingPool:
+    """In the place of ProcessPoolExecutor: compiles nothing, each layer takes a second, and optimize() no Dynamo."""
+
+    def __init__(self, workers, context):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, how, layers, threads):
+        seconds = dict.fromkeys(("wall_s", "cpu_s", "inductor_s", "rest_s"), float(layers))
+        seconds["dynamo_s"] = 0.0 if how == "optimize()" else 2.0 * layers
+        future = Future()
+        future.set_result({"case": how, "layers": layers, "rounds": 2, "compile": seconds})
+        return future
+
+
+def test_compile_times_without_dynamo(monkeypatch, capsys):
+    """optimize() does not use it: nothing has no ratio to nothing, and nothing is shown."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    backend = __import__("backend")
+    monkeypatch.setattr(backend, "ProcessPoolExecutor", CountingPool)
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = backend.compile_rows(0)
+    assert [row["to_fewest_layers"]["dynamo_s"] for row in rows] == [None, None, None, 1.0, 2.0, 4.0]
+    assert [row["to_fewest_layers"]["wall_s"] for row in rows] == [1.0, 2.0, 4.0] * 2
+    backend.show_compile(rows)
+    cells = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines() if "(" in line]
+    assert [row[6] for row in cells if len(row) > 6] == ["", "", "", "16.0 (1.00)", "32.0 (2.00)", "64.0 (4.00)"]
+    for name in ("backend", "common"):
+        sys.modules.pop(name)
 
 
 def test_shipped_table_names_a_reason_for_each_missing_time(monkeypatch):

@@ -209,6 +209,17 @@ def test_generate_with_a_language_model_alone(llama: Path) -> None:
     assert result.stdout.strip()
 
 
+def test_generate_draws_with_a_seed_and_stops(llama: Path) -> None:
+    command = ("generate", llama, "what is this", "--max-new-tokens", 8, "--no-compile")
+    drawn = [run(*command, "--temperature", 5, "--top-k", 30, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    likeliest = run(*command).stdout
+    assert run(*command, "--temperature", 0).stdout == likeliest
+    word = likeliest.split()[1]
+    stopped = run(*command, "--stop", word).stdout
+    assert stopped.split() == likeliest.split()[: likeliest.split().index(word)]
+
+
 def test_bench(llava: Path, plan: Path, tmp_path: Path) -> None:
     file = tmp_path / "new" / "bench.json"
     sizes = ("--seq", 40, "--visual", 30, "--runs", 2, "--decode-tokens", 2)

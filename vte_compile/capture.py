@@ -29,6 +29,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vte_compile.errors import CaptureError
 from vte_compile.families.decoder import DecoderSpec
+from vte_compile.kernels.append_attention import append_attention
 from vte_compile.module_tree import with_stand_ins
 from vte_compile.runtime.prompt_value import PromptValue
 from vte_compile.runtime.steps import Phase
@@ -110,17 +111,36 @@ class _TraceLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _trace_cache(past: list[Tensor]) -> Any:
+class _DecodeLayer(_TraceLayer):
+    """A cache layer that leaves appending to the attention behind it (``vte::append_attention``)."""
+
+    new: tuple[Tensor, Tensor]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.new = key_states, value_states
+        return self.new
+
+
+def _trace_cache(past: list[Tensor], layer_class: type[_TraceLayer]) -> Any:
     cache: Any = DynamicCache()
     for keys, values in zip(past[::2], past[1::2], strict=True):
-        layer = _TraceLayer()
+        layer = layer_class()
         layer.keys, layer.values, layer.is_initialized = keys, values, True
         cache.layers.append(layer)
-    cache.layer_class_to_replicate = _TraceLayer
+    cache.layer_class_to_replicate = layer_class
     return cache
 
 
-_kv_start: contextvars.ContextVar[list[Tensor]] = contextvars.ContextVar("vte_kv_start")
+@dataclass
+class _DecodeStep:
+    """What the attentions of a decode step take besides their arguments: of each layer, its cache and its rows."""
+
+    layers: list[_DecodeLayer]
+    starts: list[Tensor]
+    """kv_start; none of one row alone."""
+
+
+_decode_step: contextvars.ContextVar[_DecodeStep | None] = contextvars.ContextVar("vte_decode_step", default=None)
 
 
 def _capture_attention(
@@ -137,21 +157,26 @@ def _capture_attention(
     for name in ("sliding_window", "softcap", "position_bias", "s_aux"):
         if kwargs.get(name) is not None:
             raise CaptureError(f"layer {module.layer_idx}: attention with {name} is not supported yet.")
-    batch, heads, tokens, size = query.shape
+    if (step := _decode_step.get()) is not None:
+        return _append_attention(step, module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
+    heads, tokens = query.shape[1:3]
     kv_heads, kv_length = key.shape[1], key.shape[2]
-    mask: Tensor | None = None
-    if isinstance(tokens, int) and tokens == 1:
-        # One query token: fold its heads into rows of the key/value head, so that keys need no repetition.
-        query = query.reshape(batch, kv_heads, heads // kv_heads, size)
-        if starts := _kv_start.get():
-            columns = torch.arange(kv_length, device=query.device)
-            mask = (columns[None, :] >= starts[module.layer_idx][:, None])[:, None, None, :]  # type: ignore[index]
-    else:
-        key, value = (x.repeat_interleave(heads // kv_heads, dim=1) if heads != kv_heads else x for x in (key, value))
-        rows = torch.arange(tokens, device=query.device)[:, None] + (kv_length - tokens)
-        mask = (torch.arange(kv_length, device=query.device)[None, :] <= rows)[None, None]
+    key, value = (x.repeat_interleave(heads // kv_heads, dim=1) if heads != kv_heads else x for x in (key, value))
+    rows = torch.arange(tokens, device=query.device)[:, None] + (kv_length - tokens)
+    mask = (torch.arange(kv_length, device=query.device)[None, :] <= rows)[None, None]
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return output.reshape(batch, heads, tokens, value.shape[-1]).transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _append_attention(
+    step: _DecodeStep, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> Tensor:
+    layer = step.layers[index]
+    if key is not layer.new[0] or value is not layer.new[1]:
+        raise CaptureError(f"layer {index}: keys or values change between cache and attention.")
+    starts = step.starts[index] if step.starts else None
+    output, layer.keys, layer.values = append_attention(query, key, value, layer.keys, layer.values, starts, scaling)
+    return output
 
 
 AttentionInterface.register(_ATTENTION, _capture_attention)
@@ -198,14 +223,15 @@ class _DecoderWithHead(nn.Module):
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, past: list[Tensor], kv_start: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        token = _kv_start.set(kv_start)
+        decode = bool(past) and isinstance(inputs_embeds.shape[1], int)  # else the number of tokens is symbolic
+        cache = _trace_cache(past, _DecodeLayer if decode else _TraceLayer)
+        token = _decode_step.set(_DecodeStep(cache.layers, kv_start) if decode else None)
         try:
-            cache = _trace_cache(past)
             hidden = self.decoder(
                 inputs_embeds=inputs_embeds, position_ids=position_ids, past_key_values=cache, use_cache=True
             ).last_hidden_state
         finally:
-            _kv_start.reset(token)
+            _decode_step.reset(token)
         return self.lm_head(hidden), *[t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from vte_compile.cli import DebugOption, DeviceOption, NoCompileOption, PlanOption, _compile, _errors, _load_plan, app
 from vte_compile.errors import InputError
+from vte_compile.export.text_stream import TextStream
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of drawing.")] = None,
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer at this text; may be repeated.")
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="End the answer before this text; may be repeated."),
     ] = None,
     no_exit: Annotated[bool, typer.Option("--no-exit", help="Keep the visual tokens in all layers (models).")] = False,
     no_compile: NoCompileOption = False,
@@ -118,25 +121,27 @@ def _ask_model(
 
     pictures = [_open_picture(file) for file in request.images]
     loaded, processor = load_model(model, device), load_processor(model)
-    tokenizer = getattr(processor, "tokenizer", processor)
     wanted = Plan() if no_exit else _load_plan(plan)
     fast: Any = vte_compile.optimize(loaded, wanted, compile=_compile(no_compile))
     text = in_template(processor, request.prompt, len(pictures))
     arguments: dict[str, Any] = {"text": text, "return_tensors": "pt"} | ({"images": pictures} if pictures else {})
     inputs = processor(**arguments).to(fast.device)
     times: list[float] = []
-    streamer = _timed_streamer(tokenizer, times)
+    printer = _Printer(getattr(processor, "tokenizer", processor), request.stop, times)
     for phase in ("prefill", "decode"):
         fast._vte_runner.program(phase)  # traces and compiles now, not while the time is taken
     if request.seed is not None:
         torch.manual_seed(request.seed)
     drawing = bool(request.sampling) and request.sampling.get("temperature") != 0
     settings = dict(request.sampling) if drawing else {}
-    if request.stop:
-        settings |= {"stop_strings": request.stop, "tokenizer": tokenizer}
     start = time.perf_counter()
     result = fast.generate(
-        **inputs, do_sample=drawing, max_new_tokens=request.max_new_tokens, streamer=streamer, **settings
+        **inputs,
+        do_sample=drawing,
+        max_new_tokens=request.max_new_tokens,
+        streamer=printer,
+        stopping_criteria=[printer.stops],
+        **settings,
     )
     layers = fast.config.get_text_config().num_hidden_layers
     _report(int(result.exit_layer[0]), layers, inputs["input_ids"].shape[1], start, times)
@@ -159,18 +164,27 @@ def _open_picture(file: Path) -> Any:
     return open_picture(file, "--image")
 
 
-def _timed_streamer(tokenizer: Any, times: list[float]) -> Any:
-    from transformers import TextStreamer
+class _Printer:
+    """What transformers calls a streamer: shows the text, notes when each token came, and stops at a stop string."""
 
-    class Timed(TextStreamer):
-        """Notes when each new token came."""
+    def __init__(self, tokenizer: Any, stops: list[str], times: list[float]) -> None:
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+        self._stream, self._times, self._is_prompt = TextStream(decode, stops), times, True
 
-        def __init__(self) -> None:
-            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def put(self, tokens: Any) -> None:
+        """The prompt's tokens, then one by one the new ones."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self._times.append(time.perf_counter())
+        typer.echo(self._stream.push(int(tokens[0])), nl=False)
 
-        def put(self, value: Any) -> None:
-            if not self.next_tokens_are_prompt:
-                times.append(time.perf_counter())
-            super().put(value)
+    def end(self) -> None:
+        """All tokens came."""
+        typer.echo(self._stream.finish())
 
-    return Timed()
+    def stops(self, tokens: Any, scores: Any, **others: Any) -> Any:
+        """As a stopping criterion: whether each row [1] ends."""
+        import torch
+
+        return torch.full((len(tokens),), self._stream.stopped, device=tokens.device)

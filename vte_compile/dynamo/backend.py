@@ -20,6 +20,7 @@ from torch._inductor.exc import InductorError
 from transformers import PreTrainedModel
 
 from vte_compile.dynamo.decoder_call import DecoderCall
+from vte_compile.dynamo.handles import refuse_uncompiled_use
 from vte_compile.dynamo.region import Part, Region, find_region, replace_region, split
 from vte_compile.dynamo.report import Graph, record
 from vte_compile.dynamo.visual import remember
@@ -35,6 +36,9 @@ from vte_compile.runtime.verify import verify_hidden
 
 logger = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
+
+# Here, where torch.compile() finds the backend, and so before anything is traced.
+refuse_uncompiled_use()
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,22 @@ asks of them, shapes, is then as without exits, and nothing is compiled again be
 slices a handle loses the cache, and the next call says so instead of reading the numbers.
 
 Buffers of a StaticCache that exist before the decoder runs are given the cache likewise, and stay as they are.
+
+Only compiled code may go on from a handle. When Dynamo gives up compiling a model (recompile_limit), the model's own
+code runs, and would attend to NaN or to empty buffers. It appends to the cache first, so that is where it is refused:
+``refuse_uncompiled_use`` gives transformers' layers an ``update`` that looks for handles where nothing is compiling.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from vte_compile.errors import InputError
 from vte_compile.runtime.exit_cache import ExitCache
@@ -70,3 +77,27 @@ def cache_of(tensors: Sequence[Tensor], columns: int) -> ExitCache:
             "back to an earlier state; start from the prompt."
         )
     return cache
+
+
+def refuse_uncompiled_use() -> None:
+    """Let DynamicLayer and StaticLayer refuse to append to handles in code that is not compiled; once is enough."""
+    for layer_class in (DynamicLayer, StaticLayer):
+        if not hasattr(layer_class.update, "_vte_refuses"):
+            layer_class.update = _refusing(layer_class.update)  # type: ignore[method-assign]
+
+
+def _refusing(update: Any) -> Any:
+    @functools.wraps(update)
+    def checked(layer: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # To Dynamo this condition is a constant: it traces what it traced before.
+        if not torch.compiler.is_compiling() and hasattr(layer.keys, _ATTRIBUTE):
+            raise InputError(
+                "past_key_values was filled by a model that backend='vte' compiled, and now uncompiled code appends to "
+                "it: Dynamo stopped compiling the model (as it warned, at torch._dynamo.config.recompile_limit), or "
+                "another model was given this cache. Raise that limit above the number of kinds of prompts you serve, "
+                "and start from the prompt."
+            )
+        return update(layer, key_states, value_states, *args, **kwargs)
+
+    checked._vte_refuses = True  # type: ignore[attr-defined]
+    return checked

@@ -5,6 +5,7 @@ Without transformers, since engines run where it is not installed; as a DynamicC
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,20 +13,17 @@ import torch
 from torch import Tensor
 
 from vte_compile.errors import InputError
+from vte_compile.runtime.growing import GrowingLayer
 from vte_compile.runtime.prompt_state import PromptState
 
 RowKV = list[tuple[Tensor, Tensor] | None]
 """Keys and values of each layer; None where attention is skipped."""
 
 
-class CacheLayer:
-    """Keys and values of one layer [B, heads, columns, head size]; none where attention is skipped."""
+class CacheLayer(GrowingLayer):
+    """A layer, where there is no transformers."""
 
-    keys: Tensor
-    values: Tensor
-    dtype: torch.dtype
-    device: torch.device
-    is_initialized: bool = False
+    is_initialized = False
 
     def get_seq_length(self) -> int:
         """Its columns."""
@@ -40,7 +38,7 @@ class RowsCache:
     generate() expects; ``lengths`` tells what each layer really holds.
     """
 
-    layer_class: ClassVar[type[Any]] = CacheLayer
+    layer_class: ClassVar[type[GrowingLayer]] = CacheLayer
     layers: list[Any]
     starts: Tensor
     """[L, B] int64."""
@@ -102,7 +100,7 @@ class RowsCache:
             lengths = [keys.shape[2] for keys, _ in parts]
             longest = max(lengths)
             keys, values = (_align_end([part[i] for part in parts], longest) for i in (0, 1))
-            layers.append(self._filled_layer(keys, values))
+            layers.append(self.layer_class.filled(keys, values))
             starts.append([longest - length for length in lengths])
         self.layers = layers
         device = next_positions.device
@@ -111,17 +109,15 @@ class RowsCache:
         self._columns += new_columns
         self._decoded = 0
 
-    def _filled_layer(self, keys: Tensor, values: Tensor) -> Any:
-        layer = self.layer_class()
-        layer.keys, layer.values, layer.is_initialized = keys, values, True
-        layer.dtype, layer.device = keys.dtype, keys.device
-        return layer
+    def next_columns(self) -> list[Tensor]:
+        """Keys and values of each layer that has them, in turn, with one more column for a decode step to write."""
+        return [tensor for layer in self._filled for tensor in layer.next_column()]
 
     def append(self, kv: RowKV) -> None:
-        """Take the result of a decode step, which already holds the past."""
+        """Take the result of a decode step: what :meth:`next_columns` gave, written."""
         for layer, pair in zip(self.layers, kv, strict=True):
             if pair is not None:
-                layer.keys, layer.values = pair
+                layer.append(*pair)
         self.next_positions = self.next_positions + 1
         self._columns += 1
         self._decoded += 1
@@ -140,8 +136,7 @@ class RowsCache:
             )
         if count:
             for layer in self._filled:
-                # Contiguous, as compiled graphs expect their inputs.
-                layer.keys, layer.values = (x[:, :, :-count].contiguous() for x in (layer.keys, layer.values))
+                layer.drop_last(count)
             self.next_positions = self.next_positions - count
             self._columns -= count
             self._decoded -= count
@@ -157,8 +152,7 @@ class RowsCache:
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order."""
         for layer in self._filled:
-            rows = indices.to(layer.keys.device)
-            layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
+            layer.select(indices)
         rows = indices.to(self.starts.device)
         self.starts = self.starts[:, rows].contiguous()
         self.next_positions = self.next_positions[rows]
@@ -172,6 +166,11 @@ class RowsCache:
         self.layers = []
         self._columns = self._decoded = 0
         self.exit_layer = self.prompt_state = None
+
+    def __copy__(self) -> RowsCache:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__, layers=[copy.copy(layer) for layer in self.layers])
+        return twin
 
 
 def _align_end(rows: Sequence[Tensor], length: int) -> Tensor:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vte_compile.passes import PassResult
-from vte_compile.passes.lower_piecewise import Piece, PiecewiseGraph
+from vte_compile.passes.lower_piecewise import AttendPoint, Piece, PiecewiseGraph
 from vte_compile.runtime.inductor import Function, PieceCompiler
-from vte_compile.runtime.steps import ExitStep, PieceStep, StepProgram
+from vte_compile.runtime.steps import AttendStep, ExitStep, PieceStep, Step, StepProgram
 
 
 @dataclass
@@ -39,13 +39,15 @@ class Program(StepProgram):
             return [slots.setdefault(name, len(slots)) for name in names]
 
         slot(lowered.inputs)
-        steps: list[PieceStep | ExitStep] = []
+        steps: list[Step] = []
         for step in lowered.steps:
             if isinstance(step, Piece):
                 function: Function = step.module
                 if compiler is not None:
                     function = compiler.compile(step.module, step.key, step.examples)
                 steps.append(_LoweredPiece(slot(step.inputs), slot(step.outputs), step, function, _lengths(step)))
+            elif isinstance(step, AttendPoint):
+                steps.append(AttendStep(slot(step.inputs), slot(step.outputs), step.scale))
             else:
                 [stream] = slot([step.stream])
                 steps.append(ExitStep(slot(step.inputs), slot(step.outputs), step.layer, stream, step.dims, step.gate))

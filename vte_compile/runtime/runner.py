@@ -100,14 +100,13 @@ class RowRunner:
         batch = embeds.shape[0]
         positions = self._expanded(cache.next_positions[:, None] if position_ids is None else position_ids, batch)
         attending = [i for i, layer in enumerate(cache.layers) if layer.is_initialized]
-        past = [t for i in attending for t in (cache.layers[i].keys, cache.layers[i].values)]
         batched = batch > 1 or not self._one_row_apart
         starts = [cache.starts[i] for i in attending] if batched else []
         state = cache.prompt_state
         program = self.program("decode", batched=batched, one_prompt=state is None or state.one_prompt)
         _check_cache(cache, program)
         known = [] if state is None else state.values
-        output = program.run([embeds.contiguous(), positions.contiguous(), *past, *starts, *known])
+        output = program.run([embeds.contiguous(), positions.contiguous(), *cache.next_columns(), *starts, *known])
         cache.append(output.kv)
         return RunnerOutput(output.logits, torch.full((batch,), -1, device=embeds.device))
 

@@ -1,4 +1,4 @@
-"""Run one phase of a decoder as steps: pieces in order, and at each exit a decision on the host.
+"""Run one phase of a decoder as steps: pieces in order, at each exit a decision on the host, and in decode attentions.
 
 What a piece is, a subclass of ``PieceStep`` says: a graph compiled in this process, or one that an engine loaded.
 """
@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vte_compile.kernels.append_attention import append_and_attend
 from vte_compile.kernels.exit_gate import exit_logits
 from vte_compile.kernels.token_exit import compact
 from vte_compile.runtime.prompt_value import PromptValue
@@ -88,6 +89,26 @@ class ExitStep:
         return bool(logits[1] - logits[0] > threshold)
 
 
+@dataclass
+class AttendStep:
+    """The attention of one layer in a decode step, and the slots of what it reads and gives."""
+
+    inputs: list[int]
+    """Query, key and value of the new token, keys and values with a free last column, and starts of a batch's rows."""
+    outputs: list[int]
+    """The attention's output; keys and values again, now filled."""
+    scale: float | None
+
+    def run(self, arguments: list[Tensor]) -> Sequence[Tensor]:
+        """Its outputs."""
+        query, key, value, keys, values, *starts = arguments
+        output = append_and_attend(query, key, value, keys, values, starts[0] if starts else None, self.scale)
+        return output, keys, values
+
+
+Step = PieceStep | ExitStep | AttendStep
+
+
 class StepProgram:
     """The steps of one phase.
 
@@ -102,7 +123,7 @@ class StepProgram:
 
     def __init__(
         self,
-        steps: Sequence[PieceStep | ExitStep],
+        steps: Sequence[Step],
         outputs: list[int],
         slots: int,
         kv: list[int | None],
@@ -131,14 +152,15 @@ class StepProgram:
         """Run all steps.
 
         Args:
-            inputs: The graph's inputs, in its order (see :mod:`vte_compile.capture`).
+            inputs: The graph's inputs, in its order (see :mod:`vte_compile.capture`); in decode, keys and values have a
+                free last column, which is written.
             visual: The row's visual tokens; None if none can leave.
         """
         values: list[Tensor | None] = [*inputs, *[None] * (self._slots - len(inputs))]
         exit_layer = -1
         for step, freed in zip(self._steps, self._last_use, strict=True):
             arguments: list[Tensor] = [values[i] for i in step.inputs]  # type: ignore[misc]
-            if isinstance(step, PieceStep):
+            if not isinstance(step, ExitStep):
                 results = step.run(arguments)
             elif visual is not None and step.fires(values[step.stream], visual):  # type: ignore[arg-type]
                 results = compact(arguments, step.dims, visual.keep)
