@@ -47,17 +47,20 @@ def export(fast: Any, path: str | os.PathLike[str], target: str = "aoti", **opti
         path: The folder: new, empty, or an engine, which is replaced.
         target: What runs it. ``aoti``: torch alone, pieces compiled ahead of time by AOTInductor for the device the
             model is on, and for processors like this one. ``onnxruntime``: ONNX graphs, for ONNX Runtime.
+            ``tensorrt``: ONNX graphs of the stages between exits, and TensorRT's engines of them.
         options: For ``onnxruntime``: ``processor``, the model's processor (or tokenizer), whose files go into the
             folder, so that the engine takes text and pictures; ``forms``, ("staged", "single") or one of them: graphs
             between exits, which spare what leaves, and one graph with the exits inside; ``quantize``, "int4" or
-            "int8": the weights of the decoder's linear layers in so many bits.
+            "int8": the weights of the decoder's linear layers in so many bits. For ``tensorrt`` (docs/tensorrt.md):
+            ``processor``; ``profiles``, the sizes engines take; ``precision``, "fp32", "fp16" or "bf16";
+            ``build``, which package builds the engines, or False; ``strip_weights``, engines without weights.
 
     Returns:
         ``path``.
 
     Raises:
         InputError: Unknown target or option, or not an optimized model.
-        EngineError: ``path`` holds something else than an engine.
+        EngineError: ``path`` holds something else than an engine; or TensorRT is missing, or does not take a graph.
         UnsupportedModelError: The model embeds or numbers its tokens in a way no engine knows.
         CaptureError: A part could not be traced or compiled, or does not compute what it did.
     """
