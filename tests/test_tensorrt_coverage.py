@@ -16,6 +16,7 @@ from tiny_models import (
     image_prompt,
     one_thread,  # noqa: F401
     plan,
+    tiny,
     tiny_llava,
 )
 from typer.testing import CliRunner
@@ -125,6 +126,17 @@ def test_tensorrt_for_rtx_builds_all_engines(fast, tmp_path: Path, precision: st
         assert (folder / engine.engine).stat().st_size > 10_000
         assert (folder / f"{engine.engine}.sha256").is_file()
     assert not [name for name in json.loads((folder / MANIFEST).read_text())["files"] if name.startswith("engines")]
+
+
+@RTX
+@pytest.mark.slow
+def test_attention_is_fused(tmp_path: Path) -> None:
+    """In both profiles of each layer, with a cache, a mask and grouped heads: the builder took a flash attention."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    fast = optimize(tiny(**sizes), plan(), compile=False)
+    vte_compile.export(fast, tmp_path / "engine", target="tensorrt", build="tensorrt_rtx", precision="fp16")
+    engine = (tmp_path / "engine" / "engines" / "stage_0.engine").read_bytes()
+    assert engine.count(b"fused_multihead_flash_attention_kernel") >= 2 * 2
 
 
 @RTX
