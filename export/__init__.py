@@ -87,9 +87,10 @@ def load_engine(
 
     An engine of target "aoti" needs torch and safetensors; one of target "onnxruntime" needs onnxruntime and numpy, and
     for text and images tokenizers, jinja2 and pillow. Neither needs transformers.
+    One of target "tensorrt" needs TensorRT, a torch for CUDA and an NVIDIA GPU (docs/tensorrt.md).
 
-    An AOTInductor engine holds compiled code, which loading it lets run: load only engines you trust. The checksums,
-    which are compared before anything is loaded, find damage; they do not prove who made the engine.
+    AOTInductor's and TensorRT's engines hold compiled code, which loading lets run: load only engines you trust. The
+    checksums, which are compared before anything is loaded, find damage; they do not prove who made the engine.
 
     Args:
         path: The folder.
@@ -100,7 +101,7 @@ def load_engine(
     Returns:
         The engine, with ``generate()``, ``prefill()`` and ``decode()``: an
         :class:`~vte_compile.export.engine.Engine` or
-        an :class:`~vte_compile.export.ort_engine.OnnxEngine`, which also has ``chat()``.
+        an :class:`~vte_compile.export.ort_engine.OnnxEngine` (or its subclass for TensorRT), which also has ``chat()``.
 
     Raises:
         InputError: An option is none of its values, or means nothing to an engine of this target.
