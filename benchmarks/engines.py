@@ -3,9 +3,10 @@
     python benchmarks/engines.py --json benchmarks/results/engines.json
 
 The public export is transformers' own exporter with its fusions for ONNX Runtime; its prefill gives the logits of the
-last token only, as ours does. All times of one phase are taken in turns in one process, in ONNX Runtime alone; ratios
-are medians over the rounds. Exits are static: what they spare is then known. Load time and peak memory (resident set,
-one prompt and some steps included) are of a process of its own that imports numpy and ONNX Runtime, and no torch.
+last token only, as ours does. Where openvino is installed, transformers' export to OpenVINO is timed as well. All times
+of one phase are taken in turns in one process; ratios are medians over the rounds. Exits are static: what they spare is
+then known. Load time and peak memory (resident set, one prompt and some steps included) are of a process of its own
+that imports numpy and ONNX Runtime, and no torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +33,7 @@ from tqdm import tqdm
 
 PUBLIC = "transformers' exporter"
 OURS = "engine, no exit"
+OPENVINO = "OpenVINO"
 
 
 def main(
@@ -96,21 +99,32 @@ def export_cases(folder: Path, hidden: int, layers: int, visual: int, seq: int) 
             "exit_layer": exit_layer,
             "flops": prefill_flops(model.config, seq, visual, exit_layer, plan),
         }
-    public = folder / "public"
-    if not public.exists():
-        causal = LlamaForCausalLM(model.config.text_config).eval()
-        causal.model, causal.lm_head = model.model.language_model, model.lm_head
-        export_public(causal, public, torch.zeros(2, 9, hidden))
-    return {PUBLIC: {"path": str(public), "exit_layer": -1, "flops": cases[OURS]["flops"]}, **cases}
+    causal = LlamaForCausalLM(model.config.text_config).eval()
+    causal.model, causal.lm_head = model.model.language_model, model.lm_head
+    peers = [PUBLIC] + ([OPENVINO] if find_spec("openvino") else [])
+    for name in peers:
+        path = folder / ("openvino" if name == OPENVINO else "public")
+        if not path.exists():
+            export_public(causal, path, torch.zeros(2, 9, hidden), name)
+        cases[name] = {"path": str(path), "exit_layer": -1, "flops": cases[OURS]["flops"]}
+    return {name: cases[name] for name in (*peers, *plans)}
 
 
-def export_public(model: Any, folder: Path, embeds: Any) -> None:
+def export_public(model: Any, folder: Path, embeds: Any, name: str) -> None:
     """Prefill and decode of a language model through transformers' exporter, from embeddings as the MLLM has them."""
     import torch
     from transformers import DynamicCache
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    exporter, config = OnnxExporter(), OnnxConfig(dynamic=True, ort_fusions="cpu")
+    exporter: Any
+    config: Any
+    if name == OPENVINO:
+        from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
+
+        exporter, config = OpenVINOExporter(), OpenVINOConfig(dynamic=True)
+    else:
+        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+        exporter, config = OnnxExporter(), OnnxConfig(dynamic=True, ort_fusions="cpu")
     inputs = {"inputs_embeds": embeds, "use_cache": True, "logits_to_keep": 1}
     exporter.export(model, inputs, config).save_pretrained(folder / "prefill")
     with torch.no_grad():
@@ -147,6 +161,39 @@ class Public:
         return feeds
 
 
+class OpenVino:
+    """Its prefill, and its decode step, which holds keys and values as its state."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import openvino
+
+        core, options = openvino.Core(), {"INFERENCE_NUM_THREADS": threads}
+        self.requests = []
+        for part in ("prefill", "decode"):
+            [file] = (folder / part).glob("*.xml")
+            self.requests.append(core.compile_model(core.read_model(file), "CPU", options).create_infer_request())
+        self._tensor = openvino.Tensor
+
+    def prefill(self, embeds: np.ndarray) -> None:
+        self.requests[0].infer({"inputs_embeds": embeds})
+
+    def decode(self, embeds: np.ndarray) -> None:
+        inputs = {"inputs_embeds": embeds}
+        if any("beam_idx" in value.names for value in self.requests[1].model_inputs):
+            inputs["beam_idx"] = np.zeros(1, np.int32)
+        self.requests[1].infer(inputs)
+
+    def remember(self) -> Callable[[], None]:
+        """What makes the state what it is now."""
+        kept = [(state, state.state.data.copy()) for state in self.requests[1].query_state()]
+
+        def restore() -> None:
+            for state, data in kept:
+                state.state = self._tensor(data)
+
+        return restore
+
+
 def session(file: Path, threads: int) -> Any:
     """As the engine's own sessions are."""
     options = onnxruntime.SessionOptions()
@@ -178,6 +225,16 @@ def runnable(
                 values = public.decode(step, values)
 
         return lambda: public.prefill(embeds), public_decode, lambda: None
+    if name == OPENVINO:
+        openvino = OpenVino(Path(path), threads)
+        openvino.decode(embeds)  # a prompt, for its state
+        restore = openvino.remember()
+
+        def openvino_decode() -> None:
+            for _ in range(decode_tokens):
+                openvino.decode(step)
+
+        return lambda: openvino.prefill(embeds), openvino_decode, restore
     from vte_compile import load_engine
 
     engine = load_engine(path, threads=threads)
@@ -257,7 +314,7 @@ def show(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
             median, least, most = (f"{1e3 * times[key]:.4g}" for key in ("median_s", "min_s", "max_s"))
             cells = [median, f"{times['to_public']:.3f}"]
             if phase == "prefill":
-                cells += [f"{least}, {most}", "" if row["case"] == PUBLIC else f"{times['over_flops']:.3f}"]
+                cells += [f"{least}, {most}", "" if row["case"] in (PUBLIC, OPENVINO) else f"{times['over_flops']:.3f}"]
             else:
                 cells += [f"{row['load_s']:.2f}", f"{row['peak_mb']:.0f}"]
             table.add_row(row["case"], *cells)

@@ -72,7 +72,7 @@ class GraphMemory:
     """
 
     def __init__(self, layout: Layout, batch: int, dtype: Any, device: Device, in_place: bool) -> None:
-        self._layout, self._dtype, self._device, self._in_place = layout, dtype, device, in_place
+        self.layout, self._dtype, self._device, self._in_place = layout, dtype, device, in_place
         self._batch = batch
         self._values: dict[str, Any] = {}
         """OrtValues [B, heads, columns, size]; none before the first chunk."""
@@ -91,7 +91,7 @@ class GraphMemory:
             return
         if self._columns:  # somebody did not know how long it gets: not every step shall move everything
             columns = max(columns, self._columns * 3 // 2)
-        for name, (heads, size) in self._layout.slots.items():
+        for name, (heads, size) in self.layout.slots.items():
             grown = np.zeros((self._batch, heads, columns, size), self._dtype)
             if name in self._values:
                 grown[:, :, : self._columns] = self._values[name].numpy()
@@ -133,13 +133,13 @@ class GraphMemory:
         given = call.run(inputs, [*outputs, *self._wanted(with_prompt=not step)])
         grown = given[len(outputs) :] if step else self._take_prompt(given[len(outputs) :], every)
         if not self._in_place:
-            self._values = dict(zip(self._layout.slots, grown, strict=True))
+            self._values = dict(zip(self.layout.slots, grown, strict=True))
         return given[: len(outputs)]
 
     def _wanted(self, with_prompt: bool) -> list[str]:
         """Outputs that have no place: new keys and values if not in place, and what a chunk says of the prompt."""
-        slots = [] if self._in_place else [f"present.{name}" for name in self._layout.slots]
-        return slots + [f"present_prompt.{name}" for name in self._layout.prompt if with_prompt]
+        slots = [] if self._in_place else [f"present.{name}" for name in self.layout.slots]
+        return slots + [f"present_prompt.{name}" for name in self.layout.prompt if with_prompt]
 
     def _take_prompt(self, given: list[Any], rows: slice) -> list[Any]:
         """Keep prompt values, which are last; the rest is returned."""
@@ -154,7 +154,7 @@ class GraphMemory:
         inputs: dict[str, Value] = {}
         places = {}
         count = rows.stop - rows.start
-        for name, (heads, size) in self._layout.slots.items():
+        for name, (heads, size) in self.layout.slots.items():
             if name not in self._values:
                 inputs[_KV + name] = np.zeros((count, heads, 0, size), self._dtype)
                 continue
@@ -172,9 +172,9 @@ class GraphMemory:
     def _replace_rows(self, grown: Mapping[int, list[Any]]) -> None:
         """Put new keys and values of some rows, of whatever lengths, in the place of their old ones."""
         if list(grown) == list(range(self._batch)) == [0]:
-            self._values = dict(zip(self._layout.slots, grown[0], strict=True))
+            self._values = dict(zip(self.layout.slots, grown[0], strict=True))
             return
-        for i, (name, (heads, size)) in enumerate(self._layout.slots.items()):
+        for i, (name, (heads, size)) in enumerate(self.layout.slots.items()):
             old = self._values[name].numpy() if name in self._values else None
             parts = {b: values[i].numpy()[0] for b, values in grown.items()}
             columns = max([part.shape[1] for part in parts.values()] + [0 if old is None else old.shape[2]])

@@ -17,6 +17,8 @@ from vte_compile.export.ort_cache import GraphMemory, Layout, OnnxCache
 from vte_compile.export.ort_inputs import Chunk
 from vte_compile.export.ort_sessions import Array, Graph, Setting, Value
 
+FORMS = ("staged", "single")
+
 
 class Decoder:
     """What both forms do.
@@ -54,6 +56,7 @@ class Decoder:
             Logits [B, vocabulary] of each row's last token, zeros for rows without a token; exit layers [B].
         """
         counts = chunk.lengths
+        self._check(cache)
         if len(counts) != cache.batch:
             raise InputError(f"The cache holds {cache.batch} rows, the inputs {len(counts)}.")
         if len(empty := np.flatnonzero((counts == 0) & (cache.next_positions == 0))):
@@ -78,10 +81,16 @@ class Decoder:
         Returns:
             Logits [B, vocabulary].
         """
+        self._check(cache)
         logits = self._step(embeds, cache)
         cache.lengths = cache.lengths + active
         cache.next_positions = cache.next_positions + active
         return logits
+
+    def _check(self, cache: OnnxCache) -> None:
+        """Refuse the cache of an engine with other exits, skips or adapters, or of the other form."""
+        if len(cache.lengths) != self._stages or [memory.layout for memory in cache.memories] != self._layouts:
+            raise InputError("cache: is of another engine, or of its other form: pass one that this engine returned.")
 
     def _run(self, chunk: Chunk, cache: OnnxCache, lengths: Array, exit_layer: Array, room: int) -> Array:
         """Fill in ``lengths`` and ``exit_layer``."""
@@ -242,7 +251,7 @@ def load_decoder(folder: Path, manifest: OnnxManifest, form: str | None, dtype: 
         InputError: The engine does not have this form.
         EngineError: A graph is not what the manifest says.
     """
-    forms = [name for name, there in (("staged", manifest.stages), ("single", manifest.decoder)) if there]
+    forms = [name for name, there in zip(FORMS, (manifest.stages, manifest.decoder), strict=True) if there]
     if form is not None and form not in forms:
         raise InputError(f"form: {form!r} is not in this engine, which has {', '.join(map(repr, forms))}.")
     if not forms:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +11,15 @@ from typing import Any
 import numpy as np
 
 from vte_compile.errors import EngineError, InputError
-from vte_compile.export.folder import check_files
-from vte_compile.export.generation import GenerationDefaults, Stops, generate_tokens
-from vte_compile.export.manifest import MANIFEST
+from vte_compile.export.generation import Stops, generate_tokens
 from vte_compile.export.onnx_manifest import OnnxManifest
 from vte_compile.export.ort_cache import OnnxCache
-from vte_compile.export.ort_decoder import Decoder, load_decoder
-from vte_compile.export.ort_inputs import Inputs
-from vte_compile.export.ort_sessions import Array, Graph, Setting
-from vte_compile.export.processor import Processor
+from vte_compile.export.ort_programs import Parts, load_parts
+from vte_compile.export.ort_sessions import Array, Device
+from vte_compile.export.processor import Processor, Prompt
 from vte_compile.export.sampling import Sampler
 from vte_compile.export.text_stream import TextStream
 
-_LOGGER = logging.getLogger(__name__)
-_DTYPES = {"float32": np.float32, "float16": np.float16}
 PROCESSOR = "processor"
 """The folder of tokenizer and image processor."""
 
@@ -76,20 +70,10 @@ class OnnxEngine:
     Arrays are numpy's; what has ``__array__`` (such as a torch tensor on the CPU) is taken as well.
     """
 
-    def __init__(
-        self, folder: Path, manifest: OnnxManifest, setting: Setting, decoder: Decoder, embedding: Graph,
-        vision: Graph | None, defaults: GenerationDefaults,
-    ) -> None:  # fmt: skip
+    def __init__(self, parts: Parts, folder: Path) -> None:
+        self._parts = parts
         self.folder = folder
         """Where it was loaded from."""
-        self.manifest = manifest
-        """What the engine is made of, and was made from."""
-        self.device = setting.device
-        """Where it runs."""
-        self.dtype = np.dtype(_DTYPES[manifest.model.dtype])
-        """Of embeddings, keys and values."""
-        self._decoder, self._vision, self._defaults = decoder, vision, defaults
-        self._inputs = Inputs(manifest.model, embedding, self.dtype, decoder.may_exit)
 
     @classmethod
     def load(
@@ -102,27 +86,22 @@ class OnnxEngine:
         form: str | None = None,
     ) -> OnnxEngine:
         """See :func:`vte_compile.load_engine`; ``body``: the manifest's fields."""
-        manifest = OnnxManifest.from_body(body)
-        setting = Setting.choose(provider or manifest.provider, threads)
-        if form not in (None, "staged", "single"):
-            raise InputError(f"form: {form!r} is unknown; there are 'staged', 'single'.")
-        if manifest.model.dtype not in _DTYPES:
-            raise EngineError(
-                f"{folder / MANIFEST}: dtype {manifest.model.dtype!r}, but the runner takes {', '.join(_DTYPES)} only: "
-                "export the model again."
-            )
-        _check_named(manifest)
-        check_files(folder, manifest.files)
-        dtype = np.dtype(_DTYPES[manifest.model.dtype])
-        decoder = load_decoder(folder, manifest, form, dtype, setting)
-        embedding = Graph(folder / manifest.embedding, setting, small=True)
-        embedding.check(["input_ids", "image_features"], ["inputs_embeds", "visual_mask"])
-        vision = None
-        if manifest.vision is not None:
-            vision = Graph(folder / manifest.vision.piece, setting)
-            vision.check(["pixel_values"], ["image_features"])
-        defaults = GenerationDefaults.read(folder / "generation_config.json")
-        return cls(folder, manifest, setting, decoder, embedding, vision, defaults)
+        return cls(load_parts(folder, OnnxManifest.from_body(body), provider, threads, form), folder)
+
+    @property
+    def manifest(self) -> OnnxManifest:
+        """What the engine is made of, and was made from."""
+        return self._parts.manifest
+
+    @property
+    def device(self) -> Device:
+        """Where it runs."""
+        return self._parts.device
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of embeddings, keys and values."""
+        return self._parts.dtype
 
     @functools.cached_property
     def processor(self) -> Processor:
@@ -170,10 +149,10 @@ class OnnxEngine:
         if image_features is not None and pixel_values is not None:
             raise InputError("Pass at most one of image_features and pixel_values.")
         if pixel_values is not None:
-            image_features = self._encode_each(np.asarray(pixel_values))
-        chunk = self._inputs.chunk(input_ids, inputs_embeds, image_features, visual_mask, attention_mask)
-        cache = self._decoder.new_cache(len(chunk.visual)) if cache is None else cache
-        logits, exit_layer = self._decoder.run(chunk, cache, room)
+            image_features = self._parts.encoder(np.asarray(pixel_values))
+        chunk = self._parts.inputs.chunk(input_ids, inputs_embeds, image_features, visual_mask, attention_mask)
+        cache = self._parts.decoder.new_cache(len(chunk.visual)) if cache is None else cache
+        logits, exit_layer = self._parts.decoder.run(chunk, cache, room)
         return OnnxOutput(logits, exit_layer, cache)
 
     def decode(self, tokens: Any, cache: OnnxCache, *, active: Any = None) -> OnnxOutput:
@@ -189,12 +168,12 @@ class OnnxEngine:
         """
         if cache.is_empty:
             raise InputError("cache: is empty: run the prompt with prefill() first.")
-        chunk = self._inputs.tokens(tokens)
+        chunk = self._parts.inputs.tokens(tokens)
         running = np.ones(cache.batch, bool) if active is None else np.asarray(active, bool)
         for name, size in (("tokens", len(chunk.ids)), ("active", len(running))):
             if size != cache.batch:
                 raise InputError(f"{name}: expected {cache.batch}, one for each row of the cache, got {size}.")
-        logits = self._decoder.step(chunk.padded(), cache, running)
+        logits = self._parts.decoder.step(chunk.padded(), cache, running)
         return OnnxOutput(logits, np.full(cache.batch, -1, np.int64), cache)
 
     def generate(
@@ -240,10 +219,10 @@ class OnnxEngine:
             InputError: As :meth:`prefill`, or an option that cannot be.
             EngineError: Stop strings, but no tokenizer.
         """
-        limit = self._defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
+        limit = self._parts.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise InputError(f"max_new_tokens: expected at least 1, got {limit!r}.")
-        sampling = self._defaults.sampling(do_sample, temperature, top_k, top_p, seed)
+        sampling = self._parts.defaults.sampling(do_sample, temperature, top_k, top_p, seed)
         facts = self.manifest.model
         ends = facts.eos_token_ids if eos_token_ids is None else list(eos_token_ids)
         strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
@@ -270,10 +249,30 @@ class OnnxEngine:
         )
         return OnnxGenerated(tokens, lengths, output.exit_layer, output.cache)
 
+    def prompt(self, messages: str | Sequence[Mapping[str, Any]], images: Any = None) -> Prompt:
+        """A question or chat as a row of tokens and the features of its pictures; takes what :meth:`chat` takes.
+
+        Several of them make a batch: ``generate([p.ids for p in prompts], image_features=[p.features for p in prompts
+        if p.features is not None])``.
+
+        Raises:
+            InputError: Messages of another kind.
+            EngineError: The engine has no tokenizer, or a package it needs is missing.
+        """
+        return self.processor.prompt(self._messages(messages, images), self._parts.encoder)
+
+    def _messages(self, messages: str | Sequence[Mapping[str, Any]], images: Any) -> Sequence[Mapping[str, Any]]:
+        pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
+        if isinstance(messages, str):
+            return self.processor.messages(messages, pictures)
+        if pictures:
+            raise InputError("images: put the pictures of a chat into its messages, as parts of type 'image'.")
+        return messages
+
     def chat(
         self,
         messages: str | Sequence[Mapping[str, Any]],
-        images: Sequence[Any] | None = None,
+        images: Any = None,
         *,
         on_text: Callable[[str], None] | None = None,
         **options: Any,
@@ -283,8 +282,8 @@ class OnnxEngine:
         Args:
             messages: A question; or a chat of messages with "role" and "content", which is a text or a list of parts
                 {"type": "text", "text": ...} and {"type": "image", "image": ...}.
-            images: The question's pictures: paths, Pillow images, or arrays [height, width, 3] of uint8. Those of a
-                chat are in its parts.
+            images: The question's picture, or a list of them: paths, Pillow images, or arrays [height, width, 3] of
+                uint8. Those of a chat are in its parts.
             on_text: Called with each piece of the answer as it comes.
             options: Of :meth:`generate`: ``max_new_tokens``, ``temperature``, ``seed``, ``stop_strings`` ...
 
@@ -295,14 +294,10 @@ class OnnxEngine:
             InputError: Messages of another kind, or options that cannot be.
             EngineError: The engine has no tokenizer, or a package it needs is missing.
         """
-        processor = self.processor
-        if isinstance(messages, str):
-            messages = processor.messages(messages, images or [])
-        elif images:
-            raise InputError("images: put the pictures of a chat into its messages, as parts of type 'image'.")
-        prompt = processor.prompt(messages, self._encode_each)
+        messages = self._messages(messages, images)
+        prompt = self.prompt(messages)
         stops = options.get("stop_strings", ())
-        stream = TextStream(processor.decode, [stops] if isinstance(stops, str) else list(stops))
+        stream = TextStream(self.processor.decode, [stops] if isinstance(stops, str) else list(stops))
         on_tokens = options.pop("on_tokens", None)
 
         def show(piece: str) -> None:
@@ -327,34 +322,4 @@ class OnnxEngine:
         Raises:
             InputError: The engine has no image encoder (the message says why), or takes images of another size.
         """
-        return np.concatenate(self._encode_each(np.asarray(pixel_values)))
-
-    def _encode_each(self, pixel_values: Array) -> list[Array]:
-        """The features [n, C] of each image."""
-        facts = self.manifest
-        if facts.vision is None or self._vision is None:
-            why = facts.vision_missing or f"{facts.model.name} is a language model alone"
-            raise InputError(f"pixel_values: the engine has no image encoder ({why}): pass image_features.")
-        shape = facts.vision.image
-        if pixel_values.ndim != 4 or list(pixel_values.shape[1:]) != shape or not len(pixel_values):
-            raise InputError(
-                f"pixel_values: expected [images, {', '.join(map(str, shape))}], got {list(pixel_values.shape)}."
-            )
-        images = pixel_values.astype(self.dtype, copy=False)
-        encoder = self._vision
-        return [encoder.run({"pixel_values": i[None]}, ["image_features"])[0].numpy() for i in images]
-
-
-def _check_named(manifest: OnnxManifest) -> None:
-    """Every graph the manifest names is among its files, so that no other file is ever opened.
-
-    Raises:
-        EngineError: One is not.
-    """
-    names = [manifest.embedding, *(stage.file for stage in manifest.stages)]
-    names += [stage.exit.gate for stage in manifest.stages if stage.exit is not None and stage.exit.gate is not None]
-    names += [] if manifest.decoder is None else [manifest.decoder]
-    names += [] if manifest.vision is None else [manifest.vision.piece]
-    for name in names:
-        if name not in manifest.files:
-            raise EngineError(f"{MANIFEST}: {name} is not among its files: export the model again.")
+        return np.concatenate(self._parts.encoder(np.asarray(pixel_values)))

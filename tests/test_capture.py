@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from vte_compile.capture import capture, evaluating
 from vte_compile.errors import CaptureError
 from vte_compile.families.decoder import describe
+from vte_compile.kernels.append_attention import append_attention
 from vte_compile.oracle import Oracle, OracleCache
 
 SMALL = dict(num_hidden_layers=2)
@@ -97,11 +98,13 @@ def test_decode_one_row(lengths):
     got = run_graph(graph, embeds, positions(1, 20), *past)
     assert_close(got, by_oracle(model, embeds, past, 20))
     assert_close(got, hugging_face(model, embeds, positions(1, 20), past))  # one token: the model makes no mask either
-    # The heads of a group are rows of their key/value head: nothing is repeated, and nothing is masked.
-    for attention in nodes_of(graph, torch.ops.aten.scaled_dot_product_attention.default):
-        assert [attention.args[i].meta["val"].shape[1] for i in (0, 1)] == [2, 2]
-        assert attention.args[0].meta["val"].shape[2] == 2
-        assert len(attention.args) < 4 or attention.args[3] is None
+    # One op a layer appends and attends, to rows that begin at 0; nothing is left of the model's own ways to do so.
+    attentions = nodes_of(graph, append_attention._opoverload)
+    assert [[n.name for n in attention.args[3:5]] for attention in attentions] == [
+        [f"past_key_{i}", f"past_value_{i}"] for i in range(LAYERS)
+    ]
+    assert all(attention.args[5] is None for attention in attentions)
+    assert not nodes_of(graph, torch.ops.aten.scaled_dot_product_attention.default)
 
 
 @pytest.mark.parametrize("batch", [2, 3, 5])
@@ -283,6 +286,24 @@ def test_attention_that_is_not_plain_is_refused_by_layer():
     with pytest.raises(CaptureError, match="layer 1: attention with softcap is not supported yet"):
         capture(describe(model), "decode")
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_keys_that_change_behind_the_cache_are_refused():
+    """Decode appends what the cache was given, and attends to that."""
+    model = tiny(num_hidden_layers=2)
+    attention = model.model.layers[1].self_attn
+
+    def forward(*args, past_key_values, **kwargs):
+        class Scaled:
+            def update(self, *new):
+                keys, values = past_key_values.update(*new)
+                return 2 * keys, values
+
+        return type(attention).forward(attention, *args, past_key_values=Scaled(), **kwargs)
+
+    attention.forward = forward
+    with pytest.raises(CaptureError, match="layer 1: keys or values change between cache and attention"):
+        capture(describe(model), "decode")
 
 
 def test_only_decode_is_batched():

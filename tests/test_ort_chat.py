@@ -71,6 +71,18 @@ def test_answers_are_the_models(shipped, form: str) -> None:
     assert len(seen) >= 3
 
 
+def test_a_batch_of_questions(engine: OnnxEngine) -> None:
+    questions = [*ASSETS.spread(3), ASSETS.spread(40)[33]]
+    images = [questions[0].image, None, [questions[2].image], questions[3].image]
+    prompts = [engine.prompt(question.text, image) for question, image in zip(questions, images, strict=True)]
+    features = [prompt.features for prompt in prompts if prompt.features is not None]
+    answer = engine.generate([prompt.ids for prompt in prompts], image_features=features)
+    for b, (question, image) in enumerate(zip(questions, images, strict=True)):
+        alone = engine.chat(question.text, image)
+        assert answer.tokens[b, : answer.lengths[b]].tolist() == alone.tokens
+        assert answer.exit_layer[b] == alone.exit_layer
+
+
 def test_logits_are_the_models(shipped, engine: OnnxEngine) -> None:
     fast, processor, _ = shipped
     question = ASSETS.questions[3]

@@ -60,7 +60,7 @@ def form(request) -> str:
 def loaded(folder: Path, form: str) -> OnnxEngine:
     engine = load_engine(folder, threads=1, form="staged" if form == "copying" else form)
     assert isinstance(engine, OnnxEngine)
-    engine._decoder._in_place = form != "copying"
+    engine._parts.decoder._in_place = form != "copying"
     return engine
 
 
@@ -251,13 +251,13 @@ def test_a_cache_without_room_moves(llava) -> None:
     _, engine = llava
     inputs = image_inputs("titt", "ittt", seed=1)
     roomy, tight = engine.prefill(**inputs, room=12), engine.prefill(**inputs)
-    assert (tight.cache.nbytes < roomy.cache.nbytes) == engine._decoder._in_place
+    assert (tight.cache.nbytes < roomy.cache.nbytes) == engine._parts.decoder._in_place
     for _ in range(12):
         tokens = roomy.logits.argmax(-1)
         size = roomy.cache.nbytes
         roomy, tight = engine.decode(tokens, roomy.cache), engine.decode(tokens, tight.cache)
         close(roomy.logits, tight.logits, 1e-5)
-        assert (roomy.cache.nbytes == size) == engine._decoder._in_place
+        assert (roomy.cache.nbytes == size) == engine._parts.decoder._in_place
 
 
 def test_layers_above_an_exit_need_less_memory(llava_folder) -> None:
@@ -282,7 +282,7 @@ def test_an_error_in_a_chunk_leaves_the_cache(llava, monkeypatch) -> None:
     cache = first.cache
     want = engine.prefill([[5, 6, 7, 8, 9], [5, 6, 7, 8, 10]]).logits
     before = cache.lengths.copy()
-    graph = engine._decoder._graphs[-1]
+    graph = engine._parts.decoder._graphs[-1]
     with monkeypatch.context() as patch:
         patch.setattr(graph, "session", None)
         with pytest.raises(AttributeError):
@@ -348,10 +348,14 @@ def test_bad_inputs(llava, llama) -> None:
         text.decode([1], cache, active=[True, False])
     with pytest.raises(InputError, match="cache holds 1 rows, the inputs 2"):
         text.prefill([[1], [2]], cache=cache)
+    with pytest.raises(InputError, match="cache: is of another engine"):
+        engine.prefill([[1]], cache=cache)
+    with pytest.raises(InputError, match="cache: is of another engine"):
+        engine.decode([1], cache)
     with pytest.raises(InputError, match="no row has a token"):
         text.prefill([[1]], attention_mask=[[0]], cache=cache)
     with pytest.raises(InputError, match="cache: is empty"):
-        text.decode([1], text._decoder.new_cache(1))
+        text.decode([1], text._parts.decoder.new_cache(1))
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from helpers import LAYERS, C, captured, embeddings, nodes_of, plan, positions, 
 from vte_compile.errors import CaptureError
 from vte_compile.passes import PassSettings
 from vte_compile.passes.annotate_layers import annotate_layers
+from vte_compile.passes.residual import ATTENTIONS
 
 aten = torch.ops.aten
 SETTINGS = PassSettings(plan())
@@ -52,7 +53,7 @@ def test_layers_and_streams(phase):
         assert stream.target in ADD
         assert stream.meta["val"].shape[-1] == C
         assert {graph.layer_of[user] for user in stream.users} - {layer} == {layer + 1}
-    attentions = nodes_of(graph, aten.scaled_dot_product_attention.default)
+    attentions = nodes_of(graph, *ATTENTIONS)
     assert [graph.layer_of[n] for n in attentions] == list(range(LAYERS))
     assert not any(n.op in ("placeholder", "get_attr", "output") for n in graph.layer_of)
 
