@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vte_compile.errors import EngineError, InputError
 from vte_compile.export.onnx_manifest import StageFacts
-from vte_compile.export.ort_cache import OnnxCache
+from vte_compile.export.ort_cache import Layout, OnnxCache
 from vte_compile.export.ort_decoder import Decoder
 from vte_compile.export.ort_inputs import Chunk
 from vte_compile.export.ort_sessions import Array
@@ -37,6 +37,8 @@ class StageMemory:
         self._most, self._columns = most, 0
         slots = {f"{c.layer}.{kind}": (c.kv_heads, size) for c in facts.caches
                  for kind, size in (("key", c.key_size), ("value", c.value_size))}  # fmt: skip
+        self.layout = Layout(slots, {p.name: p.shape for p in facts.prompt})
+        """What the cache of another engine differs in."""
         # Never empty: TensorRT takes no cache of no column. Zeros, since what is masked must be a number still.
         self._nothing = {
             name: torch.zeros(1, heads, 1, size, dtype=dtype, device=device) for name, (heads, size) in slots.items()
@@ -127,8 +129,9 @@ class TensorRTDecoder(Decoder):
         self._gates = [graphs[s.exit.gate] if s.exit is not None and s.exit.gate is not None else None for s in stages]
         self._exit_layers = [None if stage.exit is None else stage.exit.layer for stage in stages]
         self.may_exit = len(stages) > 1
-        memory: Any
-        for s, (graph, memory) in enumerate(zip(self._engines, self.new_cache(1).memories, strict=True)):
+        memories: list[Any] = self.new_cache(1).memories
+        self._stages, self._layouts = len(stages), [memory.layout for memory in memories]
+        for s, (graph, memory) in enumerate(zip(self._engines, memories, strict=True)):
             first = ["hidden_states", "keep"] if s else ["inputs_embeds"]
             _check(graph, [*first, "position_ids", "new_lengths", "past_lengths", *memory.rows()], [
                 self._result(s), *memory.outputs])  # fmt: skip

@@ -18,6 +18,7 @@ from vte_compile.export.manifest import MANIFEST
 from vte_compile.export.ort_cache import OnnxCache
 from vte_compile.export.ort_engine import OnnxEngine, OnnxOutput
 from vte_compile.export.ort_inputs import Inputs
+from vte_compile.export.ort_programs import ImageEncoder, Parts
 from vte_compile.export.tensorrt_build import import_tensorrt
 from vte_compile.export.tensorrt_decoder import TensorRTDecoder
 from vte_compile.export.tensorrt_graph import TensorRTGraph
@@ -39,14 +40,20 @@ class TensorRTEngine(OnnxEngine):
     def __init__(
         self, folder: Path, manifest: TensorRTManifest, graphs: Mapping[str, Any], device: torch.device
     ) -> None:
-        self.folder, self.manifest, self._sizes = folder, manifest, manifest.sizes
-        self.device: Any = device
-        self.dtype = np.dtype(_NUMPY[manifest.model.dtype])
+        dtype = np.dtype(_NUMPY[manifest.model.dtype])
         decoder = TensorRTDecoder(graphs, manifest.stages, getattr(torch, manifest.model.dtype), device, manifest.sizes)
-        self._decoder = decoder
-        self._vision = None if manifest.vision is None else graphs[manifest.vision.piece]
-        self._defaults = GenerationDefaults.read(folder / "generation_config.json")
-        self._inputs = Inputs(manifest.model, graphs[manifest.embedding], self.dtype, decoder.may_exit)
+        vision = None if manifest.vision is None else graphs[manifest.vision.piece]
+        parts = Parts(
+            manifest,
+            device,  # type: ignore[arg-type]
+            dtype,
+            Inputs(manifest.model, graphs[manifest.embedding], dtype, decoder.may_exit),
+            ImageEncoder(manifest, vision, dtype),
+            decoder,
+            GenerationDefaults.read(folder / "generation_config.json"),
+        )
+        super().__init__(parts, folder)
+        self._sizes = manifest.sizes
         # TensorRT asks for a stream of its own: on the default one it waits more than it must.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -90,10 +97,6 @@ class TensorRTEngine(OnnxEngine):
             )
         with self._streamed():
             return super().decode(tokens, cache, active=active)
-
-    def _encode_each(self, pixel_values: Any) -> Any:
-        with self._streamed():
-            return super()._encode_each(pixel_values)
 
     @contextlib.contextmanager
     def _streamed(self) -> Any:
