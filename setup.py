@@ -43,7 +43,8 @@ setup(
     extras_require={
         "onnx": ["onnx", "onnxscript", "onnxruntime", *chat],
         "onnx-gpu": ["onnx", "onnxscript", "onnxruntime-gpu", *chat],
-        "tensorrt": ["torch-tensorrt"],
+        "tensorrt": ["onnx", "onnxscript", "onnxruntime", "tensorrt>=10", *chat],
+        "tensorrt-rtx": ["onnx", "onnxscript", "onnxruntime", "tensorrt-rtx", *chat],
         "train": ["accelerate", "datasets"],
         "demo": demo,
         "dev": [

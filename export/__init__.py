@@ -20,10 +20,18 @@ if TYPE_CHECKING:
     from vte_compile.export.engine import Engine
     from vte_compile.export.ort_engine import OnnxEngine
 
-TARGETS = {"aoti": "vte_compile.export.aoti_target", "onnxruntime": "vte_compile.export.ort_target"}
+TARGETS = {
+    "aoti": "vte_compile.export.aoti_target",
+    "onnxruntime": "vte_compile.export.ort_target",
+    "tensorrt": "vte_compile.export.tensorrt_target",
+}
 """The modules that write engines, each with a function ``write(fast, path)``."""
 
-LOADERS = {"aoti": "vte_compile.export.engine:Engine", "onnxruntime": "vte_compile.export.ort_engine:OnnxEngine"}
+LOADERS = {
+    "aoti": "vte_compile.export.engine:Engine",
+    "onnxruntime": "vte_compile.export.ort_engine:OnnxEngine",
+    "tensorrt": "vte_compile.export.tensorrt_engine:TensorRTEngine",
+}
 """The classes that run engines, each with ``load(folder, manifest's fields, **options)``; options: `load_engine`."""
 
 
@@ -39,17 +47,20 @@ def export(fast: Any, path: str | os.PathLike[str], target: str = "aoti", **opti
         path: The folder: new, empty, or an engine, which is replaced.
         target: What runs it. ``aoti``: torch alone, pieces compiled ahead of time by AOTInductor for the device the
             model is on, and for processors like this one. ``onnxruntime``: ONNX graphs, for ONNX Runtime.
+            ``tensorrt``: ONNX graphs of the stages between exits, and TensorRT's engines of them.
         options: For ``onnxruntime``: ``processor``, the model's processor (or tokenizer), whose files go into the
             folder, so that the engine takes text and pictures; ``forms``, ("staged", "single") or one of them: graphs
             between exits, which spare what leaves, and one graph with the exits inside; ``quantize``, "int4" or
-            "int8": the weights of the decoder's linear layers in so many bits.
+            "int8": the weights of the decoder's linear layers in so many bits. For ``tensorrt`` (docs/tensorrt.md):
+            ``processor``; ``profiles``, the sizes engines take; ``precision``, "fp32", "fp16" or "bf16";
+            ``build``, which package builds the engines, or False; ``strip_weights``, engines without weights.
 
     Returns:
         ``path``.
 
     Raises:
         InputError: Unknown target or option, or not an optimized model.
-        EngineError: ``path`` holds something else than an engine.
+        EngineError: ``path`` holds something else than an engine; or TensorRT is missing, or does not take a graph.
         UnsupportedModelError: The model embeds or numbers its tokens in a way no engine knows.
         CaptureError: A part could not be traced or compiled, or does not compute what it did.
     """
@@ -76,9 +87,10 @@ def load_engine(
 
     An engine of target "aoti" needs torch and safetensors; one of target "onnxruntime" needs onnxruntime and numpy, and
     for text and images tokenizers, jinja2 and pillow. Neither needs transformers.
+    One of target "tensorrt" needs TensorRT, a torch for CUDA and an NVIDIA GPU (docs/tensorrt.md).
 
-    An AOTInductor engine holds compiled code, which loading it lets run: load only engines you trust. The checksums,
-    which are compared before anything is loaded, find damage; they do not prove who made the engine.
+    AOTInductor's and TensorRT's engines hold compiled code, which loading lets run: load only engines you trust. The
+    checksums, which are compared before anything is loaded, find damage; they do not prove who made the engine.
 
     Args:
         path: The folder.
@@ -89,7 +101,7 @@ def load_engine(
     Returns:
         The engine, with ``generate()``, ``prefill()`` and ``decode()``: an
         :class:`~vte_compile.export.engine.Engine` or
-        an :class:`~vte_compile.export.ort_engine.OnnxEngine`, which also has ``chat()``.
+        an :class:`~vte_compile.export.ort_engine.OnnxEngine` (or its subclass for TensorRT), which also has ``chat()``.
 
     Raises:
         InputError: An option is none of its values, or means nothing to an engine of this target.

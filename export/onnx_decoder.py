@@ -15,7 +15,7 @@ from vte_compile.errors import CaptureError
 from vte_compile.export.onnx_glue import gate_function
 from vte_compile.export.onnx_graph import OnnxGraph
 from vte_compile.export.onnx_manifest import CacheFacts, PromptFacts
-from vte_compile.export.onnx_ops import lower_ops
+from vte_compile.export.onnx_ops import ORT, Operators, replace_ops
 from vte_compile.export.onnx_pieces import check, convert
 from vte_compile.passes.lower_piecewise import Piece, PiecewiseGraph
 from vte_compile.plan import GateExit, StaticExit
@@ -41,10 +41,13 @@ class OnnxDecoder:
         lowered: Of the phase "chunk".
         exits: Of the plan, in order.
         layers: How many the decoder has.
+        operators: Of the target.
     """
 
-    def __init__(self, lowered: PiecewiseGraph, exits: Sequence[_Exit], layers: int) -> None:
-        self.lowered = lowered
+    def __init__(
+        self, lowered: PiecewiseGraph, exits: Sequence[_Exit], layers: int, operators: Operators = ORT
+    ) -> None:
+        self.lowered, self.operators = lowered, operators
         pieces = [step for step in lowered.steps if isinstance(step, Piece)]
         self._preamble = [p for p in pieces if p.layer < 0]
         self.stages = _stages(pieces, exits, layers)
@@ -71,10 +74,11 @@ class OnnxDecoder:
         dynamic: list[set[int]] = [{d for d, s in enumerate(e.shape) if not isinstance(s, int)} for e in inputs]
         dynamic += [set() for _ in parameters]
         outputs = [f"result_{i}" for i in range(len(piece.outputs))]
-        model = convert(lower_ops(piece.module), values, dynamic, outputs)
+        model = convert(replace_ops(piece.module, self.operators.lowered), values, dynamic, outputs, self.operators)
+        expected = replace_ops(piece.module, self.operators.expected)
         for tokens, past in ((3, 2), (1, 0)):
             tried = [self._value(n, e, tokens, past) for n, e in zip(piece.inputs, inputs, strict=True)]
-            check(model, piece.module, [*tried, *parameters])
+            check(model, expected, [*tried, *parameters])
         self._converted[piece.key] = model
 
     def _value(self, name: str, example: Tensor, tokens: int, past: int) -> Tensor:
@@ -123,7 +127,7 @@ class OnnxDecoder:
             kept = "kept_tokens"
             stream = graph.op("Gather", [stream, graph.input("keep", [kept], ir.DataType.INT64)], "keep", axis=1)
         env = {stage.stream: stream}
-        env["position_ids"] = graph.input("position_ids", ["batch", kept], ir.DataType.INT64)
+        env["position_ids"] = graph.input("position_ids", [*self._position_rows, "batch", kept], ir.DataType.INT64)
         for name in ("new_lengths", "past_lengths"):
             env[name] = graph.input(name, ["batch"], ir.DataType.INT64)
         self._add_past(graph, stage, env)
@@ -132,7 +136,7 @@ class OnnxDecoder:
             graph.output("logits", env[self.lowered.outputs[0]], ["batch", 1, self._vocabulary])
         else:
             graph.output("next_hidden_states", env[self.stages[index + 1].stream], ["batch", kept, hidden])
-        self._add_present(graph, stage, env)
+        self._add_present(graph, stage, env, kept)
 
     def add_single(self, graph: OnnxGraph) -> None:
         """All stages as one graph, with the exits inside."""
@@ -188,7 +192,7 @@ class OnnxDecoder:
         if key not in self._converted:
             dynamic: list[set[int]] = [{0, 1}, {0, 1}, {0}, set(), set(), set()]
             function = gate_function(gated)
-            self._converted[key] = convert(function, examples, dynamic[: len(examples)], ["fire"])
+            self._converted[key] = convert(function, examples, dynamic[: len(examples)], ["fire"], self.operators)
             check(self._converted[key], function, examples)
         [fire] = graph.add(self._converted[key], prefix, [stream, visual, lengths, *weights])
         return fire
@@ -203,6 +207,11 @@ class OnnxDecoder:
     def _hidden_example(self) -> Tensor:
         example = self._placeholders["inputs_embeds"]
         return torch.randn(3, 5, int(example.shape[-1]), generator=torch.Generator().manual_seed(0)).to(example.dtype)
+
+    @property
+    def _position_rows(self) -> list[int]:
+        """[3] in front of [B, T] if positions are multimodal."""
+        return [int(size) for size in self._placeholders["position_ids"].shape[:-2]]
 
     @property
     def _vocabulary(self) -> int:
@@ -238,14 +247,16 @@ class OnnxDecoder:
         for value in self.prompt(stage):
             env[value.name] = graph.input(f"past_prompt.{value.name}", ["batch", *value.shape])
 
-    def _add_present(self, graph: OnnxGraph, stage: Stage, env: dict[str, ir.Value]) -> None:
+    def _add_present(self, graph: OnnxGraph, stage: Stage, env: dict[str, ir.Value], kept: str = "tokens") -> None:
         for cache in self.caches(stage):
             at = self.lowered.kv[cache.layer]
             assert at is not None
             for i, (kind, size) in enumerate((("key", cache.key_size), ("value", cache.value_size))):
-                shape: list[int | str] = ["batch", cache.kv_heads, f"present_columns_{cache.layer}", size]
-                value = env[self.lowered.outputs[1 + 2 * at + i]]
-                graph.output(f"present.{cache.layer}.{kind}", value, shape)
+                name, columns = f"present.{cache.layer}.{kind}", f"present_columns_{cache.layer}"
+                if self.operators.new_columns:
+                    name, columns = f"new.{cache.layer}.{kind}", kept
+                shape: list[int | str] = ["batch", cache.kv_heads, columns, size]
+                graph.output(name, env[self.lowered.outputs[1 + 2 * at + i]], shape)
         prompts = self.lowered.prompt_state
         names = self.lowered.outputs[len(self.lowered.outputs) - len(prompts) :]
         outputs = {value.name: name for value, name in zip(prompts, names, strict=True)}

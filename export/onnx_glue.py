@@ -35,12 +35,12 @@ def gate_function(gated: bool) -> Callable[..., tuple[Tensor]]:
         hidden = hidden_states.float()
         last = (lengths - 1)[:, None]
         question = (index >= start[:, None]) & (index < last)
-        # No question but the last token: 0 / 0, and a NaN never fires.
+        # No question but the last token: 0 / 0, and it never fires.
         mean = torch.where(question[..., None], hidden, 0.0).sum(1) / question.sum(1, keepdim=True)
         at = last[..., None].expand(-1, -1, hidden.shape[2])
         features = torch.cat([mean, hidden.gather(1, at)[:, 0]], dim=-1)
         logits = F.linear(F.gelu(F.linear(features, w1)), w2)
-        return (may & (logits[:, 1] - logits[:, 0] > threshold),)
+        return (may & (start < lengths - 1) & (logits[:, 1] - logits[:, 0] > threshold),)
 
     return asked if gated else static
 
@@ -62,9 +62,10 @@ def embedding_function(placeholders: list[int]) -> Callable[..., tuple[Tensor, T
         visual = torch.zeros_like(input_ids, dtype=torch.bool)
         for token in placeholders:
             visual = visual | (input_ids == token)
-        nth = (visual.reshape(-1).long().cumsum(0) - 1).reshape(input_ids.shape)
+        # TensorRT sums floating-point numbers only; exact up to 2^24 tokens.
+        nth = (visual.reshape(-1).float().cumsum(0).long() - 1).reshape(input_ids.shape)
         visual = visual & (nth < image_features.shape[0])
-        embeds = F.embedding(input_ids.clamp(max=table.shape[0] - 1), table)
+        embeds = F.embedding(input_ids.masked_fill(input_ids >= table.shape[0], 0), table)
         # One more row, so that there is one to gather where no feature is.
         features = torch.cat([image_features, table[:1] * 0])
         return torch.where(visual[..., None], F.embedding(nth.masked_fill(~visual, 0), features), embeds), visual

@@ -13,7 +13,7 @@ from onnx_ir.tape import Tape
 from torch import Tensor
 
 from vte_compile.errors import CaptureError
-from vte_compile.export.onnx_ops import OPSETS
+from vte_compile.export.onnx_ops import ORT, Operators
 from vte_compile.export.onnx_weights import WeightFiles
 from vte_compile.version import __version__
 
@@ -30,12 +30,20 @@ class OnnxGraph:
         weights: Where initializers go.
         dtype: What floating-point inputs are.
         quantize: "int4" or "int8" for linear layers of pieces that may be quantized.
+        operators: Of the target.
     """
 
-    def __init__(self, name: str, weights: WeightFiles, dtype: ir.DataType, quantize: str | None = None) -> None:
-        self.dtype, self._quantize = dtype, quantize
+    def __init__(
+        self,
+        name: str,
+        weights: WeightFiles,
+        dtype: ir.DataType,
+        quantize: str | None = None,
+        operators: Operators = ORT,
+    ) -> None:
+        self.dtype, self._quantize, self.operators = dtype, quantize, operators
         self._weights = weights
-        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports=dict(OPSETS))
+        self._graph = ir.Graph([], [], nodes=[], name=name, opset_imports=dict(operators.opsets))
         self._names: set[str] = set()
 
     def input(self, name: str, shape: Sequence[int | str], dtype: ir.DataType | None = None) -> ir.Value:

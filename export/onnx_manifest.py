@@ -92,19 +92,20 @@ class OnnxManifest:
         Raises:
             EngineError: Not a manifest of this target.
         """
-        return from_fields(_manifest, body)
+        return from_fields(lambda fields: cls(**nested(fields)), body)
 
 
-def _manifest(fields: dict[str, Any]) -> OnnxManifest:
+def nested(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of an :class:`OnnxManifest`, and others, with what is nested in them as objects."""
     vision = fields["vision"]
-    nested = {
+    objects = {
         "built": Tools(**fields["built"]),
         "model": ModelFacts(**fields["model"]),
         "vision": None if vision is None else VisionCall(**vision),
         "stages": [_stage(stage) for stage in fields["stages"]],
         "files": {path: FileFacts(**facts) for path, facts in fields["files"].items()},
     }
-    return OnnxManifest(**(fields | nested))
+    return fields | objects
 
 
 def _stage(fields: dict[str, Any]) -> StageFacts:

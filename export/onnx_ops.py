@@ -1,12 +1,13 @@
-"""Which ONNX operators stand for the ops of a chunk's graph.
+"""Which ONNX operators stand for the ops of a chunk's graph: a table for each target.
 
-Graphs are for ONNX Runtime: com.microsoft.GroupQueryAttention is the one operator whose CPU and CUDA kernels append to
-a cache in place and take rows of unequal lengths.
+The one here is for ONNX Runtime: com.microsoft.GroupQueryAttention is the one operator whose CPU and CUDA kernels
+append to a cache in place and take rows of unequal lengths. That for TensorRT: tensorrt_ops.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,16 +53,34 @@ def _rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor
     return torch.onnx.ops.rotary_embedding(x, cos, sin, num_heads=heads)
 
 
-_LOWERED: dict[Any, Callable[..., Any]] = {
-    cached_attention._opoverload: _group_query_attention,
-    rotary._opoverload: _rotary_embedding,
-}
+@dataclass(frozen=True)
+class Operators:
+    """What a target's graphs are made of."""
+
+    opsets: Mapping[str, int]
+    lowered: Mapping[Any, Callable[..., Any]]
+    """For our ops: functions that torch.onnx exports as the operators that stand for them."""
+    expected: Mapping[Any, Callable[..., Any]]
+    """For ops whose operators give something else than they do: what those give, from the ops' naive reference."""
+    fuses_norms: bool
+    """Whether RMSNormalization stands for what it is made of."""
+    new_columns: bool
+    """Graphs give the keys and values of the new tokens alone; else the cache with these behind each row's past."""
 
 
-def lower_ops(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a piece in which our ops are functions that torch.onnx exports as operators."""
+ORT = Operators(
+    OPSETS,
+    {cached_attention._opoverload: _group_query_attention, rotary._opoverload: _rotary_embedding},
+    {},
+    fuses_norms=True,
+    new_columns=False,
+)
+
+
+def replace_ops(module: fx.GraphModule, functions: Mapping[Any, Callable[..., Any]]) -> fx.GraphModule:
+    """A copy of a piece in which our ops are other functions, such as those of :class:`Operators`."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, val_map={}, return_output_node=False))
     for node in graph.nodes:
-        node.target = _LOWERED.get(node.target, node.target)
+        node.target = functions.get(node.target, node.target)
     return fx.GraphModule(module, graph)

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from vte_compile.errors import CaptureError
-from vte_compile.export.onnx_ops import OPSET
+from vte_compile.export.onnx_ops import ORT, Operators
+from vte_compile.export.onnx_weights import as_array
 
 # Of outputs, relative to the largest expected value.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class _Call(nn.Module):
@@ -38,7 +39,11 @@ class _Call(nn.Module):
 
 
 def convert(
-    function: Callable[..., Any], examples: Sequence[Tensor], dynamic: Sequence[set[int]], outputs: Sequence[str]
+    function: Callable[..., Any],
+    examples: Sequence[Tensor],
+    dynamic: Sequence[set[int]],
+    outputs: Sequence[str],
+    operators: Operators = ORT,
 ) -> ir.Model:
     """Convert a function of tensors.
 
@@ -47,6 +52,7 @@ def convert(
         examples: Its arguments; no symbolic length may be 0 or 1, or equal to another that differs.
         dynamic: The dims of each that are symbolic.
         outputs: Names of the results.
+        operators: Of the target.
 
     Returns:
         A model whose inputs are ``value_0``, ``value_1`` ...
@@ -64,7 +70,7 @@ def convert(
                 exported,
                 (),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=operators.opsets[""],
                 verbose=False,
                 input_names=[f"value_{i}" for i in range(len(examples))],
                 output_names=list(outputs),
@@ -72,7 +78,8 @@ def convert(
     except Exception as error:  # whatever torch.export and torch.onnx raise
         raise CaptureError(f"torch.onnx could not convert a piece: {error}") from error
     assert program is not None
-    rms_normalization.fuse_rms_normalization(program.model)
+    if operators.fuses_norms:
+        rms_normalization.fuse_rms_normalization(program.model)
     return program.model
 
 
@@ -103,25 +110,37 @@ def check(model: ir.Model, function: Callable[..., Any], values: Sequence[Tensor
     Raises:
         CaptureError: The results differ.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    proto = ir.to_proto(model)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     with torch.no_grad():
         expected = function(*values)
     # What a piece does not read is no input any more.
-    names = {i.name for i in session.get_inputs()}
-    feeds = {f"value_{i}": value.detach().cpu().numpy() for i, value in enumerate(values) if f"value_{i}" in names}
-    got = session.run(None, feeds)
-    for want, have, output in zip(expected, got, session.get_outputs(), strict=True):
-        wanted = want.detach().cpu().numpy()
+    feeds = {f"value_{i}": as_array(value) for i, value in enumerate(values)}
+    feeds = {name: array for name, array in feeds.items() if name in {i.name for i in model.graph.inputs}}
+    # ONNX Runtime has no bfloat16 on CPUs; the reference has, slowly.
+    run = _reference if any(v.dtype == torch.bfloat16 for v in (*values, *expected)) else _onnxruntime
+    for want, have, output in zip(expected, run(ir.to_proto(model), feeds), model.graph.outputs, strict=True):
+        wanted = as_array(want).astype(np.float64)
         scale = float(np.abs(wanted).max()) if wanted.size else 0.0
         allowed = _TOLERANCE.get(want.dtype, 0.0) * max(scale, 1e-6)
-        error = np.abs(have.astype(np.float64) - wanted).max() if wanted.shape == have.shape else np.inf
+        error = np.abs(have.astype(np.float64) - wanted).max(initial=0) if wanted.shape == have.shape else np.inf
         if not error <= allowed:
             raise CaptureError(
                 f"a converted piece does not compute what its graph does: {output.name} differs by {error:.3g} "
                 f"(allowed {allowed:.3g})."
             )
+
+
+def _onnxruntime(proto: Any, feeds: dict[str, np.ndarray]) -> Sequence[Any]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    results: Sequence[Any] = session.run(None, feeds)
+    return results
+
+
+def _reference(proto: Any, feeds: dict[str, np.ndarray]) -> Sequence[Any]:
+    from onnx.reference import ReferenceEvaluator
+
+    results: Any = ReferenceEvaluator(proto).run(None, feeds)
+    return list(results)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from vte_compile.export.onnx_quantize import quantize_weight
@@ -80,7 +82,8 @@ class WeightFiles:
         self._used += -self._used % _ALIGNMENT
         with open(self._folder / file, "r+b" if self._used else "wb") as opened:
             opened.seek(self._used)
-            opened.write(np.ascontiguousarray(array).tobytes() if array.ndim == 0 else np.ascontiguousarray(array).data)
+            values = np.ascontiguousarray(array)
+            opened.write(values.tobytes() if array.ndim == 0 else values.view(np.uint8).data)
         dtype, shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
         self._known[name] = ir.ExternalTensor(
             file, self._used, array.nbytes, dtype, shape=shape, name=name, base_dir=self._folder
@@ -88,7 +91,15 @@ class WeightFiles:
         self._used += array.nbytes
 
 
+def as_array(tensor: Tensor) -> np.ndarray:
+    """A tensor's content; numpy itself knows no bfloat16."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    array: np.ndarray = tensor.numpy()
+    return array
+
+
 def _array(tensor: Tensor, transposed: bool) -> np.ndarray:
     values = tensor.detach().cpu()
-    array: np.ndarray = (values.T if transposed else values).contiguous().numpy()  # torch's copy is the faster one
-    return array
+    return as_array((values.T if transposed else values).contiguous())  # torch's copy is the faster one

@@ -32,7 +32,7 @@ from vte_compile.plan import GateExit
 from vte_compile.version import __version__
 
 logger = logging.getLogger(__name__)
-_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
+DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
 FORMS = ("staged", "single")
 
 
@@ -43,7 +43,7 @@ def write(
     check_target_folder(path)
     _check(fast, forms)
     check_quantize(quantize)
-    runner, dtype = fast._vte_runner, _DTYPES[fast._vte_spec.dtype]
+    runner, dtype = fast._vte_runner, DTYPES[fast._vte_spec.dtype]
     lowered = runner.lowered("chunk", batched=True)
     if refused := runner.refused("chunk"):
         raise CaptureError(f"export: {refused}")
@@ -53,9 +53,9 @@ def write(
         for piece in tqdm(decoder.distinct, desc="convert pieces", leave=False):
             decoder.convert(piece)
         weights = WeightFiles(folder)
-        _write_embedding(OnnxGraph("embedding", weights, dtype), fast, table, folder / "embedding.onnx")
-        vision, vision_missing = _write_vision(weights, fast, folder)
-        stages = _write_stages(decoder, weights, dtype, quantize, folder) if "staged" in forms else []
+        write_embedding(OnnxGraph("embedding", weights, dtype), fast, table, folder / "embedding.onnx")
+        vision, vision_missing = write_vision(OnnxGraph("vision", weights, dtype), fast, folder / "vision.onnx")
+        stages = write_stages(decoder, weights, dtype, quantize, folder) if "staged" in forms else []
         if "single" in forms:
             graph = OnnxGraph("decoder", weights, dtype, quantize)
             decoder.add_single(graph)
@@ -66,7 +66,7 @@ def write(
             processor.save_pretrained(folder / "processor")
         manifest = OnnxManifest(
             target="onnxruntime",
-            built=_tools(),
+            built=tools(),
             opset=OPSET,
             provider="cpu",
             precision=quantize or str(fast._vte_spec.dtype).removeprefix("torch."),
@@ -95,25 +95,28 @@ def _check(fast: Any, forms: tuple[str, ...]) -> None:
         raise UnsupportedModelError(
             f"{type(fast).__name__} has multimodal rotary positions: engines number tokens one by one so far."
         )
-    if spec.dtype not in _DTYPES:
+    if spec.dtype not in DTYPES:
         raise UnsupportedModelError(
             f"ONNX Runtime's CPU kernels do not take {spec.dtype}: load the model in float32 or float16 before "
             "optimize()."
         )
 
 
-def _tools() -> Tools:
+def tools() -> Tools:
+    """What writes here."""
     return Tools(__version__, *(version(name) for name in ("torch", "transformers", "onnx", "onnxscript")))
 
 
-def _write_embedding(graph: OnnxGraph, fast: Any, table: Tensor, file: Path) -> None:
+def write_embedding(graph: OnnxGraph, fast: Any, table: Tensor, file: Path) -> None:
+    """embedding.onnx: embeddings and the visual mask, of token ids and image features."""
     spec = fast._vte_spec
     integer = ir.DataType.INT64
     ids = graph.input("input_ids", ["batch", "tokens"], integer)
     features = graph.input("image_features", ["features", spec.hidden_size])
     function = embedding_function(list(spec.visual_token_ids))
     examples = [torch.zeros(3, 5, dtype=torch.long), torch.zeros(7, spec.hidden_size, dtype=spec.dtype), table.detach()]
-    piece = convert(function, examples, [{0, 1}, {0}, set()], ["inputs_embeds", "visual_mask"])
+    dims: list[set[int]] = [{0, 1}, {0}, set()]
+    piece = convert(function, examples, dims, ["inputs_embeds", "visual_mask"], graph.operators)
     check(piece, function, examples)
     embeds, visual = graph.add(piece, "embedding", [ids, features, ("embed_tokens.weight", lambda: table)])
     graph.output("inputs_embeds", embeds, ["batch", "tokens", spec.hidden_size])
@@ -121,7 +124,8 @@ def _write_embedding(graph: OnnxGraph, fast: Any, table: Tensor, file: Path) -> 
     graph.save(file)
 
 
-def _write_vision(weights: WeightFiles, fast: Any, folder: Path) -> tuple[VisionCall | None, str | None]:
+def write_vision(graph: OnnxGraph, fast: Any, file: Path) -> tuple[VisionCall | None, str | None]:
+    """vision.onnx, for one image; or why there is none. None, None: the model takes no images."""
     if not fast._vte_spec.is_multimodal:
         return None, None
     try:
@@ -129,38 +133,39 @@ def _write_vision(weights: WeightFiles, fast: Any, folder: Path) -> tuple[Vision
     except (CaptureError, UnsupportedModelError) as error:
         logger.warning("export: the engine has no image encoder and takes image_features: %s", error)
         return None, str(error)
-    graph = OnnxGraph("vision", weights, _DTYPES[fast._vte_spec.dtype])
     image = [int(size) for size in encoder.pixels.shape[1:]]
     pixels = graph.input("pixel_values", [1, *image])
     examples = [encoder.pixels, *(t.detach() for t in encoder.weights.values())]
-    piece = convert(encoder.module, examples, [set() for _ in examples], ["image_features"])
+    piece = convert(encoder.module, examples, [set() for _ in examples], ["image_features"], graph.operators)
     check(piece, encoder.module, examples)
     named: list[tuple[str, Callable[[], Tensor]]] = [
         (f"vision.{name}", partial(_same, tensor)) for name, tensor in encoder.weights.items()
     ]
     [features] = graph.add(piece, "vision", [pixels, *named])
     graph.output("image_features", features, ["visual_tokens", fast._vte_spec.hidden_size])
-    graph.save(folder / "vision.onnx")
-    return VisionCall("vision.onnx", [], image), None
+    graph.save(file)
+    return VisionCall(file.name, [], image), None
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _write_stages(
+def write_stages(
     decoder: OnnxDecoder, weights: WeightFiles, dtype: ir.DataType, quantize: str | None, folder: Path
 ) -> list[StageFacts]:
+    """stage_0.onnx and so on, with the gates between them; for the manifest, what they are."""
     facts = []
     for index, stage in enumerate(decoder.stages):
-        graph = OnnxGraph(f"stage_{index}", weights, dtype, quantize)
+        graph = OnnxGraph(f"stage_{index}", weights, dtype, quantize, decoder.operators)
         decoder.add_stage(graph, index)
         graph.save(folder / f"stage_{index}.onnx")
         exit_ = None
         if stage.exit is not None:
             gate = f"gate_{stage.exit.layer}.onnx" if isinstance(stage.exit, GateExit) else None
             if gate is not None:
-                _write_gate(decoder, OnnxGraph(f"gate_{stage.exit.layer}", weights, dtype), index, folder / gate)
+                gate_graph = OnnxGraph(f"gate_{stage.exit.layer}", weights, dtype, operators=decoder.operators)
+                _write_gate(decoder, gate_graph, index, folder / gate)
             exit_ = ExitFacts(stage.exit.layer, gate)
         caches, prompt = decoder.caches(stage), decoder.prompt(stage)
         facts.append(StageFacts(f"stage_{index}.onnx", stage.layers, caches, prompt, exit_))

@@ -298,7 +298,7 @@ def test_refusals(tmp_path: Path, monkeypatch) -> None:
     def interrupted(*args) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ort_target, "_write_stages", interrupted)
+    monkeypatch.setattr(ort_target, "write_stages", interrupted)
     with pytest.raises(KeyboardInterrupt):
         vte_compile.export(fast, tmp_path / "half", target="onnxruntime")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]

@@ -17,11 +17,16 @@ _FORMS = {"staged": ("staged",), "single": ("single",), "both": ("staged", "sing
 @app.command()
 def export(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The engine's folder; an engine is replaced.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The engine's folder; an engine is replaced.")
+    ] = None,
     plan: PlanOption = None,
-    target: Annotated[str, typer.Option("--target", help="What runs the engine: onnxruntime or aoti.")] = "onnxruntime",
+    target: Annotated[
+        str, typer.Option("--target", help="What runs the engine: onnxruntime, tensorrt or aoti.")
+    ] = "onnxruntime",
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32 or float16. Default: what the checkpoint is in.")
+        str | None,
+        typer.Option("--dtype", help="float32, float16 or bfloat16. Default: what the checkpoint is in."),
     ] = None,
     quantize: Annotated[
         str | None, typer.Option("--quantize", help="int8 or int4: the decoder's linear layers (onnxruntime).")
@@ -30,6 +35,21 @@ def export(
         str | None,
         typer.Option("--form", help="staged, single or both (onnxruntime): graphs between exits, or one graph."),
     ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--profile",
+            metavar="NAME=MIN,OPT,MAX",
+            help="Sizes the engines take (tensorrt): of batch, prompt, visual or columns. Can be given several times.",
+        ),
+    ] = None,
+    build: Annotated[
+        str | None,
+        typer.Option("--build", help="tensorrt, tensorrt_rtx or none: what builds the engines (tensorrt)."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write nothing; show which node goes into which engine (tensorrt).")
+    ] = False,
     device: DeviceOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -38,16 +58,31 @@ def export(
     from vte_compile.export.folder import check_target_folder, read_manifest
     from vte_compile.loading import as_dtype, load_model
 
-    check_target_folder(out)  # before minutes of work
+    if dry_run != (out is None):
+        raise InputError("export: pass --out DIR, or --dry-run without it.")
+    if dry_run and target != "tensorrt":
+        raise InputError(f"--dry-run: of target tensorrt only, got {target!r}.")
+    if out is not None:
+        check_target_folder(out)  # before minutes of work
     if form is not None and form not in _FORMS:
         raise InputError(f"--form: expected {', '.join(_FORMS)}, got {form!r}.")
     options: dict[str, Any] = {} if quantize is None else {"quantize": quantize}
     if form is not None:
         options["forms"] = _FORMS[form]
-    if target == "onnxruntime":
+    if profile:
+        options["profiles"] = dict(_sizes(text) for text in profile)
+    if build is not None:
+        options["build"] = False if build == "none" else build
+    if target != "aoti" and not dry_run:
         options["processor"] = _processor(model)
     loaded = as_dtype(load_model(model, device), dtype)
     fast = vte_compile.optimize(loaded, _load_plan(plan), compile=False)
+    if out is None:
+        from vte_compile.cli_coverage import show
+        from vte_compile.export.tensorrt_coverage import coverage
+
+        show(coverage(fast, profiles=options.get("profiles")))
+        return
     vte_compile.export(fast, out, target, **options)
     body = read_manifest(out)
     _out().print(_summary(out, body), highlight=False, soft_wrap=True)
@@ -64,6 +99,14 @@ def _processor(model: str) -> Any:
         return None
 
 
+def _sizes(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, sizes = text.partition("=")
+    try:
+        return name, tuple(int(size) for size in sizes.split(","))
+    except ValueError as error:
+        raise InputError(f"--profile: expected NAME=MIN,OPT,MAX, such as prompt=1,768,4096, got {text!r}.") from error
+
+
 def _summary(out: Path, body: dict[str, Any]) -> str:
     files = body["files"]
     size = sum(file["bytes"] for file in files.values())
@@ -76,4 +119,7 @@ def _summary(out: Path, body: dict[str, Any]) -> str:
         what = f"{sum(file.endswith('.onnx') for file in files)} ONNX graphs"
         where = f"{body['precision']}, opset {body['opset']}"
         images += ", and text" if any(file.startswith("processor/") for file in files) else ""
+    if body["target"] == "tensorrt":
+        builder = body["builder"]
+        images += "; build the engines: build.sh" if builder is None else f"; engines built by {builder['package']}"
     return f"{_plain(out)}: {what}, {size / 1e6:.1f} MB, {where}; {images}"

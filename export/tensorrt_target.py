@@ -1,0 +1,216 @@
+"""target="tensorrt": the staged ONNX graphs in a form TensorRT takes, and the engines it builds of them.
+
+docs/tensorrt.md says what is in the folder. The graphs are always there, with the trtexec line of each.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from tqdm import tqdm
+
+from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
+from vte_compile.export.folder import check_target_folder, facts_of, sha256_of, whole_folder
+from vte_compile.export.manifest import MANIFEST, encode
+from vte_compile.export.onnx_decoder import OnnxDecoder
+from vte_compile.export.onnx_graph import OnnxGraph
+from vte_compile.export.onnx_manifest import StageFacts
+from vte_compile.export.onnx_weights import WeightFiles
+from vte_compile.export.ort_target import tools, write_embedding, write_stages, write_vision
+from vte_compile.export.staged import embedding_table, model_facts
+from vte_compile.export.tensorrt_build import build_engine, import_tensorrt
+from vte_compile.export.tensorrt_manifest import BuilderFacts, EngineFacts, TensorRTManifest
+from vte_compile.export.tensorrt_ops import TENSORRT
+from vte_compile.export.tensorrt_profiles import Profiles, shell_script, trtexec
+from vte_compile.optimized_model import OptimizedModel
+
+logger = logging.getLogger(__name__)
+DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_TIMING_CACHE = "engines/timing.cache"
+
+
+def write(
+    fast: Any,
+    path: Path,
+    *,
+    processor: Any = None,
+    profiles: Profiles | Mapping[str, Sequence[int]] | None = None,
+    precision: str | None = None,
+    build: str | bool | None = None,
+    strip_weights: bool = False,
+) -> None:
+    """See :func:`vte_compile.export`."""
+    check_target_folder(path)
+    sizes = check_profiles(profiles)
+    fast = in_precision(fast, precision)
+    package = _package(build)
+    trt = None if package is None else import_tensorrt(package)
+    if strip_weights and package == "tensorrt_rtx" and not torch.cuda.is_available():
+        raise InputError(
+            "strip_weights: TensorRT for RTX builds engines without weights only where a GPU is: build them there "
+            "(build=False, and build.sh), or leave strip_weights out."
+        )
+    with whole_folder(path) as folder:
+        parts = write_graphs(fast, folder, WeightFiles(folder))
+        fast.plan.save_pretrained(folder / "plan")
+        fast.generation_config.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder / "processor")
+        engines = plan_engines(folder, sizes, strip_weights)
+        (folder / "build.sh").write_text(shell_script({engine.engine: engine.trtexec for engine in engines}))
+        (folder / "build.sh").chmod(0o755)
+        files = facts_of(folder)  # without engines, which build.sh may replace: each has its own checksum beside it
+        if trt is not None and package is not None:
+            # TensorRT for RTX chooses its kernels where the engine runs: there is nothing to time here.
+            cache = folder / _TIMING_CACHE if package == "tensorrt" else None
+            _build(trt, folder, engines, cache, strip_weights)
+        manifest = TensorRTManifest(
+            target="tensorrt",
+            built=tools(),
+            opset=TENSORRT.opsets[""],
+            provider="cuda",
+            precision=str(fast._vte_spec.dtype).removeprefix("torch."),
+            model=model_facts(fast),
+            plan=fast.plan.describe(),
+            embedding="embedding.onnx",
+            vision=parts[1],
+            vision_missing=parts[2],
+            stages=parts[0],
+            decoder=None,
+            files=files,
+            position_rows=fast._vte_spec.position_rows,
+            sizes={name: list(triple) for name, triple in asdict(sizes).items()},
+            engines=engines,
+            builder=None if trt is None or package is None else BuilderFacts(package, trt.__version__),
+        )
+        (folder / MANIFEST).write_bytes(encode(manifest))
+
+
+def write_graphs(fast: Any, folder: Path, weights: Any) -> tuple[list[StageFacts], Any, str | None]:
+    """All graphs of a model: its stages, and its image encoder or why there is none."""
+    dtype = DTYPES[fast._vte_spec.dtype]
+    lowered = fast._vte_runner.lowered("chunk", batched=True)
+    if refused := fast._vte_runner.refused("chunk"):
+        raise CaptureError(f"export: {refused}")
+    decoder = OnnxDecoder(lowered, fast.plan.exits, fast._vte_spec.num_layers, TENSORRT)
+    for piece in tqdm(decoder.distinct, desc="convert pieces", leave=False):
+        decoder.convert(piece)
+    embedding = OnnxGraph("embedding", weights, dtype, operators=TENSORRT)
+    write_embedding(embedding, fast, embedding_table(fast), folder / "embedding.onnx")
+    vision, vision_missing = write_vision(
+        OnnxGraph("vision", weights, dtype, operators=TENSORRT), fast, folder / "vision.onnx"
+    )
+    return write_stages(decoder, weights, dtype, None, folder), vision, vision_missing
+
+
+def plan_engines(folder: Path, sizes: Profiles, strip_weights: bool) -> list[EngineFacts]:
+    """How to build the graphs of a folder, in the order they run."""
+    order = ["vision", "embedding", "stage", "gate"]
+    files = sorted(folder.glob("*.onnx"), key=lambda file: (order.index(file.stem.split("_")[0]), file.stem))
+    engines = []
+    for file in files:
+        profiles = [
+            {name: [list(sizes) for sizes in triple] for name, triple in profile.items()}
+            for profile in sizes.of(input_shapes(file))
+        ]
+        engine = f"engines/{file.stem}.engine"
+        line = trtexec(file.name, engine, profiles, _TIMING_CACHE)
+        engines.append(
+            EngineFacts(file.name, engine, profiles, [*line, *(["--stripWeights"] if strip_weights else [])])
+        )
+    return engines
+
+
+def input_shapes(file: Path) -> dict[str, list[int | str]]:
+    """Of a graph: for each input its dims, numbers or names."""
+    shapes: dict[str, list[int | str]] = {}
+    for value in ir.load(file).graph.inputs:
+        assert value.name is not None
+        assert value.shape is not None
+        shapes[value.name] = [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
+    return shapes
+
+
+def in_precision(fast: Any, precision: str | None) -> Any:
+    """The model itself, or a copy of it in another precision.
+
+    Raises:
+        InputError: Not an optimized model, or an unknown precision, or fp8.
+        UnsupportedModelError: Its dtype is none TensorRT computes in.
+    """
+    if not isinstance(fast, OptimizedModel):
+        raise InputError(
+            f"export: expected what vte_compile.optimize() returned for a model with a decoder, got a "
+            f"{type(fast).__name__}: call optimize(model, plan) first (plan=Plan() changes nothing)."
+        )
+    if precision == "fp8":
+        raise InputError(
+            "precision: 'fp8' needs the scales of all activations, which only a calibration gives: export in 'fp16' or "
+            "'bf16', add them to the stages' graphs with NVIDIA's ModelOpt (modelopt.onnx.quantization), then run "
+            "build.sh."
+        )
+    if precision is not None and precision not in PRECISIONS:
+        raise InputError(f"precision: {precision!r} is unknown; there are {', '.join(map(repr, PRECISIONS))}.")
+    dtype = fast._vte_spec.dtype
+    if precision is not None and PRECISIONS[precision] != dtype:
+        return copy.deepcopy(fast).to(PRECISIONS[precision])  # type: ignore[attr-defined]
+    if dtype not in DTYPES:
+        raise UnsupportedModelError(
+            f"TensorRT does not compute in {dtype}: pass precision= ({', '.join(map(repr, PRECISIONS))})."
+        )
+    return fast
+
+
+def check_profiles(profiles: Profiles | Mapping[str, Sequence[int]] | None) -> Profiles:
+    """Profiles as an object; None: the usual ones.
+
+    Raises:
+        InputError: Unknown names, or sizes that cannot be.
+    """
+    if profiles is None or isinstance(profiles, Profiles):
+        return profiles or Profiles()
+    try:
+        return Profiles(**{name: tuple(sizes) for name, sizes in profiles.items()})  # type: ignore[arg-type]
+    except (TypeError, AttributeError) as error:
+        raise InputError(
+            f"profiles: expected {', '.join(asdict(Profiles()))}, each with (smallest, usual, largest) ({error})."
+        ) from error
+
+
+def _package(build: str | bool | None) -> str | None:
+    """Which package builds the engines; None: none does."""
+    if build is False:
+        return None
+    if isinstance(build, str):
+        return build
+    try:
+        import_tensorrt("tensorrt")
+    except Exception:
+        if build:
+            raise
+    else:
+        if build or torch.cuda.is_available():
+            return "tensorrt"
+    logger.warning("export: no engine is built here (no TensorRT, or no GPU): run build.sh where there is one")
+    return None
+
+
+def _build(trt: Any, folder: Path, engines: Sequence[EngineFacts], cache: Path | None, strip_weights: bool) -> None:
+    (folder / "engines").mkdir()
+    for facts in tqdm(engines, desc="build engines", leave=False):
+        built = build_engine(trt, folder / facts.graph, facts.profiles, cache, strip_weights=strip_weights)
+        file = folder / facts.engine
+        file.write_bytes(built)
+        file.with_name(file.name + ".sha256").write_text(f"{sha256_of(file)}  {file.name}\n")

@@ -1,0 +1,212 @@
+"""TensorRT engines give what the optimized model gives: the real runner, with ONNX Runtime behind TensorRT's API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from fake_tensorrt import CPU, build_fake, fake, load_fake
+from tiny_families import family_inputs, tiny_family
+from tiny_models import (
+    chunk,
+    gate,
+    image_prompt,
+    one_thread,  # noqa: F401
+    plan,
+    random_adapter,
+    tiny,
+    tiny_llava,
+)
+
+import vte_compile
+from vte_compile import SkippedAttention, StaticExit, optimize
+from vte_compile.adapters import PIA
+from vte_compile.export.tensorrt_graph import TensorRTGraph
+from vte_compile.export.tensorrt_profiles import DECODE, PREFILL
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+GREEDY = dict(do_sample=False, max_new_tokens=5, pad_token_id=0, eos_token_id=None)
+OURS = dict(max_new_tokens=5, eos_token_ids=[], do_sample=False)
+SIZES = {"batch": (1, 2, 4), "prompt": (1, 16, 64), "visual": (1, 8, 32), "columns": (1, 32, 128)}
+
+
+def exported(fast, folder: Path, **options):
+    vte_compile.export(fast, folder, target="tensorrt", build=False, profiles=SIZES, **options)
+    return load_fake(folder)[0]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A gate behind 0, an exit behind 1; attentions skipped with a folded adapter that is routed, and without."""
+    parts = plan(gate(0, 0.5), StaticExit(1), SkippedAttention(1, random_adapter(PIA)), SkippedAttention(2))
+    fast = optimize(tiny(num_hidden_layers=3), parts, compile=False)
+    return fast, exported(fast, tmp_path_factory.mktemp("llama") / "engine")
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """Exits behind 0, 2 and the last layer; two query heads share a key."""
+    fast = optimize(tiny_llava(), plan(gate(0), gate(2), gate(3)), compile=False)
+    return fast, exported(fast, tmp_path_factory.mktemp("llava") / "engine")
+
+
+def close(ours, theirs) -> None:
+    torch.testing.assert_close(torch.as_tensor(ours), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_llava_prompts_and_answers(llava) -> None:
+    """Rows of a batch leave behind different layers; text alone, padding, one token, several images."""
+    fast, engine = llava
+    seen = set()
+    batches = [("titt", "ittt"), ("..ittt", "titttt"), ("tttt",), ("t",), ("it",), ("ti",), ("tiittit",)]
+    for seed, layouts in enumerate([*[("titt", "ittt")] * 4, *batches]):
+        ids, pixels, mask = image_prompt(*layouts, seed=seed)
+        images = {} if pixels is None else {"pixel_values": pixels}
+        want = fast(input_ids=ids, attention_mask=mask, **images, logits_to_keep=1)
+        got = engine.prefill(ids, attention_mask=mask, **images)
+        close(got.logits, want.logits[:, -1])
+        assert got.exit_layer.tolist() == want.exit_layer.tolist()
+        answer = engine.generate(ids, attention_mask=mask, **images, **OURS)
+        known = fast.generate(input_ids=ids, attention_mask=mask, **images, **GREEDY)
+        assert answer.tokens.tolist() == known[:, ids.shape[1] :].tolist()
+        seen.update(answer.exit_layer.tolist())
+    assert seen == {-1, 0, 2, 3}
+
+
+def test_llava_two_turns(llava) -> None:
+    """The second turn brings an image of its own."""
+    fast, engine = llava
+    for seed in range(3):
+        ids, pixels, _ = image_prompt("titt", seed=seed)
+        more, others, _ = image_prompt("ttitt", seed=seed + 10)
+        want = fast(input_ids=ids, pixel_values=pixels)
+        want = fast(input_ids=more, pixel_values=others, past_key_values=want.past_key_values)
+        got = engine.prefill(ids, pixel_values=pixels)
+        got = engine.prefill(more, pixel_values=others, cache=got.cache)
+        close(got.logits, want.logits[:, -1])
+        assert got.exit_layer.tolist() == want.exit_layer.tolist()
+        step = engine.decode(got.logits.argmax(-1), got.cache)
+        theirs = fast(input_ids=want.logits[:, -1:].argmax(-1), past_key_values=want.past_key_values)
+        close(step.logits, theirs.logits[:, -1])
+
+
+def test_llama_with_skips_and_adapters(llama) -> None:
+    fast, engine = llama
+    seen = set()
+    batches = [("tvvtt",), ("t",), ("vvt", "ttt"), ("ttvv",), ("tvvttt", "vvtttt", "tttttt")]
+    for seed, layouts in enumerate([*batches, ("..tvvtt", "vvvtttt", ".tttttt")]):
+        embeds, visual, mask = chunk(*layouts, seed=seed)
+        inputs = {"inputs_embeds": embeds, "visual_mask": visual, "attention_mask": mask.long()}
+        want = fast(**inputs, logits_to_keep=1)
+        got = engine.prefill(**inputs)
+        close(got.logits, want.logits[:, -1])
+        assert got.exit_layer.tolist() == want.exit_layer.tolist()
+        more, visual_too, _ = chunk(*["ttvt"] * len(layouts), seed=seed + 20)
+        second = {"inputs_embeds": more, "visual_mask": visual_too}
+        want = fast(**second, past_key_values=want.past_key_values, logits_to_keep=1)
+        close(engine.prefill(**second, cache=got.cache).logits, want.logits[:, -1])
+        answer = engine.generate(**inputs, **OURS)
+        assert answer.tokens.tolist() == fast.generate(**inputs, **GREEDY).tolist()
+        seen.update(answer.exit_layer.tolist())
+    assert seen == {-1, 0, 1}
+
+
+def test_prompts_and_steps_use_their_profiles(llava) -> None:
+    engine = llava[1]
+    _, graphs = load_fake(engine.folder)
+    engine = type(engine)(engine.folder, engine.manifest, graphs, CPU)
+    ids, pixels, mask = image_prompt("titt", "ittt")
+    engine.generate(ids, pixel_values=pixels, attention_mask=mask, **OURS)
+    stage = graphs["stage_0.onnx"]._engine.runs
+    assert stage == [PREFILL] * 2 + [DECODE] * 4
+    assert graphs["vision.onnx"]._engine.runs == [None, None]  # of one size: nothing to choose
+    assert set(graphs["gate_0.onnx"]._engine.runs) == {PREFILL}
+
+
+def test_cache_holds_less_above_exits_and_moves_when_full(llava) -> None:
+    fast, engine = llava
+    seed = next(s for s in range(20) if engine.prefill(*image_prompt("titt", seed=s)[:1],
+                pixel_values=image_prompt("titt", seed=s)[1]).exit_layer[0] == 0)  # fmt: skip
+    ids, pixels, _ = image_prompt("titt", seed=seed)
+    got = engine.prefill(ids, pixel_values=pixels)
+    lower, upper = got.cache.memories[:2]
+    assert lower.nbytes / 1 > upper.nbytes / 2  # of one layer, and of two
+    assert got.cache.lengths[:, 0].tolist() == [7, 3, 3, 3]
+    want = fast(input_ids=ids, pixel_values=pixels)
+    for _ in range(9):
+        token = got.logits.argmax(-1)
+        got = engine.decode(token, got.cache)
+        want = fast(input_ids=torch.as_tensor(token)[:, None], past_key_values=want.past_key_values)
+        close(got.logits, want.logits[:, -1])
+    again = engine.prefill(ids, pixel_values=pixels, room=9)
+    assert again.cache.nbytes == 2 * 2 * 8 * 4 * ((7 + 9) + 3 * (3 + 9))
+
+
+def test_half_precision(llava, tmp_path: Path) -> None:
+    """Types are those of the model; the numbers are compared with the model in float32."""
+    fast, _ = llava
+    engine = exported(fast, tmp_path / "engine", precision="fp16")
+    assert engine.manifest.precision == engine.manifest.model.dtype == "float16"
+    graph = onnx.load(engine.folder / "stage_1.onnx").graph
+    floats = {v.name for v in graph.input if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
+    assert "hidden_states" in floats
+    assert "past_key_values.1.key" in floats
+    ids, pixels, _ = image_prompt("titt", seed=1)
+    want = fast(input_ids=ids, pixel_values=pixels, logits_to_keep=1)
+    got = engine.prefill(ids, pixel_values=pixels)
+    assert fast.dtype == torch.float32
+    torch.testing.assert_close(torch.as_tensor(got.logits), want.logits[:, -1], rtol=3e-2, atol=3e-2)
+
+
+def qwen_caches(layers: tuple[int, ...], columns: int) -> dict[str, torch.Tensor]:
+    names = [f"past_key_values.{i}.{kind}" for i in layers for kind in ("key", "value")]
+    return {name: torch.zeros(1, 2, columns, 8) for name in names}
+
+
+def run_stage(graph, entering, positions, past: int, caches, keep=None):
+    """All outputs of a stage by name."""
+    given = {"position_ids": positions, "past_lengths": np.array([past]), "new_lengths": np.array([positions.shape[2]])}
+    given |= caches | ({"inputs_embeds": entering} if keep is None else {"hidden_states": entering, "keep": keep})
+    return {name: value.tensor for name, value in zip(graph.outputs, graph.run(given, graph.outputs), strict=True)}
+
+
+def test_multimodal_rotary_positions(tmp_path: Path) -> None:
+    """Qwen2-VL's stages, with the positions its own code computes: an exit in between, and a decode step."""
+    model = tiny_family("qwen2_vl")
+    fast = optimize(model, plan(StaticExit(1)), compile=False)
+    vte_compile.export(fast, tmp_path / "engine", target="tensorrt", build=False, profiles=SIZES)
+    manifest = build_fake(tmp_path / "engine")
+    assert manifest.position_rows == 3
+    facts = [engine for engine in manifest.engines if engine.graph.startswith("stage")]
+    first, second = (TensorRTGraph(fake, tmp_path / "engine", f, CPU) for f in facts)
+    inputs = family_inputs("qwen2_vl")
+    ids, visual = inputs["input_ids"], inputs["input_ids"] == 60
+    grid, pixels = inputs["image_grid_thw"], inputs["pixel_values"]
+    positions, _ = model.model.get_rope_index(
+        ids, image_grid_thw=grid, attention_mask=inputs["attention_mask"], mm_token_type_ids=inputs["mm_token_type_ids"]
+    )
+    with torch.no_grad():
+        features = torch.cat(list(model.get_image_features(pixels, grid).pooler_output))
+        embeds = model.get_input_embeddings()(ids).masked_scatter(visual[..., None], features)
+        keep = (~visual[0]).nonzero()[:, 0]
+        n, kept = ids.shape[1], len(keep)
+        want = fast(**inputs, logits_to_keep=1)
+        lower = run_stage(first, embeds, positions, 0, qwen_caches((0, 1), 1))
+        upper = run_stage(second, lower["next_hidden_states"], positions[:, :, keep], 0, qwen_caches((2, 3), 1), keep)
+        close(upper["logits"][:, 0], want.logits[:, -1])
+        # The cache, with room behind it, then one more token.
+        caches = [qwen_caches((0, 1), n + 3), qwen_caches((2, 3), kept + 3)]
+        for stage, given in zip(caches, (lower, upper), strict=True):
+            for name, value in stage.items():
+                new = given[name.replace("past_key_values", "new")]
+                value[:, :, : new.shape[2]] = new
+        token = want.logits[:, -1:].argmax(-1)
+        at = torch.full((3, 1, 1), int(positions.max()) + 1)
+        lower = run_stage(first, model.get_input_embeddings()(token), at, n, caches[0])
+        upper = run_stage(second, lower["next_hidden_states"], at, kept, caches[1], np.zeros(1, np.int64))
+        want = fast(input_ids=token, past_key_values=want.past_key_values)
+        close(upper["logits"][:, 0], want.logits[:, -1])
