@@ -35,11 +35,11 @@ LOADERS = {
 """The classes that run engines, each with ``load(folder, manifest's fields, **options)``; options: `load_engine`."""
 
 
-def export(fast: Any, path: str | os.PathLike[str], target: str = "aoti", **options: Any) -> Path:
+def export(fast: Any, path: str | os.PathLike[str], target: str = "onnxruntime", **options: Any) -> Path:
     """Write what :func:`vte_compile.optimize` returned as an engine: a folder that is complete by itself.
 
     The folder appears when it is whole; an interrupted export leaves none, or the engine that was there before.
-    docs/engines.md says what is in it.
+    docs/onnx.md, engines.md and tensorrt.md say what is in it.
 
     Args:
         fast: A causal language model or LLaVA-type MLLM from ``optimize()``; its exits, skips and folded adapters
@@ -60,13 +60,21 @@ def export(fast: Any, path: str | os.PathLike[str], target: str = "aoti", **opti
 
     Raises:
         InputError: Unknown target or option, or not an optimized model.
-        EngineError: ``path`` holds something else than an engine; or TensorRT is missing, or does not take a graph.
+        EngineError: ``path`` holds something else than an engine; or a package that the target needs is missing; or
+            TensorRT does not take a graph.
         UnsupportedModelError: The model embeds or numbers its tokens in a way no engine knows.
         CaptureError: A part could not be traced or compiled, or does not compute what it did.
     """
     if target not in TARGETS:
         raise InputError(f"target: {target!r} is unknown; the targets are {', '.join(map(repr, TARGETS))}.")
-    write = import_module(TARGETS[target]).write
+    try:
+        write = import_module(TARGETS[target]).write
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("vte_compile"):
+            raise
+        raise EngineError(
+            f"target {target!r} needs {error.name}, which is not installed: pip install 'vte-compile[onnx]'."
+        ) from error
     known = [name for name, p in inspect.signature(write).parameters.items() if p.kind is p.KEYWORD_ONLY]
     if unknown := sorted(options.keys() - set(known)):
         raise InputError(
@@ -126,7 +134,7 @@ def load_engine(
 
 
 class _CallablePackage(types.ModuleType):
-    def __call__(self, fast: Any, path: str | os.PathLike[str], target: str = "aoti", **options: Any) -> Path:
+    def __call__(self, fast: Any, path: str | os.PathLike[str], target: str = "onnxruntime", **options: Any) -> Path:
         return export(fast, path, target, **options)
 
 

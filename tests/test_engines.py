@@ -331,7 +331,7 @@ def test_export_replaces_an_engine_and_nothing_else(llama, folder: Path, tmp_pat
         patch.setattr("vte_compile.export.aoti.compile_piece", lambda module, key, examples, file: file.touch())
         for target in (folder, tmp_path / "new"):
             with pytest.raises(KeyboardInterrupt):
-                vte_compile.export(fast, target)
+                vte_compile.export(fast, target, target="aoti")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["engine", "other"]
     assert (folder / MANIFEST).read_bytes() == before
     (folder / "left over").touch()

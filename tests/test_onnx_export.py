@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,15 @@ def test_refusals(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         vte_compile.export(fast, tmp_path / "half", target="onnxruntime")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+
+
+def test_missing_package(tmp_path: Path, monkeypatch) -> None:
+    for name in [n for n in sys.modules if n == "onnx_ir" or n.startswith("vte_compile.export.o")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    with pytest.raises(EngineError, match=r"needs onnx_ir, which is not installed: pip install 'vte-compile\[onnx\]'"):
+        vte_compile.export(optimize(tiny(), plan(), compile=False), tmp_path / "engine")
+    assert not list(tmp_path.iterdir())
 
 
 def test_manifest(folders) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,7 +85,7 @@ class DecoderGraph:
         """A copy that refers to the weights of `spec`: the same decoder, of which some weights were freed."""
         wrapper = _DecoderWithHead(spec)
         other = replace(self.clone(), spec=spec)
-        other.parameters = {target: reader(wrapper, other.module, target) for target in self.parameters}
+        other.parameters = {target: _reader(wrapper, other.module, target) for target in self.parameters}
         for target, read in other.parameters.items():
             path, _, name = target.rpartition(".")
             setattr(other.module.get_submodule(path), name, read())
@@ -143,6 +143,17 @@ class _DecodeStep:
 _decode_step: contextvars.ContextVar[_DecodeStep | None] = contextvars.ContextVar("vte_decode_step", default=None)
 
 
+def refuse_extras(module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Refuse attention that is more than a softmax of scaled products.
+
+    Raises:
+        CaptureError: It has a window, soft-capping, a bias or sinks.
+    """
+    for name in ("sliding_window", "softcap", "position_bias", "s_aux"):
+        if arguments.get(name) is not None:
+            raise CaptureError(f"layer {module.layer_idx}: attention with {name} is not supported yet.")
+
+
 def _capture_attention(
     module: nn.Module,
     query: Tensor,
@@ -154,9 +165,7 @@ def _capture_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention with a mask of its own in each layer: the model makes one for all, and lengths differ."""
-    for name in ("sliding_window", "softcap", "position_bias", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise CaptureError(f"layer {module.layer_idx}: attention with {name} is not supported yet.")
+    refuse_extras(module, kwargs)
     if (step := _decode_step.get()) is not None:
         return _append_attention(step, module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
     heads, tokens = query.shape[1:3]
@@ -263,19 +272,47 @@ def capture(spec: DecoderSpec, phase: Phase, *, batched: bool = False) -> Decode
         raise CaptureError(
             f"torch.export could not trace the {phase} of {type(spec.decoder).__name__}: {error}"
         ) from error
+    names = ["inputs_embeds", "position_ids"]
+    if phase != "prefill":
+        names += [f"{kind}_{i}" for i in range(spec.num_layers) for kind in ("past_key", "past_value")]
+    return decoder_graph(exported, wrapper, spec, phase, batched, names)
+
+
+def decoder_graph(
+    exported: torch.export.ExportedProgram,
+    wrapper: nn.Module,
+    spec: DecoderSpec,
+    phase: Phase,
+    batched: bool,
+    names: list[str],
+) -> DecoderGraph:
+    """What torch.export traced, as a graph for the passes.
+
+    Args:
+        exported: Of ``wrapper``.
+        wrapper: Owns the weights.
+        spec: The decoder.
+        phase: What was traced.
+        batched: Whether the batch size is symbolic.
+        names: Of the inputs; inputs behind these are called ``kv_start_0`` and so on.
+    """
     module = exported.module(check_guards=False)
     # Unflattening and checking the argument lists is none of our business: the flat placeholders are the interface.
     module.graph.set_codegen(fx.graph.CodeGen())
     module = fx.GraphModule(module, module.graph)
-    _name_inputs(module, phase, spec.num_layers)
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    names = [*names, *(f"kv_start_{i}" for i in range(len(placeholders) - len(names)))]
+    for node, name in zip(placeholders, names, strict=True):
+        node._rename(name)
+        node.target = node.name
     parameters = {
-        node.target: reader(wrapper, module, node.target) for node in module.graph.nodes if node.op == "get_attr"
+        node.target: _reader(wrapper, module, node.target) for node in module.graph.nodes if node.op == "get_attr"
     }
     module.recompile()
     return DecoderGraph(module, phase, batched, spec, parameters, kv_layers=list(range(spec.num_layers)))
 
 
-def reader(wrapper: nn.Module, module: fx.GraphModule, target: str) -> Parameter:
+def _reader(wrapper: nn.Module, module: fx.GraphModule, target: str) -> Parameter:
     """Read through the owning module: ``.to()`` and friends may replace the tensor objects."""
     path, _, name = target.rpartition(".")
     try:
@@ -307,14 +344,3 @@ def _examples(spec: DecoderSpec, phase: Phase, batched: bool) -> tuple[tuple[Any
     past_dims = ({0: Dim.AUTO} if batched else {}) | {2: Dim.AUTO}
     shapes = (dims, position_dims, [past_dims] * len(past), [{0: Dim.AUTO}] * len(kv_start))
     return (embeds, positions, past, kv_start), shapes
-
-
-def _name_inputs(module: fx.GraphModule, phase: Phase, layers: int) -> None:
-    names = ["inputs_embeds", "position_ids"]
-    if phase != "prefill":
-        names += [f"{kind}_{i}" for i in range(layers) for kind in ("past_key", "past_value")]
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    names += [f"kv_start_{i}" for i in range(len(placeholders) - len(names))]
-    for node, name in zip(placeholders, names, strict=True):
-        node._rename(name)
-        node.target = node.name

@@ -15,12 +15,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from vte_compile.capture import DecoderGraph, attention_implementation, decoder_module, evaluating, reader
+from vte_compile.capture import (
+    DecoderGraph,
+    attention_implementation,
+    decoder_graph,
+    decoder_module,
+    evaluating,
+    refuse_extras,
+)
 from vte_compile.errors import CaptureError
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.kernels.cached_attention import cached_attention
@@ -53,9 +60,7 @@ def _chunk_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    for name in ("sliding_window", "softcap", "position_bias", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise CaptureError(f"layer {module.layer_idx}: attention with {name} is not supported yet.")
+    refuse_extras(module, kwargs)
     chunk, layer = _chunk.get(), int(module.layer_idx)  # type: ignore[arg-type]
     batch, heads, tokens, size = query.shape
     kv_heads = key.shape[1]
@@ -122,19 +127,9 @@ def capture_chunk(spec: DecoderSpec) -> DecoderGraph:
         raise
     except Exception as error:
         raise CaptureError(f"torch.export could not trace {type(spec.decoder).__name__}: {error}") from error
-    module = exported.module(check_guards=False)
-    module.graph.set_codegen(fx.graph.CodeGen())
-    module = fx.GraphModule(module, module.graph)
     names = ["inputs_embeds", "position_ids", "new_lengths", "past_lengths"]
     names += [f"{kind}_{i}" for i in range(spec.num_layers) for kind in ("past_key", "past_value")]
-    for node, name in zip([n for n in module.graph.nodes if n.op == "placeholder"], names, strict=True):
-        node._rename(name)
-        node.target = node.name
-    parameters = {
-        node.target: reader(wrapper, module, node.target) for node in module.graph.nodes if node.op == "get_attr"
-    }
-    module.recompile()
-    return DecoderGraph(module, "chunk", True, spec, parameters, kv_layers=list(range(spec.num_layers)))
+    return decoder_graph(exported, wrapper, spec, "chunk", True, names)
 
 
 def _examples(spec: DecoderSpec) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
