@@ -67,6 +67,8 @@ def test_the_order_of_the_passes():
         "insert_exits",
         "last_layer_queries",
         "last_token_logits",
+        "fuse_rotary",
+        "attention_layout",
         "cleanup",
     ]
     results = run_passes(PASSES, captured(), PassSettings(plan(StaticExit(0))))
