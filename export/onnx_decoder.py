@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vte_compile.errors import CaptureError
 from vte_compile.export.onnx_glue import gate_function
@@ -60,6 +61,15 @@ class OnnxDecoder:
         """Pieces to convert, each once."""
         known = {p.key: p for stage in self.stages for p in stage.pieces}
         return list({p.key: p for p in self._preamble}.values()) + list(known.values())
+
+    def convert_all(self) -> None:
+        """Convert all pieces, with a progress bar.
+
+        Raises:
+            CaptureError: One cannot be converted.
+        """
+        for piece in tqdm(self.distinct, desc="convert pieces", leave=False):
+            self.convert(piece)
 
     def convert(self, piece: Piece) -> None:
         """Convert a piece, and compare the result with it.

@@ -100,6 +100,22 @@ class Decoder:
         raise NotImplementedError
 
 
+def leaves(gate: Any, stream: Value, visual: Array) -> bool:
+    """Whether a row's visual tokens leave behind a stage: if there are any, text follows, and the gate fires.
+
+    Args:
+        gate: A loaded gate; None: they leave always.
+        stream: [1, n, C], what the stage gave.
+        visual: [n] bool.
+    """
+    if not visual.any() or visual[-1]:
+        return False
+    if gate is None:
+        return True
+    inputs = {"hidden_states": stream, "visual_mask": visual[None], "new_lengths": np.array([len(visual)])}
+    return bool(gate.run(inputs, ["fire"])[0].numpy()[0])
+
+
 class StagedDecoder(Decoder):
     """stage_0.onnx and so on, with a decision behind all but the last."""
 
@@ -145,7 +161,7 @@ class StagedDecoder(Decoder):
             if (exit_ := self._exits[s]) is None:
                 continue
             for b in rows:
-                if self._leaves(s, stream[b], visual[b]):
+                if leaves(self._gates[s], stream[b], visual[b]):
                     exit_layer[b] = exit_.layer
                     keep[b] = np.flatnonzero(~visual[b])
                     positions[b] = positions[b][keep[b]]
@@ -156,16 +172,6 @@ class StagedDecoder(Decoder):
             logits[b] = row
         assert logits is not None  # run() made sure that a row has a token
         return logits
-
-    def _leaves(self, stage: int, stream: Value, visual: Array) -> bool:
-        """Whether a row's visual tokens leave behind a stage: if there are any, text follows, and the gate fires."""
-        if not visual.any() or visual[-1]:
-            return False
-        gate = self._gates[stage]
-        if gate is None:
-            return True
-        inputs = {"hidden_states": stream, "visual_mask": visual[None], "new_lengths": np.array([len(visual)])}
-        return bool(gate.run(inputs, ["fire"])[0].numpy()[0])
 
     def _step(self, embeds: Value, cache: OnnxCache) -> Array:
         stream = embeds

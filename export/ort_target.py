@@ -12,7 +12,6 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
 from vte_compile.export.folder import check_target_folder, facts_of, whole_folder
@@ -21,13 +20,12 @@ from vte_compile.export.onnx_decoder import OnnxDecoder
 from vte_compile.export.onnx_glue import embedding_function
 from vte_compile.export.onnx_graph import OnnxGraph
 from vte_compile.export.onnx_manifest import ExitFacts, OnnxManifest, StageFacts, Tools
-from vte_compile.export.onnx_ops import OPSET
+from vte_compile.export.onnx_ops import OPSET, ORT, Operators
 from vte_compile.export.onnx_pieces import check, convert
 from vte_compile.export.onnx_quantize import check_quantize
 from vte_compile.export.onnx_weights import WeightFiles
-from vte_compile.export.staged import embedding_table, model_facts
+from vte_compile.export.staged import check_optimized, check_positions, embedding_table, model_facts
 from vte_compile.export.vision import image_encoder
-from vte_compile.optimized_model import OptimizedModel
 from vte_compile.plan import GateExit
 from vte_compile.version import __version__
 
@@ -43,15 +41,9 @@ def write(
     check_target_folder(path)
     _check(fast, forms)
     check_quantize(quantize)
-    runner, dtype = fast._vte_runner, DTYPES[fast._vte_spec.dtype]
-    lowered = runner.lowered("chunk", batched=True)
-    if refused := runner.refused("chunk"):
-        raise CaptureError(f"export: {refused}")
-    decoder = OnnxDecoder(lowered, fast.plan.exits, fast._vte_spec.num_layers)
-    table = embedding_table(fast)
+    dtype, decoder, table = DTYPES[fast._vte_spec.dtype], trace_decoder(fast, ORT), embedding_table(fast)
     with whole_folder(path) as folder:
-        for piece in tqdm(decoder.distinct, desc="convert pieces", leave=False):
-            decoder.convert(piece)
+        decoder.convert_all()
         weights = WeightFiles(folder)
         write_embedding(OnnxGraph("embedding", weights, dtype), fast, table, folder / "embedding.onnx")
         vision, vision_missing = write_vision(OnnxGraph("vision", weights, dtype), fast, folder / "vision.onnx")
@@ -60,10 +52,7 @@ def write(
             graph = OnnxGraph("decoder", weights, dtype, quantize)
             decoder.add_single(graph)
             graph.save(folder / "decoder.onnx")
-        fast.plan.save_pretrained(folder / "plan")
-        fast.generation_config.save_pretrained(folder)
-        if processor is not None:
-            processor.save_pretrained(folder / "processor")
+        write_companions(fast, processor, folder)
         manifest = OnnxManifest(
             target="onnxruntime",
             built=tools(),
@@ -83,23 +72,34 @@ def write(
 
 
 def _check(fast: Any, forms: tuple[str, ...]) -> None:
-    if not isinstance(fast, OptimizedModel):
-        raise InputError(
-            f"export: expected what vte_compile.optimize() returned for a model with a decoder, got a "
-            f"{type(fast).__name__}: call optimize(model, plan) first (plan=Plan() changes nothing)."
-        )
+    check_optimized(fast)
     if not forms or not set(forms) <= set(FORMS):
         raise InputError(f"forms: expected one or both of {', '.join(map(repr, FORMS))}, got {forms!r}.")
-    spec = fast._vte_spec
-    if spec.position_rows > 1:
+    check_positions(fast)
+    if (dtype := fast._vte_spec.dtype) not in DTYPES:
         raise UnsupportedModelError(
-            f"{type(fast).__name__} has multimodal rotary positions: engines number tokens one by one so far."
+            f"ONNX Runtime's CPU kernels do not take {dtype}: load the model in float32 or float16 before optimize()."
         )
-    if spec.dtype not in DTYPES:
-        raise UnsupportedModelError(
-            f"ONNX Runtime's CPU kernels do not take {spec.dtype}: load the model in float32 or float16 before "
-            "optimize()."
-        )
+
+
+def trace_decoder(fast: Any, operators: Operators) -> OnnxDecoder:
+    """The decoder of an optimized model, traced and rewritten; nothing is converted yet.
+
+    Raises:
+        CaptureError: It cannot be traced, or a pass refused something the plan asks for.
+    """
+    lowered = fast._vte_runner.lowered("chunk", batched=True)
+    if refused := fast._vte_runner.refused("chunk"):
+        raise CaptureError(f"export: {refused}")
+    return OnnxDecoder(lowered, fast.plan.exits, fast._vte_spec.num_layers, operators)
+
+
+def write_companions(fast: Any, processor: Any, folder: Path) -> None:
+    """What stands beside the graphs: plan, generation config, and the processor's files if there is one."""
+    fast.plan.save_pretrained(folder / "plan")
+    fast.generation_config.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder / "processor")
 
 
 def tools() -> Tools:

@@ -77,24 +77,42 @@ def stage(fast: Any) -> Staged:
         UnsupportedModelError: Its tokens are not embedded by a table alone, or not numbered one by one.
         CaptureError: A phase could not be traced or rewritten.
     """
-    if not isinstance(fast, OptimizedModel):
-        raise InputError(
-            f"export: expected what vte_compile.optimize() returned for a model with a decoder, got a "
-            f"{type(fast).__name__}: call optimize(model, plan) first (plan=Plan() changes nothing)."
-        )
+    check_optimized(fast)
     runner = fast._vte_runner
-    if fast._vte_spec.position_rows > 1:
-        raise UnsupportedModelError(
-            f"{type(fast).__name__} has multimodal rotary positions: engines number tokens one by one so far."
-        )
+    check_positions(fast)
     staged = Staged(model_facts(fast), "", runner.routed)
     for phase, batched in _PHASES:
-        lowered = runner.lowered(phase, batched=batched)  # type: ignore[arg-type]
+        lowered = runner.lowered(phase, batched=batched)
         staged.phases[phase] = _phase(staged, phase, lowered)
     staged.embedding = staged.add_weight("embed_tokens.weight", embedding_table(fast))
     if fast._vte_spec.is_multimodal:
         _add_vision(staged, fast)
     return staged
+
+
+def check_optimized(fast: Any) -> None:
+    """Refuse what is no optimized model.
+
+    Raises:
+        InputError: It is none.
+    """
+    if not isinstance(fast, OptimizedModel):
+        raise InputError(
+            f"export: expected what vte_compile.optimize() returned for a model with a decoder, got a "
+            f"{type(fast).__name__}: call optimize(model, plan) first (plan=Plan() changes nothing)."
+        )
+
+
+def check_positions(fast: Any) -> None:
+    """Refuse models whose tokens are not numbered one by one.
+
+    Raises:
+        UnsupportedModelError: Its positions are multimodal.
+    """
+    if fast._vte_spec.position_rows > 1:
+        raise UnsupportedModelError(
+            f"{type(fast).__name__} has multimodal rotary positions: engines number tokens one by one so far."
+        )
 
 
 def model_facts(fast: Any) -> ModelFacts:

@@ -16,7 +16,7 @@ from torch import Tensor
 from vte_compile.errors import EngineError, InputError
 from vte_compile.export.onnx_manifest import StageFacts
 from vte_compile.export.ort_cache import Layout, OnnxCache
-from vte_compile.export.ort_decoder import Decoder
+from vte_compile.export.ort_decoder import Decoder, leaves
 from vte_compile.export.ort_inputs import Chunk
 from vte_compile.export.ort_sessions import Array
 from vte_compile.export.tensorrt_graph import as_tensor
@@ -176,9 +176,11 @@ class TensorRTDecoder(Decoder):
                 memory.extend_row(b, past, given)
                 lengths[s, b] += len(keep[b])
                 visual[b], keep[b] = visual[b][keep[b]], np.arange(len(keep[b]))
+            if (layer := self._exit_layers[s]) is None:
+                continue
             for b in rows:
-                if self._leaves(s, stream[b], visual[b]):
-                    exit_layer[b] = self._exit_layers[s]
+                if leaves(self._gates[s], stream[b], visual[b]):  # the one place where the host waits for the GPU
+                    exit_layer[b] = layer
                     keep[b] = np.flatnonzero(~visual[b])
                     positions[b] = positions[b][keep[b]]
         last = {b: stream[b].numpy()[0, -1].astype(np.float32) for b in rows}
@@ -186,16 +188,6 @@ class TensorRTDecoder(Decoder):
         for b in rows:
             logits[b] = last[b]
         return logits
-
-    def _leaves(self, stage: int, stream: Any, visual: Array) -> bool:
-        """Whether a row's visual tokens leave behind a stage. The one place where the host waits for the GPU."""
-        if self._exit_layers[stage] is None or not visual.any() or visual[-1]:
-            return False
-        gate = self._gates[stage]
-        if gate is None:
-            return True
-        inputs = {"hidden_states": stream, "visual_mask": visual[None], "new_lengths": np.array([len(visual)])}
-        return bool(gate.run(inputs, ["fire"])[0].numpy()[0])
 
     def _step(self, embeds: Any, cache: OnnxCache) -> Array:
         batch, stream = cache.batch, embeds

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vte_compile.export.onnx_ops import Operators
-from vte_compile.kernels.cached_attention import cached_attention, rotary
+from vte_compile.kernels.cached_attention import cached_attention, rotary, rotate
 
 
 def _attention(
@@ -50,12 +50,6 @@ def _attention(
     return output.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2), new_key, new_value
 
 
-def _rotation(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    first, second = x.unflatten(-1, (heads, -1)).chunk(2, dim=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
-
-
 def _expected_attention(
     query: Tensor,
     key: Tensor,
@@ -78,7 +72,7 @@ def _expected_attention(
 
 TENSORRT = Operators(
     {"": 18},
-    {cached_attention._opoverload: _attention, rotary._opoverload: _rotation},
+    {cached_attention._opoverload: _attention, rotary._opoverload: rotate},
     {cached_attention._opoverload: _expected_attention},
     fuses_norms=False,
     new_columns=True,

@@ -16,20 +16,25 @@ import onnx_ir as ir
 import torch
 from tqdm import tqdm
 
-from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
+from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.export.folder import check_target_folder, facts_of, sha256_of, whole_folder
 from vte_compile.export.manifest import MANIFEST, encode
-from vte_compile.export.onnx_decoder import OnnxDecoder
 from vte_compile.export.onnx_graph import OnnxGraph
 from vte_compile.export.onnx_manifest import StageFacts
 from vte_compile.export.onnx_weights import WeightFiles
-from vte_compile.export.ort_target import tools, write_embedding, write_stages, write_vision
-from vte_compile.export.staged import embedding_table, model_facts
+from vte_compile.export.ort_target import (
+    tools,
+    trace_decoder,
+    write_companions,
+    write_embedding,
+    write_stages,
+    write_vision,
+)
+from vte_compile.export.staged import check_optimized, embedding_table, model_facts
 from vte_compile.export.tensorrt_build import build_engine, import_tensorrt
 from vte_compile.export.tensorrt_manifest import BuilderFacts, EngineFacts, TensorRTManifest
 from vte_compile.export.tensorrt_ops import TENSORRT
 from vte_compile.export.tensorrt_profiles import Profiles, shell_script, trtexec
-from vte_compile.optimized_model import OptimizedModel
 
 logger = logging.getLogger(__name__)
 DTYPES = {
@@ -64,10 +69,7 @@ def write(
         )
     with whole_folder(path) as folder:
         parts = write_graphs(fast, folder, WeightFiles(folder))
-        fast.plan.save_pretrained(folder / "plan")
-        fast.generation_config.save_pretrained(folder)
-        if processor is not None:
-            processor.save_pretrained(folder / "processor")
+        write_companions(fast, processor, folder)
         engines = plan_engines(folder, sizes, strip_weights)
         (folder / "build.sh").write_text(shell_script({engine.engine: engine.trtexec for engine in engines}))
         (folder / "build.sh").chmod(0o755)
@@ -101,12 +103,8 @@ def write(
 def write_graphs(fast: Any, folder: Path, weights: Any) -> tuple[list[StageFacts], Any, str | None]:
     """All graphs of a model: its stages, and its image encoder or why there is none."""
     dtype = DTYPES[fast._vte_spec.dtype]
-    lowered = fast._vte_runner.lowered("chunk", batched=True)
-    if refused := fast._vte_runner.refused("chunk"):
-        raise CaptureError(f"export: {refused}")
-    decoder = OnnxDecoder(lowered, fast.plan.exits, fast._vte_spec.num_layers, TENSORRT)
-    for piece in tqdm(decoder.distinct, desc="convert pieces", leave=False):
-        decoder.convert(piece)
+    decoder = trace_decoder(fast, TENSORRT)
+    decoder.convert_all()
     embedding = OnnxGraph("embedding", weights, dtype, operators=TENSORRT)
     write_embedding(embedding, fast, embedding_table(fast), folder / "embedding.onnx")
     vision, vision_missing = write_vision(
@@ -150,11 +148,7 @@ def in_precision(fast: Any, precision: str | None) -> Any:
         InputError: Not an optimized model, or an unknown precision, or fp8.
         UnsupportedModelError: Its dtype is none TensorRT computes in.
     """
-    if not isinstance(fast, OptimizedModel):
-        raise InputError(
-            f"export: expected what vte_compile.optimize() returned for a model with a decoder, got a "
-            f"{type(fast).__name__}: call optimize(model, plan) first (plan=Plan() changes nothing)."
-        )
+    check_optimized(fast)
     if precision == "fp8":
         raise InputError(
             "precision: 'fp8' needs the scales of all activations, which only a calibration gives: export in 'fp16' or "
@@ -165,7 +159,7 @@ def in_precision(fast: Any, precision: str | None) -> Any:
         raise InputError(f"precision: {precision!r} is unknown; there are {', '.join(map(repr, PRECISIONS))}.")
     dtype = fast._vte_spec.dtype
     if precision is not None and PRECISIONS[precision] != dtype:
-        return copy.deepcopy(fast).to(PRECISIONS[precision])  # type: ignore[attr-defined]
+        return copy.deepcopy(fast).to(PRECISIONS[precision])
     if dtype not in DTYPES:
         raise UnsupportedModelError(
             f"TensorRT does not compute in {dtype}: pass precision= ({', '.join(map(repr, PRECISIONS))})."

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.library.custom_op("vte::rotary", mutates_args=())
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """Rotate the first half of each head against its second half (RoFormer, arXiv 2104.09864, as Llama lays it out).
 
     Args:
@@ -27,6 +26,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     first, second = x.unflatten(-1, (heads, -1)).chunk(2, dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+
+
+@torch.library.custom_op("vte::rotary", mutates_args=())
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """See :func:`rotate`."""
+    return rotate(x, cos, sin, heads)
 
 
 @rotary.register_fake

@@ -10,7 +10,7 @@ behind this pass, and skip_attention deletes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,10 +76,12 @@ class _Insertion:
             self._take_in(self._names(form))
             for name, node in computed.items():
                 self.values[name] = self._of_first_chunk(node, self.values[name])
-            self._give_out(self._names(form), listed=True)
+            self._give_out(self._names(form))
         elif prefill:
             self._ask_prompt(self._names(self.forms.prompt) | self._names(self.forms.step))
-            self._give_out(self._names(self.forms.step))
+            names = self._names(self.forms.step)
+            self._give_out(names)
+            self.graph.prompt_state += [PromptValue(self._state_name(n), per_row) for n, per_row in names.items()]
         else:
             self._take_in(self._names(form))
         if form == "unfolded":
@@ -160,12 +162,9 @@ class _Insertion:
         summed = self._call(aten.sum.dim_IntList, self._call(aten.masked_fill.Scalar, source, padding, 0.0), [1])
         return self._call(aten.div.Tensor, summed, self._cast(lengths, source.meta["val"].dtype))
 
-    def _give_out(self, names: dict[str, bool], listed: bool = False) -> None:
+    def _give_out(self, names: Iterable[str]) -> None:
         output = next(n for n in self.graph.graph.nodes if n.op == "output")
         output.args = ((*output.args[0], *(self.values[name] for name in names)),)
-        if listed:  # as inputs, already
-            return
-        self.graph.prompt_state += [PromptValue(self._state_name(n), per_row) for n, per_row in names.items()]
 
     def _take_in(self, names: dict[str, bool]) -> None:
         embeds = self.graph.placeholder("inputs_embeds").meta["val"]

@@ -39,7 +39,10 @@ def fuse_rotary(graph: DecoderGraph, settings: PassSettings) -> PassResult:
                 result.refusals.append(Refusal(reason, attention.name, graph.layer_of.get(attention)))
                 continue
             with graph.graph.inserting_before(attention):
-                cos, sin = (halves.setdefault(table, _first_half(graph, table)) for table in tables)
+                for table in tables:
+                    if table not in halves:
+                        halves[table] = _first_half(graph, table)
+                cos, sin = (halves[table] for table in tables)
                 flat = _call(graph, attention, aten.flatten.using_ints, x, -2)
                 rotated = _call(graph, attention, rotary._opoverload, flat, cos, sin, heads)
             attention.update_arg(index, rotated)

@@ -335,10 +335,10 @@ def _examples(spec: DecoderSpec, phase: Phase, batched: bool) -> tuple[tuple[Any
     past: list[Tensor] = []
     kv_start: list[Tensor] = []
     if phase != "prefill":
-        heads = getattr(spec.config, "num_key_value_heads", None) or spec.config.num_attention_heads
-        size = getattr(spec.config, "head_dim", None) or spec.hidden_size // spec.config.num_attention_heads
         for layer in range(spec.num_layers):
-            past += [torch.zeros(batch, heads, _EXAMPLE_PAST + layer, size, **options) for _ in range(2)]
+            past += [
+                torch.zeros(batch, spec.kv_heads, _EXAMPLE_PAST + layer, spec.head_size, **options) for _ in range(2)
+            ]
             if batched:
                 kv_start.append(torch.zeros(batch, dtype=torch.long, device=spec.device))
     past_dims = ({0: Dim.AUTO} if batched else {}) | {2: Dim.AUTO}

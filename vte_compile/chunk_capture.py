@@ -139,10 +139,8 @@ def _examples(spec: DecoderSpec) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     positions = torch.arange(_EXAMPLE_TOKENS, device=spec.device).expand(*rows, _EXAMPLE_BATCH, -1).contiguous()
     new_lengths = torch.full((_EXAMPLE_BATCH,), _EXAMPLE_TOKENS, device=spec.device)
     past_lengths = torch.zeros_like(new_lengths)
-    heads = getattr(spec.config, "num_key_value_heads", None) or spec.config.num_attention_heads
-    size = getattr(spec.config, "head_dim", None) or spec.hidden_size // spec.config.num_attention_heads
     past = [
-        torch.zeros(_EXAMPLE_BATCH, heads, _EXAMPLE_PAST + layer, size, **options)
+        torch.zeros(_EXAMPLE_BATCH, spec.kv_heads, _EXAMPLE_PAST + layer, spec.head_size, **options)
         for layer in range(spec.num_layers)
         for _ in range(2)
     ]

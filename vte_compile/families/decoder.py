@@ -66,6 +66,17 @@ class DecoderSpec:
     def hidden_size(self) -> int:
         return int(self.config.hidden_size)
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+
+    @property
+    def head_size(self) -> int:
+        """D, of each head."""
+        size = getattr(self.config, "head_dim", None) or self.hidden_size // self.config.num_attention_heads
+        return int(size)
+
 
 def find_decoder(model: nn.Module) -> nn.Module:
     """The innermost decoder `model` names with ``get_decoder()``: the module that holds the decoder layers.
