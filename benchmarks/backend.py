@@ -47,6 +47,7 @@ from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
 from vte_compile import Plan, StaticExit, optimize
+from vte_compile.families.cache_name import CACHE, cache_of
 from vte_compile.timing import Phases, time_phases
 
 OPTIMIZE, BACKEND = "optimize()", "backend vte"
@@ -165,7 +166,7 @@ def phases(compiled: Any, ids: Tensor, decode_tokens: int) -> Phases:
 
     # Dynamo takes the first length for a constant.
     prefill(ids[:, :-1])
-    cache: Any = prefill().past_key_values
+    cache: Any = cache_of(prefill())
     prompt_kv = [(layer.keys, layer.values) for layer in cache.layers]
     # The backend's cache hands out handles, which know the real one.
     real = getattr(prompt_kv[0][0], "_vte_cache", cache)
@@ -173,7 +174,7 @@ def phases(compiled: Any, ids: Tensor, decode_tokens: int) -> Phases:
     @torch.no_grad()
     def decode() -> None:
         for _ in range(decode_tokens):
-            compiled(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            compiled(input_ids=ids[:, :1], use_cache=True, **{CACHE: cache})
 
     def rewind() -> None:
         real.crop(-decode_tokens)
@@ -223,9 +224,9 @@ def compile_time(how: str, layers: int, threads: int) -> dict[str, Any]:
         for rounds, ids in enumerate(prompts, 1):  # noqa: B007
             before, round_start, round_cpu = compilations(), time.perf_counter(), time.process_time()
             with torch.no_grad():
-                cache = compiled(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+                cache = cache_of(compiled(input_ids=ids, use_cache=True, logits_to_keep=1))
                 for _ in range(2):
-                    compiled(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+                    compiled(input_ids=ids[:, :1], use_cache=True, **{CACHE: cache})
             if compilations() == before:
                 break
         else:

@@ -115,6 +115,8 @@ def export_public(model: Any, folder: Path, embeds: Any, name: str) -> None:
     import torch
     from transformers import DynamicCache
 
+    from vte_compile.families.cache_name import CACHE, cache_of
+
     exporter: Any
     config: Any
     if name == OPENVINO:
@@ -128,9 +130,9 @@ def export_public(model: Any, folder: Path, embeds: Any, name: str) -> None:
     inputs = {"inputs_embeds": embeds, "use_cache": True, "logits_to_keep": 1}
     exporter.export(model, inputs, config).save_pretrained(folder / "prefill")
     with torch.no_grad():
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
     assert isinstance(cache, DynamicCache)
-    step = {**inputs, "inputs_embeds": embeds[:, :1], "past_key_values": cache}
+    step = {**inputs, "inputs_embeds": embeds[:, :1], CACHE: cache}
     exporter.export(model, step, config).save_pretrained(folder / "decode")
 
 
@@ -154,7 +156,7 @@ class Public:
         for spec in own.get_inputs():
             if spec.name == "inputs_embeds":
                 feeds[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(embeds)
-            elif "past_key_values" in spec.name:
+            elif any(name in spec.name for name in ("cache", "past_key_values")):
                 feeds[spec.name] = rest.pop(0)
             else:
                 raise RuntimeError(f"the public export takes {spec.name}, which this benchmark does not know.")

@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 from vte_compile import Plan, SkippedAttention, StaticExit, optimize
 from vte_compile.adapters import PIA, Projection, Router, StaticRouter
+from vte_compile.families.cache_name import cache_of
 from vte_compile.flops import decode_flops, prefill_flops, weight_bytes
 from vte_compile.timing import Phases, Summary, phases, time_phases
 
@@ -208,7 +209,7 @@ def measure(
 def held_bytes(phase: Phases) -> tuple[int, int]:
     """What the cache holds after prefill: bytes of keys and values, and of what adapters know of the prompt."""
     output: Any = phase.prefill()
-    cache = output.past_key_values
+    cache = cache_of(output)
     layers = [layer for layer in cache.layers if layer.is_initialized]
     state = getattr(cache, "prompt_state", None)
     kv = sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))

@@ -34,7 +34,8 @@ class InternAttention(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: object = None,
+        cache: object = None,
+        past_key_values: object = None,  # its name before transformers 5.24
         **kwargs: object,
     ) -> tuple[Tensor, object]:
         batch, tokens = hidden_states.shape[:2]
@@ -42,8 +43,9 @@ class InternAttention(nn.Module):
         query = qkv[..., : self.num_key_value_groups, :].flatten(2, 3).transpose(1, 2)
         key, value = (qkv[..., i, :].transpose(1, 2) for i in (-2, -1))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.wo(output.reshape(batch, tokens, -1).contiguous()), weights

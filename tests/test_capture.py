@@ -24,6 +24,7 @@ from transformers import DynamicCache
 
 from vte_compile.capture import capture, evaluating
 from vte_compile.errors import CaptureError
+from vte_compile.families.cache_name import CACHE
 from vte_compile.families.decoder import describe
 from vte_compile.kernels.append_attention import append_attention
 from vte_compile.oracle import Oracle, OracleCache
@@ -293,13 +294,15 @@ def test_keys_that_change_behind_the_cache_are_refused():
     model = tiny(num_hidden_layers=2)
     attention = model.model.layers[1].self_attn
 
-    def forward(*args, past_key_values, **kwargs):
+    def forward(*args, **kwargs):
+        cache = kwargs[CACHE]
+
         class Scaled:
-            def update(self, *new):
-                keys, values = past_key_values.update(*new)
+            def update(self, *new, **kwargs):
+                keys, values = cache.update(*new, **kwargs)
                 return 2 * keys, values
 
-        return type(attention).forward(attention, *args, past_key_values=Scaled(), **kwargs)
+        return type(attention).forward(attention, *args, **{**kwargs, CACHE: Scaled()})
 
     attention.forward = forward
     with pytest.raises(CaptureError, match="layer 1: keys or values change between cache and attention"):

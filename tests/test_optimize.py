@@ -269,7 +269,9 @@ def test_loss_is_the_models():
         want = shared_model("llava")(**inputs)
     out = fast_for("llava", "never")(**inputs)
     assert_relative(out.loss, want.loss)
-    assert_relative(out.image_hidden_states, want.image_hidden_states)
+    # Of all images, or (transformers 5.24) of each.
+    for ours, theirs in zip(out.image_hidden_states, want.image_hidden_states, strict=True):
+        assert_relative(ours, theirs)
     with pytest.raises(InputError, match="labels"):
         fast_for("llava", "never")(**inputs, logits_to_keep=1)
 

@@ -28,6 +28,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vte_compile.errors import CaptureError
+from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.kernels.append_attention import append_attention
 from vte_compile.module_tree import with_stand_ins
@@ -228,6 +229,7 @@ class _DecoderWithHead(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.decoder, self.lm_head = decoder_module(spec), spec.lm_head
+        self.cache_name = cache_name(spec.decoder.forward)
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, past: list[Tensor], kv_start: list[Tensor]
@@ -237,7 +239,7 @@ class _DecoderWithHead(nn.Module):
         token = _decode_step.set(_DecodeStep(cache.layers, kv_start) if decode else None)
         try:
             hidden = self.decoder(
-                inputs_embeds=inputs_embeds, position_ids=position_ids, past_key_values=cache, use_cache=True
+                inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=True, **{self.cache_name: cache}
             ).last_hidden_state
         finally:
             _decode_step.reset(token)

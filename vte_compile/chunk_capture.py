@@ -29,6 +29,7 @@ from vte_compile.capture import (
     refuse_extras,
 )
 from vte_compile.errors import CaptureError
+from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.kernels.cached_attention import cached_attention
 
@@ -90,6 +91,7 @@ class _ChunkDecoder(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.decoder, self.lm_head = decoder_module(spec), spec.lm_head
+        self.cache_name = cache_name(spec.decoder.forward)
 
     def forward(
         self,
@@ -105,7 +107,7 @@ class _ChunkDecoder(nn.Module):
         token = _chunk.set(chunk)
         try:
             hidden = self.decoder(
-                inputs_embeds=inputs_embeds, position_ids=position_ids, past_key_values=cache, use_cache=True
+                inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=True, **{self.cache_name: cache}
             ).last_hidden_state
         finally:
             _chunk.reset(token)

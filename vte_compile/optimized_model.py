@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vte_compile.errors import InputError
+from vte_compile.families.cache_name import CACHE, given_cache
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.families.inputs import chunk_tokens, decoder_inputs, image_positions
 from vte_compile.folded_weights import FoldReport
@@ -31,8 +32,8 @@ ModelT = TypeVar("ModelT", bound="PreTrainedModel")
 
 # What the decoder's runner handles itself; everything else a forward takes belongs to the model's merging code.
 _DECODER_ARGUMENTS = frozenset(
-    "input_ids inputs_embeds attention_mask position_ids past_key_values visual_mask labels use_cache logits_to_keep "
-    "return_dict output_attentions output_hidden_states cache_position kwargs".split()
+    "input_ids inputs_embeds attention_mask position_ids cache past_key_values visual_mask labels use_cache "
+    "logits_to_keep return_dict output_attentions output_hidden_states cache_position kwargs".split()
 )
 
 
@@ -125,15 +126,15 @@ class OptimizedModel:
 
         Returns:
             The usual output, with ``exit_layer`` [B] int64. ``logits`` are zeros where a token was removed or is
-            padding; ``logits_to_keep=1`` gives each row's last real token. ``past_key_values`` is a DynamicCache whose
-            layers differ in length (``.lengths``).
+            padding; ``logits_to_keep=1`` gives each row's last real token. ``cache`` (``past_key_values`` before
+            transformers 5.24) is a DynamicCache whose layers differ in length (``.lengths``).
 
         Raises:
             InputError: Contradicting, misshaped or unsupported arguments; the message says which.
         """
         given = arguments.get
         self._refuse_unsupported(arguments)
-        cache = self._cache(given("past_key_values"))
+        cache = self._cache(given_cache(arguments))
         tokens = chunk_tokens(given("input_ids"), given("inputs_embeds"))
         decoding = tokens.shape[1] == 1 and not cache.is_empty
         batch, length = tokens.shape[:2]
@@ -162,12 +163,13 @@ class OptimizedModel:
             record.append(output.exit_layer)
         logits = output.logits if last else _keep_logits(output.logits, keep)
         use_cache = given("use_cache") if given("use_cache") is not None else self._vte_spec.config.use_cache
+        kept: dict[str, Any] = {CACHE: cache if use_cache else None}
         result = CausalLMOutputWithExit(
             loss=self._loss(logits, given("labels"), keep),
             logits=logits,
-            past_key_values=cache if use_cache else None,
             image_hidden_states=inputs.image_hidden_states,
             exit_layer=output.exit_layer,
+            **kept,
         )
         return result.to_tuple() if given("return_dict") is False else result
 
@@ -211,7 +213,7 @@ class OptimizedModel:
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         if visual_mask is not None and kwargs.get("is_first_iteration"):  # else a decode step: text
             tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            cache = inputs.get("past_key_values")
+            cache = inputs.get(CACHE)
             seen = cache.get_seq_length() if cache is not None else 0
             whole = visual_mask.ndim == 2 and visual_mask.shape[1] == seen + tokens.shape[1]
             inputs["visual_mask"] = visual_mask[:, seen:] if whole else visual_mask
@@ -226,7 +228,7 @@ class OptimizedModel:
         ids = ids if ids is not None and ids.shape[1] else inputs_tensor
         if self._vte_spec.position_rows == 1 or ids.ndim != 2:
             return None
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs["attention_mask"]
+        cache, mask = model_kwargs.get(CACHE), model_kwargs["attention_mask"]
         seen = cache.get_seq_length() if cache is not None else 0
         if ids.shape[1] == mask.shape[1]:  # else these are the new tokens alone
             ids = ids[:, seen:]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import find_decoder, position_rows
 from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, PromptStatistics, planned_blocks
 from vte_compile.plan import GateExit, Plan, StaticExit
@@ -300,8 +301,8 @@ class Oracle:
             attention_mask=_causal_mask(length, past_length, _window(self.config, index), run.hidden),
             position_ids=run.positions,
             position_embeddings=self.decoder.rotary_emb(run.hidden, position_ids=run.positions),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name(self.layers[index].forward): cache},
         )
         if statistics is not None:
             run.statistics[index] = statistics

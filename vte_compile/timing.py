@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vte_compile.families.cache_name import CACHE, cache_of
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -108,13 +110,13 @@ def phases(model: Any, embeds: Tensor, visual_mask: Tensor, decode_tokens: int) 
         return model(**inputs)
 
     first = prefill()
-    cache = first.past_key_values
+    cache = cache_of(first)
     token = first.logits[:, -1].argmax(-1, keepdim=True)
 
     @torch.no_grad()
     def decode() -> None:
         for _ in range(decode_tokens):
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, use_cache=True, **{CACHE: cache})
 
     def rewind() -> None:
         cache.crop(-decode_tokens)

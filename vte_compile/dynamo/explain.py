@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from vte_compile.dynamo.report import Graph, recording
 from vte_compile.errors import InputError
+from vte_compile.families.cache_name import CACHE, cache_of
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.passes import PassResult
 from vte_compile.plan import Plan
@@ -94,7 +95,7 @@ def explain(model: PreTrainedModel, inputs: Mapping[str, Any], plan: Plan | None
 
 
 def _decode_step(inputs: Mapping[str, Any], first: Any) -> dict[str, Any]:
-    step = {"input_ids": first.logits[:, -1:].argmax(-1), "past_key_values": first.past_key_values}
+    step = {"input_ids": first.logits[:, -1:].argmax(-1), CACHE: cache_of(first)}
     if (mask := inputs.get("attention_mask")) is not None:
         step["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return step

@@ -14,7 +14,7 @@ from vte_compile.errors import UnsupportedModelError
 
 # What a decoder with multimodal rotary positions may take; others are given more than embeddings (DeepStack).
 _KNOWN_ARGUMENTS = frozenset(
-    "input_ids inputs_embeds attention_mask position_ids past_key_values use_cache cache_position return_dict "
+    "input_ids inputs_embeds attention_mask position_ids cache past_key_values use_cache cache_position return_dict "
     "output_attentions output_hidden_states".split()
 )
 # The config fields in which transformers' multimodal families keep the ids of their placeholder tokens.

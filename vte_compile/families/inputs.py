@@ -15,7 +15,7 @@ from vte_compile.families.decoder import DecoderSpec
 
 # What a merger may hand to its decoder and the runner decides itself; anything else would be lost.
 _DECODER_ARGUMENTS = frozenset(
-    "attention_mask position_ids past_key_values use_cache cache_position return_dict output_attentions "
+    "attention_mask position_ids cache past_key_values use_cache cache_position return_dict output_attentions "
     "output_hidden_states logits_to_keep".split()
 )
 # Inputs that only say of images and videos where they are and how large: without any of those they change nothing.
