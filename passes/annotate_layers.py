@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
 
 # Where modules are shared, torch.export names the layers as the decoder takes them: layers.slice(None, 3, None).0
-_LAYER = re.compile(r"(?:^|\.)layers\.(?:slice\([^)]*\)\.)?(\d+)(?:\.|$)")
+LAYER_PATH = re.compile(r"(?:^|\.)layers\.(?:slice\([^)]*\)\.)?(\d+)(?:\.|$)")
 
 
 def annotate_layers(graph: DecoderGraph, settings: PassSettings) -> PassResult:
@@ -34,7 +34,7 @@ def annotate_layers(graph: DecoderGraph, settings: PassSettings) -> PassResult:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
         depends = max((layer_of.get(n, -1) for n in node.all_input_nodes), default=-1)
-        own = _layer_in_stack(node)
+        own = layer_in_stack(node)
         if own is None and depends == last - 1 and not _feeds_a_layer(node):
             own = last
         layer_of[node] = depends if own is None else max(own, depends)
@@ -55,9 +55,10 @@ def _move_constants(layer_of: dict[fx.Node, int]) -> None:
         layer_of[node] = min((layer_of[user] for user in node.users if user in layer_of), default=layer_of[node])
 
 
-def _layer_in_stack(node: fx.Node) -> int | None:
+def layer_in_stack(node: fx.Node) -> int | None:
+    """The decoder layer whose module a node was traced in; None outside of them."""
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        if found := _LAYER.search(path):
+        if found := LAYER_PATH.search(path):
             return int(found.group(1))
     return None
 
@@ -70,7 +71,7 @@ def _feeds_a_layer(node: fx.Node) -> bool:
         if user in seen:
             continue
         seen.add(user)
-        if _layer_in_stack(user) is not None:
+        if layer_in_stack(user) is not None:
             return True
         queue += user.users
     return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,21 +45,43 @@ def cleanup(graph: DecoderGraph, settings: PassSettings) -> PassResult:
     graph.graph.lint()
     graph.module.recompile()
     exits = [n for n in graph.graph.nodes if n.target is token_exit._opoverload]
+    shapes = _KnownShapes()
     for firing in (None, *dict.fromkeys([*exits[:1], *exits[-1:]])):
-        _check_shapes(graph, firing)
+        _check_shapes(graph, firing, shapes)
     return PassResult("cleanup", applied=before - len(alive))
 
 
-def _check_shapes(graph: DecoderGraph, firing: fx.Node | None) -> None:
+class _KnownShapes:
+    """What operations gave for inputs of some shapes: layers are alike, and fake tensors take their time."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode()
+        self._results: dict[Any, Any] = {}
+
+    def result(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """That of an earlier call with this key, or what `compute` gives."""
+        if key not in self._results:
+            self._results[key] = compute()
+        return self._results[key]
+
+
+def _described(value: Any) -> Any:
+    """An argument as far as shapes depend on it, to be compared."""
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.stride(), value.dtype, value.device)
+    return (type(value), value)  # True is not 1 here
+
+
+def _check_shapes(graph: DecoderGraph, firing: fx.Node | None, shapes: _KnownShapes) -> None:
     case = "without an exit" if firing is None else f"with {firing.name}"
-    with torch.no_grad(), FakeTensorMode() as mode:
+    with torch.no_grad(), shapes.mode:
         inputs = [
             torch.empty([_hint(s) for s in n.meta["val"].shape], dtype=n.meta["val"].dtype, device=n.meta["val"].device)
             for n in graph.graph.nodes
             if n.op == "placeholder"
         ]
         try:
-            _ShapeInterpreter(graph, mode, firing).run(*inputs)
+            _ShapeInterpreter(graph, shapes, firing).run(*inputs)
         except Exception as error:
             raise CaptureError(f"shapes do not fit {case}: {error}") from error
 
@@ -71,17 +93,21 @@ def _hint(size: int | torch.SymInt) -> int:
 class _ShapeInterpreter(fx.Interpreter):
     """Runs the graph on fake tensors; one chosen exit fires."""
 
-    def __init__(self, graph: DecoderGraph, mode: FakeTensorMode, firing: fx.Node | None) -> None:
+    def __init__(self, graph: DecoderGraph, shapes: _KnownShapes, firing: fx.Node | None) -> None:
         super().__init__(graph.module)
-        self.parameters, self.mode, self.firing = graph.parameters, mode, firing
+        self.parameters, self.shapes, self.firing = graph.parameters, shapes, firing
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "get_attr":
-            return self.mode.from_tensor(self.parameters[str(n.target)]())
+            weight = self.parameters[str(n.target)]()
+            return self.shapes.result(_described(weight), lambda: self.shapes.mode.from_tensor(weight))
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.target is token_exit._opoverload:
-            args, _ = self.fetch_args_kwargs_from_env(n)
             return self._exit(args[2], unpack_dims(args[3], args[4]), n is self.firing)
-        return super().run_node(n)
+        key = (n.target, fx.node.map_aggregate((args, kwargs), _described))
+        return self.shapes.result(key, lambda: self.call_function(n.target, args, kwargs))
 
     @staticmethod
     def _exit(values: Sequence[Tensor], dims: Sequence[Sequence[int]], fires: bool) -> list[Tensor]:

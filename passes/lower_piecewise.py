@@ -113,15 +113,16 @@ def lower_piecewise(graph: DecoderGraph) -> PiecewiseGraph:
     attending = {graph.layer_of[n] for n in nodes if _appends(n)} | {-1, graph.spec.num_layers}
     steps: list[Piece | ExitPoint | AttendPoint] = []
     part: list[fx.Node] = []
+    modules: dict[str, fx.GraphModule] = {}
     for layer in sorted(by_layer):
         for appends, own in groupby(by_layer[layer], _appends):
             if appends:
-                steps += [*_pieces(graph, part), *map(_attend_point, own)]
+                steps += [*_pieces(graph, part, modules), *map(_attend_point, own)]
                 part = []
             else:
                 part += own
         if not {layer, layer + 1} <= attending:
-            steps += _pieces(graph, part)
+            steps += _pieces(graph, part, modules)
             part = []
         if layer in exits:
             steps.append(exits[layer])
@@ -165,8 +166,11 @@ def _attend_point(node: fx.Node) -> AttendPoint:
     return AttendPoint(inputs, [outputs[i] for i in range(3)], scale)  # type: ignore[arg-type]
 
 
-def _pieces(graph: DecoderGraph, nodes: list[fx.Node]) -> list[Piece]:
-    """One piece; none where nodes are sizes only, which other pieces read from their own inputs."""
+def _pieces(graph: DecoderGraph, nodes: list[fx.Node], modules: dict[str, fx.GraphModule]) -> list[Piece]:
+    """One piece; none where nodes are sizes only, which other pieces read from their own inputs.
+
+    Equal ones share their module, which is in ``modules`` by their key.
+    """
     own = set(nodes)
     outputs = [n for n in nodes if not _is_size(n) and any(user not in own for user in n.users)]
     if not outputs:
@@ -189,10 +193,12 @@ def _pieces(graph: DecoderGraph, nodes: list[fx.Node]) -> list[Piece]:
     mode = next(v.fake_mode for v in examples)
     with torch.no_grad():
         examples += [mode.from_tensor(read().detach(), static_shapes=True) for read in parameters]
-    module = fx.GraphModule({}, piece)
+    key = structure_key(piece, examples)
+    if key not in modules:
+        modules[key] = fx.GraphModule({}, piece)
     lowered = Piece(
-        module,
-        structure_key(piece, examples),
+        modules[key],
+        key,
         [n.name for n in inputs],
         parameters,
         [n.name for n in outputs],

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,9 +34,17 @@ from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.kernels.append_attention import append_attention
 from vte_compile.module_tree import with_stand_ins
+from vte_compile.repeated_layers import (
+    NotRepeatable,
+    layer_kinds,
+    layers_to_trace,
+    repeat_layers,
+    with_first_layers,
+)
 from vte_compile.runtime.prompt_value import PromptValue
 from vte_compile.runtime.steps import Phase
 
+logger = logging.getLogger(__name__)
 Parameter = Callable[[], Tensor]
 
 _ATTENTION = "vte_capture"
@@ -261,57 +271,75 @@ def capture(spec: DecoderSpec, phase: Phase, *, batched: bool = False) -> Decode
     """
     if batched and phase != "decode":
         raise ValueError("prefill and extend run one row at a time")
-    wrapper = _DecoderWithHead(spec)
-    args, dynamic_shapes = _examples(spec, phase, batched)
     # In prefill the model masks by itself, and plain_causal proves what the mask is.
     implementation = "sdpa" if phase == "prefill" else _ATTENTION
-    try:
-        with attention_implementation(spec.config, implementation), evaluating(wrapper), torch.no_grad():
-            exported = torch.export.export(wrapper, args, dynamic_shapes=dynamic_shapes, strict=False)
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise CaptureError(
-            f"torch.export could not trace the {phase} of {type(spec.decoder).__name__}: {error}"
-        ) from error
-    names = ["inputs_embeds", "position_ids"]
-    if phase != "prefill":
-        names += [f"{kind}_{i}" for i in range(spec.num_layers) for kind in ("past_key", "past_value")]
-    return decoder_graph(exported, wrapper, spec, phase, batched, names)
+    names = ("inputs_embeds", "position_ids")
+    wrapper = _DecoderWithHead(spec)
+    return trace(spec, wrapper, phase, batched, implementation, names, partial(_examples, spec, phase, batched))
 
 
-def decoder_graph(
-    exported: torch.export.ExportedProgram,
-    wrapper: nn.Module,
+def trace(
     spec: DecoderSpec,
+    wrapper: Any,
     phase: Phase,
     batched: bool,
-    names: list[str],
+    implementation: str,
+    names: Sequence[str],
+    examples: Callable[[int], tuple[tuple[Any, ...], tuple[Any, ...]]],
 ) -> DecoderGraph:
-    """What torch.export traced, as a graph for the passes.
+    """Trace a module that has the decoder, each kind of layer once if that is known to be enough.
 
     Args:
-        exported: Of ``wrapper``.
-        wrapper: Owns the weights.
         spec: The decoder.
-        phase: What was traced.
+        wrapper: Has it as ``.decoder``, and all weights.
+        phase: What is traced.
         batched: Whether the batch size is symbolic.
-        names: Of the inputs; inputs behind these are called ``kv_start_0`` and so on.
+        implementation: The attention's, in AttentionInterface.
+        names: Of the first inputs; behind them come keys and values of layers, and then ``kv_start_0`` and so on.
+        examples: For a number of layers: the arguments, and which of their dims are symbolic.
+
+    Raises:
+        CaptureError: torch.export could not trace it.
     """
+    kinds = layer_kinds(wrapper.decoder)
+    for count in dict.fromkeys((layers_to_trace(kinds), len(kinds))):
+        args, dynamic_shapes = examples(count)
+        module = with_first_layers(wrapper, count)
+        try:
+            with attention_implementation(spec.config, implementation), evaluating(wrapper), torch.no_grad():
+                exported = torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"torch.export could not trace the {phase} of {type(spec.decoder).__name__}: {error}"
+            ) from error
+        traced = _named(exported, names, count)
+        try:
+            repeat_layers(traced, wrapper, kinds, count)
+        except NotRepeatable as reason:
+            logger.debug("%s: all layers are traced: %s", phase, reason)
+            continue
+        parameters = {n.target: _reader(wrapper, traced, n.target) for n in traced.graph.nodes if n.op == "get_attr"}
+        traced.recompile()
+        return DecoderGraph(traced, phase, batched, spec, parameters, kv_layers=list(range(spec.num_layers)))
+    raise AssertionError("unreachable: with all layers traced, nothing is repeated")
+
+
+def _named(exported: torch.export.ExportedProgram, names: Sequence[str], layers: int) -> fx.GraphModule:
+    """What torch.export traced, as a graph whose inputs have the names that passes know."""
     module = exported.module(check_guards=False)
     # Unflattening and checking the argument lists is none of our business: the flat placeholders are the interface.
     module.graph.set_codegen(fx.graph.CodeGen())
     module = fx.GraphModule(module, module.graph)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    if len(placeholders) > len(names):
+        names = [*names, *(f"{kind}_{i}" for i in range(layers) for kind in ("past_key", "past_value"))]
     names = [*names, *(f"kv_start_{i}" for i in range(len(placeholders) - len(names)))]
     for node, name in zip(placeholders, names, strict=True):
         node._rename(name)
         node.target = node.name
-    parameters = {
-        node.target: _reader(wrapper, module, node.target) for node in module.graph.nodes if node.op == "get_attr"
-    }
-    module.recompile()
-    return DecoderGraph(module, phase, batched, spec, parameters, kv_layers=list(range(spec.num_layers)))
+    return module
 
 
 def _reader(wrapper: nn.Module, module: fx.GraphModule, target: str) -> Parameter:
@@ -325,7 +353,7 @@ def _reader(wrapper: nn.Module, module: fx.GraphModule, target: str) -> Paramete
     return lambda: getattr(owner, name)
 
 
-def _examples(spec: DecoderSpec, phase: Phase, batched: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _examples(spec: DecoderSpec, phase: Phase, batched: bool, layers: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     options: dict[str, Any] = {"device": spec.device, "dtype": spec.dtype}
     batch = _EXAMPLE_BATCH if batched else 1
     tokens = 1 if phase == "decode" else _EXAMPLE_TOKENS
@@ -337,7 +365,7 @@ def _examples(spec: DecoderSpec, phase: Phase, batched: bool) -> tuple[tuple[Any
     past: list[Tensor] = []
     kv_start: list[Tensor] = []
     if phase != "prefill":
-        for layer in range(spec.num_layers):
+        for layer in range(layers):
             past += [
                 torch.zeros(batch, spec.kv_heads, _EXAMPLE_PAST + layer, spec.head_size, **options) for _ in range(2)
             ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextvars
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +23,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from vte_compile.capture import (
     DecoderGraph,
-    attention_implementation,
-    decoder_graph,
     decoder_module,
-    evaluating,
     refuse_extras,
+    trace,
 )
-from vte_compile.errors import CaptureError
 from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.kernels.cached_attention import cached_attention
@@ -120,21 +118,11 @@ def capture_chunk(spec: DecoderSpec) -> DecoderGraph:
     Raises:
         CaptureError: torch.export could not trace the decoder.
     """
-    wrapper = _ChunkDecoder(spec)
-    args, shapes = _examples(spec)
-    try:
-        with attention_implementation(spec.config, _ATTENTION), evaluating(wrapper), torch.no_grad():
-            exported = torch.export.export(wrapper, args, dynamic_shapes=shapes, strict=False)
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise CaptureError(f"torch.export could not trace {type(spec.decoder).__name__}: {error}") from error
-    names = ["inputs_embeds", "position_ids", "new_lengths", "past_lengths"]
-    names += [f"{kind}_{i}" for i in range(spec.num_layers) for kind in ("past_key", "past_value")]
-    return decoder_graph(exported, wrapper, spec, "chunk", True, names)
+    names = ("inputs_embeds", "position_ids", "new_lengths", "past_lengths")
+    return trace(spec, _ChunkDecoder(spec), "chunk", True, _ATTENTION, names, partial(_examples, spec))
 
 
-def _examples(spec: DecoderSpec) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _examples(spec: DecoderSpec, layers: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     options: dict[str, Any] = {"device": spec.device, "dtype": spec.dtype}
     embeds = torch.zeros(_EXAMPLE_BATCH, _EXAMPLE_TOKENS, spec.hidden_size, **options)
     rows = (spec.position_rows,) if spec.position_rows > 1 else ()
@@ -143,7 +131,7 @@ def _examples(spec: DecoderSpec) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     past_lengths = torch.zeros_like(new_lengths)
     past = [
         torch.zeros(_EXAMPLE_BATCH, spec.kv_heads, _EXAMPLE_PAST + layer, spec.head_size, **options)
-        for layer in range(spec.num_layers)
+        for layer in range(layers)
         for _ in range(2)
     ]
     auto: dict[int, Any] = {0: Dim.AUTO, 1: Dim.AUTO}

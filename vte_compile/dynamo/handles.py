@@ -34,6 +34,8 @@ def make_handle(shape: Sequence[int], like: Tensor, cache: ExitCache) -> Tensor:
     """A tensor of this shape, NaN all over, that carries a cache."""
     handle = torch.empty_strided(tuple(shape), (0,) * len(shape), dtype=like.dtype, device=like.device)
     torch.as_strided(handle, (1,), (1,)).fill_(math.nan)
+    # Else Dynamo would take the length of the first decode step for a constant, and trace all layers once more.
+    torch._dynamo.maybe_mark_dynamic(handle, 2)
     attach(handle, cache)
     return handle
 
