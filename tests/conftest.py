@@ -7,6 +7,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton's kernels then run on CPU tensors, interpreted; read when triton is imported. (Where they are compiled
+    # ahead of time, it is in processes without it.)
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

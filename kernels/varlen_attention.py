@@ -1,0 +1,117 @@
+"""Causal attention of packed rows to what they have cached, and to themselves, with the rotation of queries and keys.
+
+Rows of a chunk stand one behind the other in one tensor of T tokens, without padding: row b is
+``cu_seqlens[b] .. cu_seqlens[b + 1] - 1``. Its keys and values in the cache begin at column ``starts[b]``; behind the
+``past_lengths[b]`` that are there, this op writes those of the chunk, keys rotated. Positions only enter through the
+tables of cosines and sines, and through a window: they need not be contiguous, since an exit leaves gaps.
+
+``vte::varlen_attention`` is the op: on CPUs the naive reference, on CUDA kernels/triton_varlen_attention.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vte_compile.kernels.cached_attention import rotate
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    past_lengths: Tensor,
+    starts: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """The naive reference; see :func:`varlen_attention`."""
+    output = torch.empty_like(query)
+    bounds, past, first = cu_seqlens.tolist(), past_lengths.tolist(), starts.tolist()
+    group = query.shape[1] // key.shape[1]
+    turned_query, turned_key = (
+        rotate(x.flatten(1)[None], cos[None], sin[None], x.shape[1])[0].view_as(x) for x in (query, key)
+    )
+    for b, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        new = slice(first[b] + past[b], first[b] + past[b] + end - begin)
+        key_cache[b, :, new] = turned_key[begin:end].transpose(0, 1)
+        value_cache[b, :, new] = value[begin:end].transpose(0, 1)
+        cache_positions[b, new] = positions[begin:end]
+        seen = slice(first[b], new.stop)
+        keys, values = (c[b, :, seen].repeat_interleave(group, 0) for c in (key_cache, value_cache))
+        scores = turned_query[begin:end].transpose(0, 1) @ keys.mT * scale  # [heads, tokens, past and new]
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        index = torch.arange(seen.stop - seen.start, device=query.device)
+        visible = index <= index[past[b] :, None]
+        if window > 0:
+            visible &= positions[begin:end, None] - cache_positions[b, seen] < window
+        output[begin:end] = (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ values).transpose(0, 1)
+    return output
+
+
+@torch.library.custom_op(
+    "vte::varlen_attention", mutates_args=("key_cache", "value_cache", "cache_positions"), device_types="cpu"
+)
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    past_lengths: Tensor,
+    starts: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_positions: Tensor,
+    longest: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Append a packed chunk to the cache, and attend causally to all of it.
+
+    Args:
+        query: [T, heads, D], not rotated; D is 64, 80, 96, 128 or 256 on CUDA.
+        key: [T, kv_heads, D], not rotated; ``value`` likewise. ``heads`` is a multiple of ``kv_heads``.
+        cos: [T, D / 2], of each token's position; ``sin`` likewise.
+        positions: [T] int32, of the tokens; ascending in each row.
+        cu_seqlens: [B + 1] int32: where rows begin and end in the chunk.
+        past_lengths: [B] int32: how many tokens of each row are cached.
+        starts: [B] int32: the column where each row begins in the cache.
+        key_cache: [B, kv_heads, columns, D], and ``value_cache``: room for the chunk is there; written in place.
+        cache_positions: [B, columns] int32: positions of what is cached; written in place.
+        longest: Tokens of the longest row of the chunk, or more.
+        scale: Of the scores.
+        window: A token sees those whose position is less than this behind its own (Mistral, arXiv 2310.06825); 0: all.
+        softcap: Scores s become ``softcap * tanh(s / softcap)`` (Gemma 2, arXiv 2408.00118); 0: as they are.
+
+    Returns:
+        [T, heads, D].
+    """
+    return reference(
+        query, key, value, cos, sin, positions, cu_seqlens, past_lengths, starts, key_cache, value_cache,
+        cache_positions, scale, window, softcap,
+    )  # fmt: skip
+
+
+@varlen_attention.register_kernel("cuda")
+def _(*args: object) -> Tensor:
+    from vte_compile.kernels.triton_varlen_attention import launch
+
+    return launch(*args)  # type: ignore[arg-type]
+
+
+@varlen_attention.register_fake
+def _(query: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(query)

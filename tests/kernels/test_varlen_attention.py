@@ -1,0 +1,183 @@
+"""vte::varlen_attention: the reference against plain attention, and the Triton kernels against it in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import assert_close
+from torch.library import opcheck
+
+from vte_compile.kernels.varlen_attention import reference, varlen_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+ROWS = {
+    "one": ([7], [0]),
+    "single tokens behind a past": ([1, 1, 1], [0, 5, 33]),
+    "unequal, one empty": ([19, 0, 3, 34], [0, 4, 17, 1]),
+}
+
+
+def case(lengths, past, heads=4, kv_heads=2, size=64, dtype=torch.float64, seed=0, gaps=True):
+    """The arguments of the op up to the caches, which are NaN where nothing was cached."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, batch = sum(lengths), len(lengths)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    starts = torch.randint(0, 4, (batch,), generator=generator, dtype=torch.int32)
+    columns = max(n + p for n, p in zip(lengths, past, strict=True)) + 5
+    caches = [torch.full((batch, kv_heads, columns, size), math.nan, dtype=dtype) for _ in range(2)]
+    cache_positions = torch.zeros(batch, columns, dtype=torch.int32)
+    positions = []
+    for b, (n, p) in enumerate(zip(lengths, past, strict=True)):
+        steps = torch.randint(1, 4 if gaps else 2, (n + p,), generator=generator)
+        of_row = steps.cumsum(0) - 1
+        held = slice(int(starts[b]), int(starts[b]) + p)
+        for cache in caches:
+            cache[b, :, held] = random(kv_heads, p, size)
+        cache_positions[b, held] = of_row[:p].int()
+        positions.append(of_row[p:])
+    at = torch.cat(positions)
+    angles = at[:, None] * 100.0 ** (-torch.arange(size // 2, dtype=torch.float64) / (size // 2))
+    query, key, value = random(tokens, heads, size), random(tokens, kv_heads, size), random(tokens, kv_heads, size)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    tables = angles.cos().to(dtype), angles.sin().to(dtype)
+    past_lengths = torch.tensor(past, dtype=torch.int32)
+    return [query, key, value, *tables, at.int(), cu_seqlens, past_lengths, starts, *caches, cache_positions]
+
+
+def by_kernel(arguments, longest, *rest):
+    """What the Triton kernels give; the caches are written."""
+    from vte_compile.kernels.triton_varlen_attention import launch
+
+    return launch(*arguments, longest, *rest)
+
+
+def wider(arguments):
+    return [x.double() if x.is_floating_point() else x.clone() for x in arguments]
+
+
+def relative_error(actual, expected):
+    return float((actual.double() - expected).abs().max() / expected.abs().max())
+
+
+def check(lengths, past, dtype, window=0, softcap=0.0, **options):
+    """The kernels against the reference in float64, on the same numbers; what they must not write stays."""
+    size = options.get("size", 64)
+    arguments = [x.to(DEVICE) for x in case(lengths, past, dtype=dtype, **options)]
+    expected_arguments = wider(arguments)
+    untouched = arguments[9].isnan().clone()
+    scale = size**-0.5
+    expected = reference(*expected_arguments, scale, window, softcap)
+    output = by_kernel(arguments, max(lengths), scale, window, softcap)
+    assert output.dtype == dtype
+    assert not output.isnan().any()  # all of it was written
+    assert relative_error(output, expected) < TOLERANCE[dtype]
+    for ours, theirs in zip(arguments[9:11], expected_arguments[9:11], strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())  # written where it is to be, and nowhere else
+        assert relative_error(ours.nan_to_num(), theirs.nan_to_num()) < TOLERANCE[dtype]
+    assert untouched.any()
+    assert torch.equal(arguments[11], expected_arguments[11])
+
+
+# ---------------------------------------------------------------- the reference
+
+
+def test_the_reference_is_causal_attention_of_each_row():
+    arguments = case([5, 3], [0, 4], gaps=False)
+    query, key, value, cos, sin, _, cu_seqlens, _, starts, keys, values, _ = arguments
+    before = int(starts[1])
+    past = [cache[1, :, before : before + 4].clone() for cache in (keys, values)]
+    output = reference(*arguments, 0.125, 0, 0.0)
+
+    def turned(x):
+        first, second = x.chunk(2, -1)
+        c, s = cos[:, None], sin[:, None]
+        return torch.cat([first * c - second * s, second * c + first * s], -1)
+
+    for b, held in ((0, [x[:, :0] for x in past]), (1, past)):
+        row = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
+        k, v = (torch.cat([p, x[row].transpose(0, 1)], 1) for p, x in zip(held, (turned(key), value), strict=True))
+        k, v = (x.repeat_interleave(2, 0) for x in (k, v))
+        tokens, columns = row.stop - row.start, k.shape[1]
+        mask = torch.ones(tokens, columns, dtype=torch.bool).tril(columns - tokens)
+        want = torch.nn.functional.scaled_dot_product_attention(
+            turned(query)[row].transpose(0, 1), k, v, attn_mask=mask, scale=0.125
+        )
+        assert_close(output[row], want.transpose(0, 1), 1e-12)
+
+
+def test_a_window_counts_positions_and_softcap_bends_scores():
+    arguments = case([6], [0])
+    positions = arguments[5]
+    arguments[5] = torch.tensor([0, 1, 2, 50, 51, 52], dtype=torch.int32)  # an exit left a gap
+    near = reference(*[x.clone() for x in arguments], 1.0, 4, 0.0)
+    alone = [x[3:].clone() for x in arguments[:6]] + [torch.tensor([0, 3], dtype=torch.int32), *arguments[7:]]
+    assert_close(near[3:], reference(*alone, 1.0, 0, 0.0), 1e-12)
+    assert len(positions) == 6
+    plain, bent = (reference(*[x.clone() for x in arguments], 1.0, 0, cap) for cap in (0.0, 0.5))
+    assert float((plain - bent).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_op(rows):
+    lengths, past = ROWS[rows]
+    opcheck(varlen_attention, (*case(lengths, past, dtype=torch.float32), max(lengths), 0.125, 0, 0.0))
+
+
+# ---------------------------------------------------------------- the kernels (interpreted, where there is no GPU)
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot run")
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_kernel(rows, dtype):
+    check(*ROWS[rows], dtype)
+
+
+@pytest.mark.parametrize("size", [80, 96, 128, 256])
+def test_head_sizes(size):
+    check([5, 18], [3, 0], torch.float16, size=size)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 1), (8, 2)])
+def test_heads(heads, kv_heads):
+    check([17, 2], [0, 9], torch.float32, heads=heads, kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(1, 0.0), (5, 0.0), (40, 0.0), (0, 2.0), (7, 0.7)])
+def test_window_and_softcap(window, softcap):
+    check([33, 4], [0, 21], torch.float32, window=window, softcap=softcap)
+
+
+def test_inputs_that_are_views():
+    """q, k and v as slices of one tensor, as a packed linear layer gives them."""
+    arguments = case([9, 4], [0, 2], dtype=torch.float32)
+    whole = torch.cat(arguments[:3], 1)
+    views = [whole[:, :4], whole[:, 4:6], whole[:, 6:], *[x.clone() for x in arguments[3:]]]
+    output = by_kernel([x.to(DEVICE) for x in views], 9, 0.125, 0, 0.0)
+    assert_close(output.cpu(), reference(*arguments, 0.125, 0, 0.0), 1e-5)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="head size 48: expected one of 64, 80"):
+        by_kernel(case([3], [0], size=48, dtype=torch.float32), 3, 1.0, 0, 0.0)
+    with pytest.raises(ValueError, match="float64: expected float16"):
+        by_kernel(case([3], [0]), 3, 1.0, 0, 0.0)
+    arguments = case([3], [0], dtype=torch.float32)
+    arguments[0] = arguments[0].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match="last dim must be contiguous"):
+        by_kernel(arguments, 3, 1.0, 0, 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_op_on_a_gpu(dtype):
+    arguments = [x.cuda() for x in case([700, 124, 1], [0, 576, 699], dtype=dtype, heads=8, kv_heads=2, size=128)]
+    expected = reference(*wider(arguments), 0.1, 0, 0.0)
+    assert relative_error(varlen_attention(*arguments, 700, 0.1, 0, 0.0), expected) < TOLERANCE[dtype]
