@@ -52,6 +52,8 @@ setup(
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
+            # The version that torch 2.13 is made for; its interpreter runs the kernels where there is no GPU.
+            "triton>=3.7,<3.8; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "hypothesis",
             "ruff",
             "mypy",

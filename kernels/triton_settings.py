@@ -1,7 +1,7 @@
 """Block sizes, warps and stages of the Triton kernels, per chip, head size and dtype.
 
-Nothing is searched at run time: a first call takes what stands here. ``benchmarks/kernels.py --check`` compiles all of
-it ahead of time, and tests do for a part: no spilled registers, and shared memory that the chip has.
+Nothing is searched at run time: a first call takes what stands here. ``benchmarks/triton_kernels.py --check`` compiles
+all of it ahead of time, and tests do for a part: no spilled registers, and shared memory that the chip has.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -61,11 +60,13 @@ def table(kernel: str, size: int, dtype: torch.dtype, chip: int) -> Settings:
     wide = dtype == torch.float32
     compute = _COMPUTE[dtype]
     if kernel == "decode_attention":
-        return Settings(16, 32 if wide or size == 256 else 64, 4, 2, compute)
+        if wide:  # products in float32 take registers, and no tensor cores
+            return Settings(16, 32 if size <= 64 else 16, 4 if size <= 64 else 8, 1, compute)
+        return Settings(16, 32 if size == 256 else 64, 4, 2, compute)
     if wide:
-        return Settings(32, 32, 4, 1 if size == 256 else 2, compute)
+        return Settings(16, 16, 8, 1, compute) if size == 256 else Settings(32, 32, 4, 2, compute)
     if size == 256:
-        return Settings(64, 32, 4 if chip < 90 else 8, 2, compute)
+        return Settings(64, 32, 8, 2, compute)
     if chip >= 90:
         return Settings(128, 64, 8, 3 if size == 64 else 2, compute)
     return Settings(64, 64, 4, 3 if size == 64 else 2, compute)
@@ -78,42 +79,3 @@ _COMPUTE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float3
 def _chip(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return max((chip for chip in CHIPS if chip <= 10 * major + minor), default=CHIPS[0])
-
-
-def compiled_resources(source: Any, chip: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    """What a kernel takes on a chip, compiled ahead of time: no GPU is needed.
-
-    Args:
-        source: A ``triton.compiler.ASTSource``.
-        chip: Its compute capability, times 10.
-
-    Returns:
-        ``registers`` of a thread, ``spills`` (bytes stored and loaded), ``shared`` (bytes of a block).
-
-    Raises:
-        RuntimeError: ptxas does not say.
-    """
-    import re
-    import subprocess
-    import tempfile
-    from pathlib import Path
-
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder) / "kernel.ptx"
-        ptx.write_text(compiled.asm["ptx"])
-        arch = f"sm_{chip}a" if chip >= 90 else f"sm_{chip}"
-        path = get_ptxas(chip).path
-        told = subprocess.run(
-            [path, "-v", f"--gpu-name={arch}", str(ptx), "-o", str(Path(folder) / "kernel.cubin")],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
-    registers = re.search(r"Used (\d+) registers", told)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", told)
-    if registers is None or not spills:
-        raise RuntimeError(f"ptxas reports neither registers nor spills: {told}")
-    return {"registers": int(registers[1]), "spills": sum(map(int, spills)), "shared": compiled.metadata.shared}

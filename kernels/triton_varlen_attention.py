@@ -14,6 +14,9 @@ from torch import Tensor
 
 from vte_compile.kernels.triton_settings import settings_for
 
+APPEND_BLOCK = 32
+"""Tokens of a program that writes into the cache."""
+
 
 @triton.jit
 def append_kernel(
@@ -154,11 +157,10 @@ def launch(
         return output
     chosen = settings_for("varlen_attention", query)
     half, padded = triton.next_power_of_2(size // 2), triton.next_power_of_2(size)
-    block = 32
-    append_kernel[(triton.cdiv(longest, block), kv_heads, batch)](
+    append_kernel[(triton.cdiv(longest, APPEND_BLOCK), kv_heads, batch)](
         key, value, cos, sin, positions, cu_seqlens, past_lengths, starts, key_cache, value_cache, cache_positions,
         *key.stride()[:2], *value.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3],
-        cache_positions.stride(0), SIZE=size, HALF=half, BLOCK=block, num_warps=4,
+        cache_positions.stride(0), SIZE=size, HALF=half, BLOCK=APPEND_BLOCK, num_warps=4,
     )  # fmt: skip
     attention_kernel[(triton.cdiv(longest, chosen.block_m), heads, batch)](
         query, cos, sin, positions, cu_seqlens, past_lengths, starts, key_cache, value_cache, cache_positions, output,

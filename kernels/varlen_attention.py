@@ -10,6 +10,8 @@ tables of cosines and sines, and through a window: they need not be contiguous, 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def reference(
     turned_query, turned_key = (
         rotate(x.flatten(1)[None], cos[None], sin[None], x.shape[1])[0].view_as(x) for x in (query, key)
     )
-    for b, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for b, (begin, end) in enumerate(pairwise(bounds)):
         new = slice(first[b] + past[b], first[b] + past[b] + end - begin)
         key_cache[b, :, new] = turned_key[begin:end].transpose(0, 1)
         value_cache[b, :, new] = value[begin:end].transpose(0, 1)

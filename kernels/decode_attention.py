@@ -1,0 +1,92 @@
+"""Attention of one token per row to what its row has cached in this layer: a decode step, caches read only.
+
+Rows differ in length, and layers do (an exit leaves shorter caches above it), so each row has its own first column and
+its own end. A cache is contiguous, or in pages that a block table puts in order (PagedAttention, arXiv 2309.06180).
+
+``vte::decode_attention`` is the op: on CPUs the naive reference, on CUDA kernels/triton_decode_attention.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reference(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    block_table: Tensor | None,
+    cache_positions: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """The naive reference; see :func:`decode_attention`."""
+    output = torch.empty_like(query)
+    group = query.shape[1] // key_cache.shape[1]
+    for b, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        keys, values = (_row(cache, b, block_table)[:, start:end] for cache in (key_cache, value_cache))
+        scores = query[b, :, None] @ keys.repeat_interleave(group, 0).mT * scale  # [heads, 1, columns]
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        if window > 0:
+            assert cache_positions is not None
+            at = _row(cache_positions[:, None, :, None], b, block_table)[0, start:end, 0]
+            scores = scores.masked_fill(at[-1] - at >= window, -torch.inf)
+        output[b] = (scores.softmax(-1) @ values.repeat_interleave(group, 0))[:, 0]
+    return output
+
+
+def _row(cache: Tensor, row: int, block_table: Tensor | None) -> Tensor:
+    """[heads, columns, size] of one row; of pages, in order."""
+    return cache[row] if block_table is None else cache[block_table[row].long()].transpose(0, 1).flatten(1, 2)
+
+
+@torch.library.custom_op("vte::decode_attention", mutates_args=(), device_types="cpu")
+def decode_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    block_table: Tensor | None,
+    cache_positions: Tensor | None,
+    longest: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Attend to the columns ``starts[b] .. ends[b] - 1`` of each row; the token's own key and value are the last.
+
+    Args:
+        query: [B, heads, D], rotated; D is 64, 80, 96, 128 or 256 on CUDA.
+        key_cache: [B, kv_heads, columns, D], keys rotated, and ``value_cache``; or, with ``block_table``, pages
+            [pages, kv_heads, columns of a page, D]. ``heads`` is a multiple of ``kv_heads``.
+        starts: [B] int32.
+        ends: [B] int32, behind ``starts``.
+        block_table: [B, pages of a row] int32: the pages of each row, in order.
+        cache_positions: [B, columns] int32, or [pages, columns of a page]: positions, which a window counts.
+        longest: Columns of the longest row, or more.
+        scale: Of the scores.
+        window: A token sees those whose position is less than this behind its own; 0: all.
+        softcap: Scores s become ``softcap * tanh(s / softcap)``; 0: as they are.
+
+    Returns:
+        [B, heads, D].
+    """
+    return reference(query, key_cache, value_cache, starts, ends, block_table, cache_positions, scale, window, softcap)
+
+
+@decode_attention.register_kernel("cuda")
+def _(*args: object) -> Tensor:
+    from vte_compile.kernels.triton_decode_attention import launch
+
+    return launch(*args)  # type: ignore[arg-type]
+
+
+@decode_attention.register_fake
+def _(query: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(query)

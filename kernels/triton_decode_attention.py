@@ -1,0 +1,173 @@
+"""The Triton kernels of vte::decode_attention (see kernels/decode_attention.py): parts of the columns, then their sum.
+
+One token per row leaves most of a GPU idle, so the columns of a row are split over programs (Flash-Decoding), each of
+which takes all query heads of one key/value head, since they read the same keys.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vte_compile.kernels.triton_settings import settings_for
+
+_SPLIT_LEAST = 128
+"""Columns of a split, at least: below, writing parts costs more than it gains."""
+_PROGRAMS_PER_PROCESSOR = 4
+
+
+@triton.jit
+def split_kernel(
+    query, key_cache, value_cache, starts, ends, block_table, cache_positions, parts, logs, per_split, scale, window,
+    softcap, stride_qb, stride_qh, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn, stride_tb,
+    stride_pb, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
+    PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """One split of one row's columns, for the query heads of one key/value head."""
+    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits, kv_heads = tl.num_programs(0), tl.num_programs(1)
+    start, end = tl.load(starts + row), tl.load(ends + row)
+    low = start + split * per_split
+    high = tl.minimum(low + per_split, end)
+    member, whole = tl.arange(0, GROUP_PADDED), tl.arange(0, PADDED)
+    head = kv_head * GROUP + member
+    is_head, in_size = member < GROUP, whole < SIZE
+    q_at = query + row.to(tl.int64) * stride_qb + head[:, None] * stride_qh + whole[None, :]
+    q = tl.load(q_at, mask=is_head[:, None] & in_size[None, :], other=0.0).to(COMPUTE)
+    own = 0
+    if WINDOW:
+        last = end - 1
+        if PAGE > 0:
+            page = tl.load(block_table + row * stride_tb + last // PAGE).to(tl.int64)
+            own = tl.load(cache_positions + page * stride_pb + last % PAGE)
+        else:
+            own = tl.load(cache_positions + row.to(tl.int64) * stride_pb + last)
+    to_base_2 = 1.4426950408889634
+    highest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PADDED], tl.float32)
+    summed = tl.zeros([GROUP_PADDED, PADDED], tl.float32)
+    for n in range(low, high, BLOCK_N):
+        column = n + tl.arange(0, BLOCK_N)
+        there = column < high
+        if PAGE > 0:
+            block = tl.load(block_table + row * stride_tb + column // PAGE, mask=there, other=0).to(tl.int64)
+            place = (column % PAGE).to(tl.int64)
+        else:
+            block = tl.zeros([BLOCK_N], tl.int64) + row
+            place = column.to(tl.int64)
+        k_at = key_cache + (block * stride_kb + place * stride_kn)[None, :] + kv_head * stride_kg + whole[:, None]
+        k = tl.load(k_at, mask=there[None, :] & in_size[:, None], other=0.0).to(COMPUTE)
+        scores = tl.dot(q, k, input_precision="ieee") * scale
+        if SOFTCAP:
+            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
+        visible = there
+        if WINDOW:
+            at = tl.load(cache_positions + block * stride_pb + place, mask=there, other=0)
+            visible = visible & (own - at < window)
+        scores = tl.where(visible[None, :], scores * to_base_2, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores - finite[:, None])
+        shrink = tl.exp2(highest - finite)
+        v_at = value_cache + (block * stride_vb + place * stride_vn)[:, None] + kv_head * stride_vg + whole[None, :]
+        v = tl.load(v_at, mask=there[:, None] & in_size[None, :], other=0.0).to(COMPUTE)
+        total = total * shrink + tl.sum(weights, 1)
+        summed = tl.dot(weights.to(COMPUTE), v, summed * shrink[:, None], input_precision="ieee")
+        highest = higher
+    # A split without columns, or without any in the window, weighs nothing.
+    weighs = total > 0
+    divisor = tl.where(weighs, total, 1.0)
+    part = ((row * kv_heads + kv_head) * GROUP + member).to(tl.int64) * splits + split
+    tl.store(logs + part, tl.where(weighs, highest + tl.log2(divisor), float("-inf")), mask=is_head)
+    p_at = parts + part[:, None] * SIZE + whole[None, :]
+    tl.store(p_at, summed / divisor[:, None], mask=is_head[:, None] & in_size[None, :])
+
+
+@triton.jit
+def combine_kernel(
+    parts, logs, output, splits, stride_ob, stride_oh, SIZE: tl.constexpr, PADDED: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+):  # fmt: skip
+    """The weighted sum of the parts of one head of one row."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    split, whole = tl.arange(0, SPLITS_PADDED), tl.arange(0, PADDED)
+    first = (row * tl.num_programs(0) + head) * splits
+    log = tl.load(logs + first + split, mask=split < splits, other=float("-inf"))
+    weights = tl.exp2(log - tl.max(log, 0))
+    p_at = parts + (first + split)[:, None] * SIZE + whole[None, :]
+    part = tl.load(p_at, mask=(split < splits)[:, None] & (whole < SIZE)[None, :], other=0.0)
+    summed = tl.sum(part * weights[:, None], 0) / tl.sum(weights, 0)
+    tl.store(output + row * stride_ob + head * stride_oh + whole, summed, mask=whole < SIZE)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def split_columns(longest: int, programs: int, processors: int, block: int) -> tuple[int, int]:
+    """How many splits, and columns in each (whole blocks): enough programs for the chip, and no tiny splits.
+
+    Args:
+        longest: Columns of the longest row.
+        programs: Without splits.
+        processors: Of the chip.
+        block: Columns of a step.
+    """
+    wanted = max(1, processors * _PROGRAMS_PER_PROCESSOR // programs)
+    splits = max(1, min(wanted, longest // max(_SPLIT_LEAST, block)))
+    per_split = triton.cdiv(triton.cdiv(longest, splits), block) * block
+    return triton.cdiv(longest, per_split), per_split
+
+
+def launch(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    block_table: Tensor | None,
+    cache_positions: Tensor | None,
+    longest: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    processors: int | None = None,
+) -> Tensor:
+    """See :func:`vte_compile.kernels.decode_attention.decode_attention`.
+
+    ``processors``: how many to keep busy; None: those of the device.
+    """
+    batch, heads, size = query.shape
+    kv_heads = key_cache.shape[1]
+    tables = [x for x in (block_table, cache_positions) if x is not None]
+    if any(x.stride(-1) != 1 for x in (query, key_cache, value_cache, *tables)):
+        raise ValueError("decode_attention: the last dim of query, caches and tables must be contiguous.")
+    if window > 0 and cache_positions is None:
+        raise ValueError("decode_attention: a window counts positions: pass cache_positions.")
+    chosen = settings_for("decode_attention", query)
+    processors = _processors(query.device) if processors is None else processors
+    splits, per_split = split_columns(longest, batch * kv_heads, processors, chosen.block_n)
+    parts = torch.empty(batch, heads, splits, size, dtype=torch.float32, device=query.device)
+    logs = torch.empty(batch, heads, splits, dtype=torch.float32, device=query.device)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    group, padded = heads // kv_heads, triton.next_power_of_2(size)
+    split_kernel[(splits, kv_heads, batch)](
+        query, key_cache, value_cache, starts, ends, starts if block_table is None else block_table,
+        starts if cache_positions is None else cache_positions, parts, logs, per_split, scale, window, softcap,
+        *query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3],
+        0 if block_table is None else block_table.stride(0),
+        0 if cache_positions is None else cache_positions.stride(0), GROUP=group,
+        GROUP_PADDED=max(chosen.block_m, triton.next_power_of_2(group)), SIZE=size, PADDED=padded,
+        PAGE=0 if block_table is None else key_cache.shape[2], WINDOW=window > 0, SOFTCAP=softcap > 0,
+        BLOCK_N=chosen.block_n, COMPUTE=chosen.compute, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+    )  # fmt: skip
+    combine_kernel[(heads, batch)](
+        parts, logs, output, splits, *output.stride()[:2], SIZE=size, PADDED=padded,
+        SPLITS_PADDED=triton.next_power_of_2(splits), num_warps=4,
+    )  # fmt: skip
+    return output
