@@ -64,7 +64,9 @@ def table(kernel: str, size: int, dtype: torch.dtype, chip: int) -> Settings:
             return Settings(16, 32 if size <= 64 else 16, 4 if size <= 64 else 8, 1, compute)
         return Settings(16, 32 if size == 256 else 64, 4, 2, compute)
     if wide:
-        return Settings(16, 16, 8, 1, compute) if size == 256 else Settings(32, 32, 4, 2, compute)
+        if size == 256:
+            return Settings(16, 16, 8, 1, compute)
+        return Settings(32, 32, 4 if chip < 100 else 8, 2, compute)
     if size == 256:
         return Settings(64, 32, 8, 2, compute)
     if chip >= 90:
