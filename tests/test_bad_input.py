@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -35,6 +36,7 @@ from transformers import (
 
 from vte_compile import GateExit, Oracle, Plan, StaticExit, optimize
 from vte_compile.errors import CaptureError, InputError, PlanError, PlanMismatchError, UnsupportedModelError
+from vte_compile.families.cache_name import CACHE, CACHE_NAMES
 from vte_compile.fingerprint import Fingerprint
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 3]])
@@ -248,6 +250,16 @@ def test_row_without_a_token(fast):
 def test_position_ids(fast, shape):
     with pytest.raises(InputError, match=r"position_ids: expected shape \[2, 3\]"):
         fast(input_ids=IDS, position_ids=torch.ones(shape, dtype=torch.long))
+
+
+def test_a_cache_has_two_names(fast):
+    """transformers 5.24 calls it cache; the older name is taken as well, and never both."""
+    first = fast(input_ids=IDS)
+    outputs = [fast(input_ids=IDS[:, :1], **{name: copy.copy(first[CACHE])}) for name in CACHE_NAMES]
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    assert outputs[0][CACHE].get_seq_length() == IDS.shape[1] + 1
+    with pytest.raises(InputError, match="Pass the cache once"):
+        fast(input_ids=IDS[:, :1], **dict.fromkeys(CACHE_NAMES, first[CACHE]))
 
 
 def test_caches(fast):
