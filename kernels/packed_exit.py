@@ -3,14 +3,20 @@
 ``vte::exit_decisions`` is the gate of kernels/exit_gate.py for every row of a packed chunk; ``vte::compact_rows`` drops
 tokens and closes the gaps. On CPUs they are the naive references, on CUDA one kernel each
 (kernels/triton_packed_exit.py). Rows stand one behind the other, row b in ``cu_seqlens[b] .. cu_seqlens[b + 1] - 1``.
+
+Graphs of the phase "packed" hold ``vte::packed_gate``, ``vte::packed_static_exit`` and ``vte::packed_exit``, which find
+out by themselves what the host knows when pieces run.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from vte_compile.kernels.exit_gate import exit_logits
+from vte_compile.kernels.token_exit import compact, unpack_dims
 
 
 @torch.library.custom_op("vte::exit_decisions", mutates_args=(), device_types="cpu")
@@ -91,3 +97,64 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden, at, c, s = (x.new_empty(kept, *x.shape[1:]) for x in (hidden_states, positions, cos, sin))
     return hidden, at, c, s, torch.empty_like(cu_seqlens)
+
+
+def _question_starts(visual_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    starts = []
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        visual = visual_mask[0, begin:end].nonzero()[:, 0]
+        starts.append(begin + int(visual[-1]) + 1 if len(visual) else end)
+    return torch.tensor(starts, dtype=torch.int32, device=visual_mask.device)
+
+
+@torch.library.custom_op("vte::packed_gate", mutates_args=())
+def packed_gate(
+    hidden_states: Tensor, visual_mask: Tensor, cu_seqlens: Tensor, w1: Tensor, w2: Tensor, threshold: float
+) -> Tensor:
+    """[1, T, C], [1, T] bool, [B + 1] int32 -> [B] bool: of each row, what ``vte::exit_gate`` says of it."""
+    starts = _question_starts(visual_mask, cu_seqlens)
+    return exit_decisions(hidden_states[0], cu_seqlens, starts, w1, w2, threshold)
+
+
+@packed_gate.register_fake
+def _(hidden_states: Tensor, visual_mask: Tensor, cu_seqlens: Tensor, *args: object) -> Tensor:
+    return cu_seqlens.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.bool)
+
+
+@torch.library.custom_op("vte::packed_static_exit", mutates_args=())
+def packed_static_exit(visual_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[1, T] bool, [B + 1] int32 -> [B] bool: which rows have visual tokens, and text behind the last of them."""
+    return _question_starts(visual_mask, cu_seqlens) < cu_seqlens[1:]
+
+
+@packed_static_exit.register_fake
+def _(visual_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return cu_seqlens.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.bool)
+
+
+@torch.library.custom_op("vte::packed_exit", mutates_args=())
+def packed_exit(
+    fires: Tensor, visual_mask: Tensor, cu_seqlens: Tensor, values: list[Tensor], dim_counts: list[int], dims: list[int]
+) -> list[Tensor]:
+    """Of the rows that fire ([B] bool), ``values`` without the tokens that ``visual_mask`` [1, T] names.
+
+    A value without a dim that is as long as the sequence is ``cu_seqlens``: it becomes what it is of the rest.
+    """
+    leaves = visual_mask[0] & fires.repeat_interleave(cu_seqlens.diff())
+    keep = (~leaves).nonzero()[:, 0]
+    left = torch.cat([cu_seqlens.new_zeros(1), leaves.cumsum(0).int()])[cu_seqlens.long()]
+    return [
+        compact([value], [own], keep)[0] if own else cu_seqlens - left
+        for value, own in zip(values, unpack_dims(dim_counts, dims), strict=True)
+    ]
+
+
+@packed_exit.register_fake
+def _(
+    fires: Tensor, visual_mask: Tensor, cu_seqlens: Tensor, values: list[Tensor], dim_counts: list[int], dims: list[int]
+) -> list[Tensor]:
+    kept = torch.library.get_ctx().new_dynamic_size(min=1)
+    return [
+        value.new_empty([kept if i in own else size for i, size in enumerate(value.shape)])
+        for value, own in zip(values, unpack_dims(dim_counts, dims), strict=True)
+    ]

@@ -19,6 +19,7 @@ from vte_compile.passes.insert_exits import insert_exits
 from vte_compile.passes.last_layer_queries import last_layer_queries
 from vte_compile.passes.last_token_logits import last_token_logits
 from vte_compile.passes.manager import Pass, PassResult, PassSettings, Refusal, run_passes
+from vte_compile.passes.pack_rows import pack_rows
 from vte_compile.passes.plain_causal import plain_causal
 from vte_compile.passes.skip_attention import skip_attention
 from vte_compile.passes.skip_co_attention import skip_co_attention
@@ -32,6 +33,7 @@ PASSES: tuple[Pass, ...] = (
     fold_adapters,  # before skip_attention: a PIA reads what the attention that goes would read
     skip_attention,
     plain_causal,  # before insert_exits, so that a mask it drops need not be cut at every exit
+    pack_rows,  # behind plain_causal: a packed attention masks by itself
     insert_exits,
     last_layer_queries,
     last_token_logits,

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from vte_compile.errors import CaptureError
+from vte_compile.kernels.packed_exit import packed_exit
 from vte_compile.kernels.token_exit import token_exit, unpack_dims
 from vte_compile.passes.manager import PassResult, PassSettings
 
@@ -22,6 +23,7 @@ _ASSERTIONS = (
     torch.ops.aten._assert_scalar.default,
     torch.ops.aten.sym_constrain_range_for_size.default,
 )
+_MARKERS = (token_exit._opoverload, packed_exit._opoverload)
 _VISUAL = 4  # how many tokens leave in the shape check
 
 
@@ -44,7 +46,7 @@ def cleanup(graph: DecoderGraph, settings: PassSettings) -> PassResult:
     graph.module = fx.GraphModule(graph.module, graph.graph)
     graph.graph.lint()
     graph.module.recompile()
-    exits = [n for n in graph.graph.nodes if n.target is token_exit._opoverload]
+    exits = [n for n in graph.graph.nodes if n.target in _MARKERS]
     shapes = _KnownShapes()
     for firing in (None, *dict.fromkeys([*exits[:1], *exits[-1:]])):
         _check_shapes(graph, firing, shapes)
@@ -104,8 +106,9 @@ class _ShapeInterpreter(fx.Interpreter):
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.target is token_exit._opoverload:
-            return self._exit(args[2], unpack_dims(args[3], args[4]), n is self.firing)
+        if n.target in _MARKERS:
+            *_, values, counts, dims = args
+            return self._exit(values, unpack_dims(counts, dims), n is self.firing)
         key = (n.target, fx.node.map_aggregate((args, kwargs), _described))
         return self.shapes.result(key, lambda: self.call_function(n.target, args, kwargs))
 

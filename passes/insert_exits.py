@@ -2,7 +2,8 @@
 
 Every value that is as long as the sequence and is used by later layers goes through the marker: the residual stream,
 the rotary tables, masks (two dims), and the visual mask itself, so that no later gate can fire. Later uses of the
-length become the new length. ``val`` metadata behind an exit keeps describing the case that no exit fires.
+length become the new length. In packed graphs each row has a decision of its own, and ``cu_seqlens`` goes through, too.
+``val`` metadata behind an exit keeps describing the case that no exit fires.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 from torch import fx
 
 from vte_compile.kernels.exit_gate import exit_gate, static_exit
+from vte_compile.kernels.packed_exit import packed_exit, packed_gate, packed_static_exit
 from vte_compile.kernels.token_exit import pack_dims, token_exit
+from vte_compile.passes.last_tokens import bounds_in
 from vte_compile.passes.manager import PassResult, PassSettings, Refusal
 from vte_compile.plan import GateExit
 
@@ -28,7 +31,8 @@ def insert_exits(graph: DecoderGraph, settings: PassSettings) -> PassResult:
     """Insert the plan's exits; ``applied`` counts them. Decode graphs are left alone: decode never gates.
     Graphs of all phases in one are cut where an exit is, and what leaves there is the engine's business.
 
-    The graph gets an input ``visual_mask`` [1, S] bool, and one output more per exit: whether it fired ([] bool).
+    The graph gets an input ``visual_mask`` [1, S] bool, and one output more per exit: whether it fired ([] bool; of
+    packed rows, [B]).
     """
     result = PassResult("insert_exits")
     if graph.phase in ("decode", "chunk") or not settings.plan.exits:
@@ -80,14 +84,16 @@ def _insert(
     graph: DecoderGraph, planned: GateExit | StaticExit, crossing: dict[fx.Node, list[int]], visual_mask: fx.Node
 ) -> tuple[fx.Node, fx.Node]:
     layer, stream = planned.layer, graph.streams[planned.layer]
-    old = [*crossing, visual_mask]
+    bounds = [bounds_in(graph, layer)] if graph.phase == "packed" else []
+    old = [*crossing, *bounds, visual_mask]
     later = {node: _later_users(graph, node, layer) for node in old}
     lengths = _later_lengths(graph, layer)
     anchor = next(n for n in graph.graph.nodes if graph.layer_of.get(n, -1) > layer)
     with graph.graph.inserting_before(anchor):
-        fire = _gate(graph, planned, stream, visual_mask)
-        counts, dims = pack_dims([*crossing.values(), [1]])
-        marker = graph.graph.call_function(token_exit._opoverload, (fire, visual_mask, old, counts, dims))
+        fire = _gate(graph, planned, stream, [visual_mask, *bounds])
+        counts, dims = pack_dims([*crossing.values(), *([] for _ in bounds), [1]])
+        op = packed_exit if bounds else token_exit
+        marker = graph.graph.call_function(op._opoverload, (fire, visual_mask, *bounds, old, counts, dims))
         new = [graph.graph.call_function(operator.getitem, (marker, i)) for i in range(len(old))]
         marker.meta["val"] = [n.meta["val"] for n in old]
         for before, after in zip(old, new, strict=True):
@@ -102,7 +108,9 @@ def _insert(
     return fire, new[-1]
 
 
-def _gate(graph: DecoderGraph, planned: GateExit | StaticExit, stream: fx.Node, visual_mask: fx.Node) -> fx.Node:
+def _gate(graph: DecoderGraph, planned: GateExit | StaticExit, stream: fx.Node, rows: list[fx.Node]) -> fx.Node:
+    """Whether visual tokens leave; ``rows``: the visual mask, and of packed rows ``cu_seqlens``."""
+    is_packed = len(rows) > 1
     if isinstance(planned, GateExit):
         weights = []
         for name in ("w1", "w2"):
@@ -110,11 +118,13 @@ def _gate(graph: DecoderGraph, planned: GateExit | StaticExit, stream: fx.Node, 
             graph.module.register_buffer(target, getattr(planned, name), persistent=False)
             graph.parameters[target] = partial(getattr, planned, name)
             weights.append(graph.graph.get_attr(target))
-        args: tuple[Any, ...] = (stream, visual_mask, *weights, planned.threshold)
-        fire = graph.graph.call_function(exit_gate._opoverload, args)
+        args: tuple[Any, ...] = (stream, *rows, *weights, planned.threshold)
+        fire = graph.graph.call_function((packed_gate if is_packed else exit_gate)._opoverload, args)
     else:
-        fire = graph.graph.call_function(static_exit._opoverload, (visual_mask,))
-    fire.meta["val"] = torch.empty_like(visual_mask.meta["val"], dtype=torch.bool)[0, 0]
+        op = packed_static_exit if is_packed else static_exit
+        fire = graph.graph.call_function(op._opoverload, tuple(rows))
+    visual_mask = rows[0].meta["val"]
+    fire.meta["val"] = rows[1].meta["val"][1:] > 0 if is_packed else visual_mask[0, 0]
     return fire
 
 

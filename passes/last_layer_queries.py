@@ -9,14 +9,14 @@ prefill, and all of each skipped layer's.
 from __future__ import annotations
 
 import operator
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from vte_compile.passes.last_tokens import LastTokens, last_tokens
 from vte_compile.passes.manager import PassResult, PassSettings, Refusal
-from vte_compile.passes.residual import SDPA, residual_add
+from vte_compile.passes.residual import PACKED, SDPA, residual_add
 
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
@@ -50,21 +50,25 @@ def _cut_attention(graph: DecoderGraph, layer: int) -> Refusal | None:
     if isinstance(found, Refusal):
         return found
     add, stream = found
-    attention = next(n for n in graph.graph.nodes if n.target is SDPA and graph.layer_of.get(n) == layer)
+    own = [n for n in graph.graph.nodes if graph.layer_of.get(n) == layer]
+    attention = next(n for n in own if n.target in (SDPA, PACKED))
     length = _length(graph)
     behind = _behind(graph, attention, layer)
     refusal = _refuse(behind, add, stream, attention, length, layer)
     if refusal is not None:
         return refusal
-    _cut(graph, attention, 0, 2)
-    if len(attention.args) > 3 and attention.args[3] is not None:
-        _cut(graph, attention, 3, 2)
+    last = last_tokens(graph, layer, own[0])
+    _cut(last, attention, 0, 2)
+    if attention.target is PACKED:
+        attention.update_arg(3, last.cu_seqlens())
+    elif len(attention.args) > 3 and attention.args[3] is not None:
+        _cut(last, attention, 3, 2)
     else:  # one query, the last: it sees all keys
         query, key, value = attention.args[:3]
         attention.args = (query, key, value, None, 0.0, False)
-    _cut(graph, add, add.args.index(stream), 1)
-    _shorten(behind, length)
-    _join_cuts(graph, layer)
+    _cut(last, add, add.args.index(stream), 1)
+    _shorten(last, behind, length)
+    _join_cuts(graph, last, layer)
     return None
 
 
@@ -85,13 +89,16 @@ def _cut_skipped(graph: DecoderGraph, layer: int) -> Refusal | None:
     long = [n for n in inputs if any(_size(s) == length for s in getattr(n.meta.get("val"), "shape", ()))]
     if others := [n for n in long if n is not entering and n not in whole]:
         return Refusal(f"the layer also uses {others[0].name}.", others[0].name, layer)
+    if not long:
+        return None
+    last = last_tokens(graph, layer, own[0])
     for source in long:
         first = next(n for n in rest if source in n.all_input_nodes)
-        last = _last(graph, source, 1, first)
+        cut = last.of(source, 1, first)
         for node in rest:
-            node.replace_input_with(source, last)
-    _shorten(rest, length)
-    _join_cuts(graph, layer)
+            node.replace_input_with(source, cut)
+    _shorten(last, rest, length)
+    _join_cuts(graph, last, layer)
     return None
 
 
@@ -103,27 +110,26 @@ def _enters_as_last_token(graph: DecoderGraph, layer: int) -> bool:
     """Whether a layer that was cut reads the last token of the stream only, and no exit stands before it."""
     entering = _entering(graph, layer)
     own = [n for n in entering.users if graph.layer_of.get(n) == layer]
-    return entering.target is not operator.getitem and all(_is_cut(n) for n in own)
+    return entering.target is not operator.getitem and all(map(LastTokens.is_cut, own))
 
 
-def _is_cut(node: fx.Node) -> bool:
-    return node.target is aten.slice.Tensor and node.args[1:] == (1, -1, sys.maxsize)
-
-
-def _join_cuts(graph: DecoderGraph, layer: int) -> None:
-    """The stream behind a layer that was cut is one token long: what cut it above goes."""
+def _join_cuts(graph: DecoderGraph, last: LastTokens, layer: int) -> None:
+    """The stream behind a layer that was cut has last tokens only: what cut it above goes."""
     stream = graph.streams[layer]
     for user in list(stream.users):
-        if _is_cut(user):
+        if last.is_cut(user):
             user.replace_all_uses_with(stream)
             graph.graph.erase_node(user)
             del graph.layer_of[user]
 
 
-def _shorten(nodes: list[fx.Node], length: Any) -> None:
+def _shorten(last: LastTokens, nodes: list[fx.Node], length: Any) -> None:
     for node in nodes:
-        node.args = fx.node.map_arg(node.args, lambda n: 1 if _size(n.meta.get("val")) == length else n)
-        node.meta["val"] = _shortened(node.meta["val"], length)
+        node.args = fx.node.map_arg(node.args, lambda n: last.count if _size(n.meta.get("val")) == length else n)
+        value = node.meta["val"]
+        for dim in [i for i, size in enumerate(value.shape) if _size(size) == length]:
+            value = last.example(value, dim)
+        node.meta["val"] = value
 
 
 def _behind(graph: DecoderGraph, attention: fx.Node, layer: int) -> list[fx.Node]:
@@ -146,6 +152,8 @@ def _refuse(
             known = source in behind or source.op == "get_attr" or (node is add and source is stream)
             if not known and _size(source.meta.get("val")) != length:
                 return Refusal(f"{node.name} also uses {source.name}.", node.name, layer)
+    if attention.target is PACKED:
+        return None
     mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
     if mask is None and not (len(attention.args) > 5 and attention.args[5]):
         return Refusal(f"{attention.name} is not causal.", attention.name, layer)
@@ -154,26 +162,11 @@ def _refuse(
     return None
 
 
-def _cut(graph: DecoderGraph, node: fx.Node, argument: int, dim: int) -> None:
-    """Keep the last position of one of a node's arguments."""
+def _cut(last: LastTokens, node: fx.Node, argument: int, dim: int) -> None:
+    """Keep the last positions of one of a node's arguments."""
     source: Any = node.args[argument]
-    node.update_arg(argument, _last(graph, source, dim, node))
-
-
-def _last(graph: DecoderGraph, source: fx.Node, dim: int, before: fx.Node) -> fx.Node:
-    with graph.graph.inserting_before(before):
-        last = graph.graph.call_function(aten.slice.Tensor, (source, dim, -1, sys.maxsize))
-    last.meta["val"] = source.meta["val"].narrow(dim, 0, 1)
-    graph.layer_of[last] = graph.layer_of[before]
-    return last
+    node.update_arg(argument, last.of(source, dim, node))
 
 
 def _size(value: Any) -> Any:
     return value.node.expr if isinstance(value, torch.SymInt) else None
-
-
-def _shortened(value: torch.Tensor, length: Any) -> torch.Tensor:
-    for dim, size in enumerate(value.shape):
-        if _size(size) == length:
-            value = value.narrow(dim, 0, 1)
-    return value

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from vte_compile.passes.last_tokens import last_tokens
 from vte_compile.passes.manager import PassResult, PassSettings, Refusal
 
 if TYPE_CHECKING:
@@ -30,24 +31,25 @@ def last_token_logits(graph: DecoderGraph, settings: PassSettings) -> PassResult
             reason = f"{node.name} behind the last layer uses {foreign[0].name} besides the residual stream."
             result.refusals.append(Refusal(reason, node.name))
             return result
-    with graph.graph.inserting_before(tail[0]):
-        sliced = _last_of_each_row(graph, stream) if graph.phase == "chunk" else _last(graph, stream)
+    result.applied = 1
+    length, left = graph.placeholder("inputs_embeds").meta["val"].shape[1], stream.meta["val"].shape[1]
+    if graph.phase == "chunk":
+        with graph.graph.inserting_before(tail[0]):
+            sliced = _last_of_each_row(graph, stream)
+        example = partial(torch.narrow, dim=1, start=0, length=1)
+    else:
+        kept = last_tokens(graph, last, tail[0])
+        # Of packed rows, last_layer_queries may have left nothing else.
+        is_long = graph.phase != "packed" or str(length) == str(left)
+        sliced, example = kept.of(stream, 1, tail[0]) if is_long else stream, partial(kept.example, dim=1)
     shortened = {sliced}
     for node in tail:
         node.replace_input_with(stream, sliced)
         if shortened & set(node.all_input_nodes):
             shortened.add(node)
             if isinstance(value := node.meta.get("val"), torch.Tensor):
-                node.meta["val"] = value[:, -1:]
-    result.applied = 1
+                node.meta["val"] = example(value)
     return result
-
-
-def _last(graph: DecoderGraph, stream: fx.Node) -> fx.Node:
-    sliced = graph.graph.call_function(aten.slice.Tensor, (stream, 1, -1, sys.maxsize))
-    sliced.meta["val"] = stream.meta["val"][:, -1:]
-    graph.layer_of[sliced] = graph.spec.num_layers
-    return sliced
 
 
 def _last_of_each_row(graph: DecoderGraph, stream: fx.Node) -> fx.Node:

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from vte_compile.errors import CaptureError
 from vte_compile.kernels.append_attention import append_attention
 from vte_compile.kernels.exit_gate import exit_gate, static_exit
+from vte_compile.kernels.packed_exit import packed_exit, packed_gate, packed_static_exit
 from vte_compile.kernels.token_exit import token_exit, unpack_dims
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from vte_compile.runtime.prompt_value import PromptValue
 
 Parameter = Callable[[], Tensor]
-_EXIT_OPS = (exit_gate._opoverload, static_exit._opoverload, token_exit._opoverload)
+_GATES = (exit_gate._opoverload, packed_gate._opoverload)
+_MARKERS = (token_exit._opoverload, packed_exit._opoverload)
+_EXIT_OPS = (*_GATES, *_MARKERS, static_exit._opoverload, packed_static_exit._opoverload)
 
 
 @dataclass
@@ -61,6 +64,7 @@ class ExitPoint:
     """How to read w1 and w2, and the threshold; None for a static exit."""
     inputs: list[str]
     dims: list[list[int]]
+    """Which dims of each input are as long as the sequence; none: it says where packed rows end."""
     outputs: list[str]
 
 
@@ -100,7 +104,7 @@ def lower_piecewise(graph: DecoderGraph) -> PiecewiseGraph:
     """Cut a graph that went through the passes. The graph is not modified."""
     nodes = list(graph.graph.nodes)
     output = next(n for n in nodes if n.op == "output")
-    markers = [n for n in nodes if n.target is token_exit._opoverload]
+    markers = [n for n in nodes if n.target in _MARKERS]
     of_exits = {n for n in nodes if n.target in _EXIT_OPS}
     of_exits |= {n for n in nodes if n.target is operator.getitem and n.args[0] in of_exits}
     appended = {n for n in nodes if n.target is operator.getitem and _appends(n.args[0])}
@@ -137,12 +141,12 @@ def lower_piecewise(graph: DecoderGraph) -> PiecewiseGraph:
 
 def _exit_point(graph: DecoderGraph, marker: fx.Node) -> ExitPoint:
     arguments: Any = marker.args
-    fire, _, values, counts, dims = arguments
+    fire, *_, values, counts, dims = arguments
     outputs = {user.args[1]: user.name for user in marker.users if user.target is operator.getitem}
     layer = graph.layer_of[marker]
     gate = None
-    if fire.target is exit_gate._opoverload:
-        _, _, w1, w2, threshold = fire.args
+    if fire.target in _GATES:
+        *_, w1, w2, threshold = fire.args
         gate = (graph.parameters[w1.target], graph.parameters[w2.target], threshold)
         stream = fire.args[0].name
     else:

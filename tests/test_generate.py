@@ -224,11 +224,13 @@ def test_prompt_is_prefilled_once_per_row(options, monkeypatch):
     """Beams and samples begin as copies of their prompt, which is computed once."""
     fast = optimized("llama", StaticExit(1))
     inputs, _ = prompt_of("llama", "tvvtt", "ttvvt")
-    calls = []
-    row = type(fast._vte_runner)._row
-    monkeypatch.setattr(type(fast._vte_runner), "_row", lambda self, *args: calls.append(1) or row(self, *args))
+    packed, runner = [], type(fast._vte_runner)
+    run = runner._packed
+    monkeypatch.setattr(
+        runner, "_packed", lambda self, program, rows: packed.append(len(rows)) or run(self, program, rows)
+    )
     tokens = fast.generate(**inputs, max_new_tokens=2, pad_token_id=0, **options)
-    assert len(calls) == 2
+    assert packed == [2]
     assert tokens.exit_layer.tolist() == [1] * len(tokens)
 
 

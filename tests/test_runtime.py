@@ -25,7 +25,7 @@ from vte_compile.errors import CaptureError, InputError
 from vte_compile.passes.lower_piecewise import Piece
 from vte_compile.runtime.decoder_runner import DecoderRunner
 from vte_compile.runtime.exit_cache import ExitCache
-from vte_compile.runtime.steps import VisualTokens
+from vte_compile.runtime.visual_tokens import VisualTokens
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ from vte_compile.passes import PASSES, PassSettings, run_passes
 from vte_compile.passes.lower_piecewise import AttendPoint, ExitPoint, Piece, lower_piecewise, structure_key
 from vte_compile.plan import Plan, SkippedAttention, StaticExit
 from vte_compile.runtime.program import Program
-from vte_compile.runtime.steps import VisualTokens
+from vte_compile.runtime.visual_tokens import VisualTokens
 
 EXITS = {
     "none": [],
@@ -92,13 +92,15 @@ def test_bit_for_bit_the_whole_graph(phase, name, last):
         visual = layout(cells)
         with_mask = [*inputs, *([visual] if EXITS[name] else []), *past]
         logits, *rest = run_graph(graph, *with_mask)
+        tokens = VisualTokens.find(visual[0])
         with torch.no_grad():
-            got = program.run([*inputs, *past], VisualTokens.find(visual[0]))
+            got = program.run([*inputs, *past], tokens)
+        exit_layer = -1 if tokens is None else tokens.exit_layer
         same([got.logits, *[t for pair in got.kv for t in pair]], [logits, *rest[: 2 * LAYERS]])
         fired = [planned.layer for planned, f in zip(EXITS[name], rest[2 * LAYERS :], strict=True) if f]
-        assert got.exit_layer == (fired[0] if fired else -1)
+        assert exit_layer == (fired[0] if fired else -1)
         if phase == "prefill":
-            assert got.exit_layer == int(Oracle(shared(), plan(*EXITS[name])).forward(inputs[0], visual).exit_layer)
+            assert exit_layer == int(Oracle(shared(), plan(*EXITS[name])).forward(inputs[0], visual).exit_layer)
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -305,13 +307,14 @@ def test_values_are_freed_after_their_last_use():
     for step in program._steps:
         if hasattr(step, "function"):
             watch(step)
+    visual = VisualTokens.find(layout("tvvvttt")[0])
     with torch.no_grad():
-        output = program.run([embeddings(7), positions(7)], VisualTokens.find(layout("tvvvttt")[0]))
+        output = program.run([embeddings(7), positions(7)], visual)
     # In front of each piece: cos and sin, then the keys and values so far with the latest stream. The exit behind layer
     # 1 makes new tables and a new stream, which are not watched.
     assert counts == [0, 2, 2 + 3, 4, 6 + 1]
     assert sum(ref() is not None for ref in alive) == 2 * LAYERS + 1
-    assert output.exit_layer == 1
+    assert (len(output.kv), visual.exit_layer) == (LAYERS, 1)
 
 
 # ---------------------------------------------------------------- keys and refusals

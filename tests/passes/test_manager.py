@@ -52,7 +52,7 @@ def test_a_real_pass_that_fails():
     next(n for n in graph.graph.nodes if n.name == "position_ids")._rename("renamed")
     with pytest.raises(
         CaptureError,
-        match=r"insert_exits failed on the prefill .*annotate_layers, fold_adapters, skip_attention, plain_causal\)",
+        match=r"insert_exits failed on the prefill .*fold_adapters, skip_attention, plain_causal, pack_rows\)",
     ):
         run_passes(PASSES, graph, PassSettings(plan(StaticExit(0))))
 
@@ -64,6 +64,7 @@ def test_the_order_of_the_passes():
         "fold_adapters",
         "skip_attention",
         "plain_causal",
+        "pack_rows",
         "insert_exits",
         "last_layer_queries",
         "last_token_logits",
@@ -73,7 +74,7 @@ def test_the_order_of_the_passes():
     ]
     results = run_passes(PASSES, captured(), PassSettings(plan(StaticExit(0))))
     assert [r.name for r in results] == names
-    assert [r.applied for r in results][:7] == [LAYERS, 0, 0, LAYERS, 1, 1, 1]
+    assert [r.applied for r in results][:8] == [LAYERS, 0, 0, LAYERS, 0, 1, 1, 1]
 
 
 def test_settings_and_refusals_cannot_change():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vte_compile.runtime.inductor import PieceCompiler
 from vte_compile.runtime.program import Program
 from vte_compile.runtime.runner import RowRunner
 from vte_compile.runtime.steps import Phase
+from vte_compile.runtime.verify import packing_error
 
 logger = logging.getLogger(__name__)
 # What these refuse is something the user asked for.
@@ -43,6 +45,8 @@ class DecoderRunner(RowRunner):
         self._captures: dict[tuple[Any, ...], DecoderGraph] = {}
         self._graphs: dict[_Key, tuple[PiecewiseGraph, list[PassResult]]] = {}
         self._programs: dict[_Key, Program] = {}
+        self._unpacked: dict[_Key, str] = {}
+        """Why prompts are not packed; "" if they are."""
         self._lock = threading.RLock()
 
     def with_plan(self, plan: Plan, folded: FoldedWeights | None = None) -> DecoderRunner:
@@ -91,6 +95,29 @@ class DecoderRunner(RowRunner):
         one_prompt = not self.routed and phase != "chunk"
         return self._lowered((phase, batched, True, one_prompt, self.spec.dtype, self.spec.device))[0]
 
+    def packed_program(self, last: bool) -> Program | None:
+        """The program of a packed prefill; None, with a message to the log, if the graph cannot be packed.
+
+        Args:
+            last: With the logits of each row's last token only.
+        """
+        key: _Key = ("packed", False, last, True, self.spec.dtype, self.spec.device)
+        if key not in self._unpacked:
+            with self._lock:
+                self._unpacked.setdefault(key, self._why_not_packed(key))
+                if reason := self._unpacked[key]:
+                    logger.info("prompts of a batch run one by one: %s", reason)
+        return None if self._unpacked[key] else self.program("packed", last=last)
+
+    def _why_not_packed(self, key: _Key) -> str:
+        lowered, results = self._lowered(key)
+        for refusal in (r for result in results if result.name == "pack_rows" for r in result.refusals):
+            return refusal.reason
+        *_, last, one_prompt, dtype, device = key
+        alone, _ = self._lowered(("prefill", False, last, one_prompt, dtype, device))
+        error = packing_error(self.spec, Program(lowered, [], None), Program(alone, [], None))
+        return "" if error is None else f"packed rows differ from rows alone by {error:.1e}, relative to the largest."
+
     def uncompiled_prefill(self) -> Program:
         """The prefill program without Inductor, to look at its numbers before compiling anything."""
         return Program(*self._lowered(("prefill", False, True, True, self.spec.dtype, self.spec.device)), None)
@@ -129,12 +156,14 @@ class DecoderRunner(RowRunner):
     def _lowered(self, key: _Key) -> tuple[PiecewiseGraph, list[PassResult]]:
         if key not in self._graphs:
             phase, batched, last, one_prompt, *where = key
-            traced = (phase, batched, *where)
+            # Packed rows are a rewritten prefill.
+            of_phase: Phase = "prefill" if phase == "packed" else phase
+            traced = (of_phase, batched, *where)
             if traced not in self._captures:
                 chunk = phase == "chunk"
-                traced_graph = capture_chunk(self.spec) if chunk else capture(self.spec, phase, batched=batched)
+                traced_graph = capture_chunk(self.spec) if chunk else capture(self.spec, of_phase, batched=batched)
                 self._captures[traced] = traced_graph
-            graph = self._captures[traced].clone()
+            graph = replace(self._captures[traced].clone(), phase=phase)
             results = run_passes(PASSES, graph, PassSettings(self.plan, last, one_prompt, self.folded))
             for result in results:
                 for refusal in result.refusals:

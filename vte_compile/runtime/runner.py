@@ -1,4 +1,4 @@
-"""Run chunks through a decoder's programs: rows of a prompt one by one, decode steps as a batch.
+"""Run chunks through a decoder's programs: prompts packed or row by row, decode steps as a batch.
 
 Where the programs come from is a subclass's business. Nothing here needs transformers: engines run without it.
 """
@@ -6,7 +6,7 @@ Where the programs come from is a subclass's business. Nothing here needs transf
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from vte_compile.errors import InputError
 from vte_compile.runtime.cache import RowKV, RowsCache
 from vte_compile.runtime.prompt_state import PromptState
 from vte_compile.runtime.prompt_value import PromptValue
-from vte_compile.runtime.steps import Phase, StepProgram, VisualTokens
+from vte_compile.runtime.steps import Phase, StepProgram
+from vte_compile.runtime.visual_tokens import PackedRows, VisualTokens
 
 _RowInput = tuple[Tensor, Tensor, Tensor]
 """One row without padding: embeddings [n, C], visual mask [n], positions [n] or, multimodal ones, [3, n]."""
@@ -62,12 +63,20 @@ class RowRunner:
         """The program of one phase.
 
         Args:
-            phase: ``prefill``, ``extend`` or ``decode``.
+            phase: ``prefill``, ``packed``, ``extend`` or ``decode``.
             batched: For any number of rows (decode only).
             last: With the logits of the last token only.
             one_prompt: All rows come from one prompt.
         """
         raise NotImplementedError
+
+    def packed_program(self, last: bool) -> StepProgram | None:
+        """The program of a packed prefill; None if prompts run row by row.
+
+        Args:
+            last: With the logits of each row's last token only.
+        """
+        return None
 
     def run(
         self,
@@ -159,6 +168,12 @@ class RowRunner:
         """Prefill, and what adapters will want to know of it."""
         # Beams and multiple samples start as copies of one prompt, one behind the other.
         copies = [a is not None and b is not None and _equal(a, b) for a, b in pairwise(inputs)]
+        if not all(copies) and (packed := self.packed_program(last)) is not None:
+            first = [
+                row for row, copied in zip(inputs, [False, *copies], strict=True) if row is not None and not copied
+            ]
+            outputs = self._packed(packed, first)
+            return [outputs[i] for i in accumulate([0, *(not copied for copied in copies)])]
         one_prompt = not self.routed or all(copies)
         program = self.program("prefill", last=last, one_prompt=one_prompt)
         rows: list[_RowOutput | None] = []
@@ -169,6 +184,35 @@ class RowRunner:
             states = [row.prompt_state for row in rows if row is not None]
             cache.prompt_state = PromptState.of_rows(program.prompt_state, states, one_prompt)
         return rows
+
+    def _packed(self, program: StepProgram, inputs: list[_RowInput]) -> list[_RowOutput]:
+        """Prefill of different rows at once."""
+        lengths = [len(embeds) for embeds, _, _ in inputs]
+        visual = [VisualTokens.find(mask.cpu()) if self.may_exit else None for _, mask, _ in inputs]
+        rows = PackedRows(list(lengths), visual)
+        embeds, positions = (torch.cat([row[i] for row in inputs], dim=-1 if i else 0) for i in (0, 2))
+        bounds = rows.cu_seqlens(embeds.device)
+        output = program.run([embeds[None], positions.unsqueeze(-2).contiguous(), bounds], rows)
+        device = embeds.device
+        whole = [torch.arange(length, device=device) for length in lengths]
+        kept = [
+            every if v is None or v.exit_layer < 0 else v.keep.to(device)
+            for every, v in zip(whole, visual, strict=True)
+        ]
+        if output.logits.shape[1] == len(inputs):  # of the last tokens
+            logits = output.logits.split(1, dim=1)
+        else:
+            logits = output.logits.split([len(k) for k in kept], dim=1)
+        kv: list[RowKV] = [[] for _ in inputs]
+        for layer, pair in enumerate(output.kv):
+            left = [
+                len(every if e < 0 or e >= layer else k)
+                for every, k, e in zip(whole, kept, rows.exit_layers, strict=True)
+            ]
+            parts = None if pair is None else zip(*(t.split(left, dim=2) for t in pair), strict=True)
+            for row in kv:
+                row.append(None if parts is None else next(parts))
+        return [_RowOutput(*row, []) for row in zip(logits, kv, rows.exit_layers, kept, strict=True)]
 
     def _continue(self, inputs: list[_RowInput | None], cache: RowsCache, last: bool) -> list[_RowOutput | None]:
         """A chunk of rows that have a past."""
@@ -189,10 +233,11 @@ class RowRunner:
         embeds, visual_mask, positions = row
         visual = VisualTokens.find(visual_mask) if self.may_exit else None
         output = program.run([embeds[None], positions.unsqueeze(-2).contiguous(), *past], visual)
-        kept = torch.arange(len(embeds), device=embeds.device)
-        if visual is not None and output.exit_layer >= 0:
-            kept = visual.keep
-        return _RowOutput(output.logits, output.kv, output.exit_layer, kept, output.prompt_state)
+        if visual is None or visual.exit_layer < 0:
+            kept, exit_layer = torch.arange(len(embeds), device=embeds.device), -1
+        else:
+            kept, exit_layer = visual.keep, visual.exit_layer
+        return _RowOutput(output.logits, output.kv, exit_layer, kept, output.prompt_state)
 
     @staticmethod
     def _lay_out(rows: list[_RowOutput | None], real: list[Tensor], tokens: int, last: bool) -> Tensor:

@@ -14,29 +14,12 @@ from torch import Tensor
 
 from vte_compile.kernels.append_attention import append_and_attend
 from vte_compile.kernels.exit_gate import exit_logits
-from vte_compile.kernels.token_exit import compact
+from vte_compile.kernels.packed_exit import exit_decisions
 from vte_compile.runtime.prompt_value import PromptValue
+from vte_compile.runtime.visual_tokens import PackedRows, VisualTokens
 
-Phase = Literal["prefill", "extend", "decode", "chunk"]
-"""What a graph is traced for; "chunk": all of it in one (vte_compile/chunk_capture.py)."""
-
-
-@dataclass
-class VisualTokens:
-    """Which tokens of one row are visual, as the host needs it at exits."""
-
-    keep: Tensor
-    """[n] int64: the positions of the text tokens."""
-    question_start: int
-    """Index of the first token behind the last visual one."""
-
-    @classmethod
-    def find(cls, visual_mask: Tensor) -> VisualTokens | None:
-        """Of one row's mask [S] bool; None if its tokens can never leave (none is visual, or no text follows)."""
-        positions = visual_mask.nonzero()[:, 0]
-        if not len(positions) or int(positions[-1]) == len(visual_mask) - 1:
-            return None
-        return cls((~visual_mask).nonzero()[:, 0], int(positions[-1]) + 1)
+Phase = Literal["prefill", "packed", "extend", "decode", "chunk"]
+"""What a graph is for; "packed": prefill of many rows; "chunk": all of it in one (vte_compile/chunk_capture.py)."""
 
 
 @dataclass
@@ -46,7 +29,6 @@ class ProgramOutput:
     logits: Tensor
     kv: list[tuple[Tensor, Tensor] | None]
     """Keys and values of each layer, past included; None where attention is skipped."""
-    exit_layer: int = -1
     prompt_state: list[Tensor] = field(default_factory=list)
     """What adapters know of the prompt; of prefill only."""
 
@@ -73,20 +55,33 @@ class ExitStep:
     stream: int
     """The slot of what the gate reads."""
     dims: list[list[int]]
-    """Which dims of each input are as long as the sequence."""
+    """Which dims of each input are as long as the sequence; none: it says where packed rows end."""
     gate: tuple[Callable[[], Tensor], Callable[[], Tensor], float] | None
     """How to read w1 and w2, and the threshold; None for a static exit."""
     weights: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def fires(self, stream: Tensor, visual: VisualTokens) -> bool:
-        """Whether they leave now."""
+    def fires(self, stream: Tensor, question_start: int) -> bool:
+        """Whether the visual tokens of a row [S, C] leave now."""
         if self.gate is None:
             return True
-        read_w1, read_w2, threshold = self.gate
-        if stream.device not in self.weights:
-            self.weights[stream.device] = (read_w1().to(stream.device), read_w2().to(stream.device))
-        logits = exit_logits(stream[0, visual.question_start :], *self.weights[stream.device])
-        return bool(logits[1] - logits[0] > threshold)
+        logits = exit_logits(stream[question_start:], *self._weights(stream.device))
+        return bool(logits[1] - logits[0] > self.gate[2])
+
+    def rows_fire(self, stream: Tensor, cu_seqlens: Tensor, question_starts: list[int]) -> list[bool]:
+        """The same of packed rows [T, C]; a question that starts where its row ends says no."""
+        if self.gate is None:
+            return [start < end for start, end in zip(question_starts, cu_seqlens.tolist()[1:], strict=True)]
+        starts = torch.tensor(question_starts, dtype=torch.int32).to(stream.device, non_blocking=True)
+        fires = exit_decisions(stream, cu_seqlens, starts, *self._weights(stream.device), self.gate[2])
+        decisions: list[bool] = fires.tolist()
+        return decisions
+
+    def _weights(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        assert self.gate is not None
+        if device not in self.weights:
+            read_w1, read_w2, _ = self.gate
+            self.weights[device] = (read_w1().to(device), read_w2().to(device))
+        return self.weights[device]
 
 
 @dataclass
@@ -148,25 +143,24 @@ class StepProgram:
                 freed[i].append(slot)
         return freed
 
-    def run(self, inputs: Sequence[Tensor], visual: VisualTokens | None = None) -> ProgramOutput:
+    def run(self, inputs: Sequence[Tensor], visual: VisualTokens | PackedRows | None = None) -> ProgramOutput:
         """Run all steps.
 
         Args:
             inputs: The graph's inputs, in its order (see :mod:`vte_compile.capture`); in decode, keys and values have a
                 free last column, which is written.
-            visual: The row's visual tokens; None if none can leave.
+            visual: The row's visual tokens, None if none can leave; or the rows of a packed prefill. Where they left is
+                noted there.
         """
         values: list[Tensor | None] = [*inputs, *[None] * (self._slots - len(inputs))]
-        exit_layer = -1
         for step, freed in zip(self._steps, self._last_use, strict=True):
             arguments: list[Tensor] = [values[i] for i in step.inputs]  # type: ignore[misc]
             if not isinstance(step, ExitStep):
                 results = step.run(arguments)
-            elif visual is not None and step.fires(values[step.stream], visual):  # type: ignore[arg-type]
-                results = compact(arguments, step.dims, visual.keep)
-                exit_layer, visual = step.layer, None
             else:
                 results = arguments
+                if visual is not None:
+                    results = visual.at_exit(step, values[step.stream], arguments)  # type: ignore[arg-type]
             for i, result in zip(step.outputs, results, strict=True):
                 values[i] = result
             for i in freed:
@@ -176,4 +170,4 @@ class StepProgram:
         count = 2 * sum(i is not None for i in self._kv)
         pairs = list(zip(rest[:count:2], rest[1:count:2], strict=True))
         kv = [None if i is None else pairs[i] for i in self._kv]
-        return ProgramOutput(logits, kv, exit_layer, rest[count:])  # type: ignore[arg-type]
+        return ProgramOutput(logits, kv, rest[count:])  # type: ignore[arg-type]

@@ -11,13 +11,17 @@ from torch import Tensor
 from vte_compile.capture import evaluating
 from vte_compile.errors import CaptureError
 from vte_compile.plan import Plan
+from vte_compile.runtime.visual_tokens import PackedRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from vte_compile.families.decoder import DecoderSpec
     from vte_compile.runtime.decoder_runner import DecoderRunner
+    from vte_compile.runtime.steps import StepProgram
 
 _TOKENS = 7
+_ROWS = (3, _TOKENS)
 # Largest difference of logits, relative to the largest logit.
 # In float64 models, transformers still normalizes and rotates in float32.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -42,6 +46,27 @@ def verify_hidden(model: PreTrainedModel, runner: DecoderRunner) -> None:
     """
     decoder: Any = runner.spec.decoder
     _compare(model, runner, lambda **inputs: decoder(**inputs, use_cache=False).last_hidden_state)
+
+
+@torch.no_grad()
+def packing_error(spec: DecoderSpec, packed: StepProgram, alone: StepProgram) -> float | None:
+    """Whether packed rows give what each gives alone: the largest difference of the last logits, relative to them.
+
+    None if it is as small as rounding makes it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for tokens in _ROWS:
+        # As large as a norm leaves them, and so not what an embedding gives; the difference is what is asked.
+        embeds = torch.randn(1, tokens, spec.hidden_size, generator=generator).to(spec.device, spec.dtype)
+        positions = torch.arange(tokens, device=spec.device)
+        rows.append((embeds, positions.expand(*([spec.position_rows] if spec.position_rows > 1 else []), 1, -1)))
+    inputs = [torch.cat(parts, dim=-2 if i == 0 else -1) for i, parts in enumerate(zip(*rows, strict=True))]
+    both = PackedRows(list(_ROWS), [None] * len(rows))
+    got = packed.run([*inputs, both.cu_seqlens(spec.device)], both).logits[0]
+    expected = torch.cat([alone.run([e, p.contiguous()]).logits[0] for e, p in rows])
+    error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return None if error <= _TOLERANCE.get(expected.dtype, 5e-2) else error
 
 
 def _compare(model: PreTrainedModel, runner: DecoderRunner, forward: Callable[..., Tensor]) -> None:
