@@ -368,7 +368,9 @@ class Plan:
     def from_eas_checkpoint(
         cls, state_dict: Mapping[str, Tensor], skip: Iterable[int], temperature: float = 10.0, scale: float = 1.0
     ) -> Plan:
-        """Take the adapters from a checkpoint of the EAS authors' code (DoubtedSteam/EAS: LLaVA-EAS or LaVIN-EAS).
+        """Take the adapters from a checkpoint of the EAS authors' code (DoubtedSteam/EAS).
+
+        LLaVA-EAS and LaVIN-EAS:
 
         Layers in `skip` get their PIA, ``layers.{i}.replaced_adapter.*``; the others keep their attention, with the
         plain adapter ``layers.{i}.adapter_attn.*`` in front where there is one. Each has ``conv_A`` (and, a PIA,
@@ -380,10 +382,16 @@ class Plan:
         means over all prompt tokens (LaVIN's extra "modality" token does not exist there), and decode with the
         prompt's router weights and pooled vectors.
 
+        METER-EAS: of L levels, attentions 0 to L - 1 are the text side's self attentions by level, the next L its cross
+        attentions, then the image side's self and cross attentions. Skipped ones get ``adapter_self_attn`` or
+        ``adapter_cross_attn`` of ``cross_modal_{text,image}_layers.{level}``, kept ones and FFNs their ``adapter``.
+        The authors' code takes 3 L and above for the image side's *self* attentions once more: to run what a
+        checkpoint of theirs was trained as, subtract L from these.
+
         Args:
             state_dict: linears as [out, in] or, as the authors' kernel-1 convolutions, [out, in, 1].
-            skip: the layers whose attentions are skipped.
-            temperature: of all routers.
+            skip: the layers whose attentions are skipped; of METER, the attentions.
+            temperature: of all routers (METER has none).
             scale: of all adapters.
 
         Returns:
@@ -393,7 +401,10 @@ class Plan:
             PlanError: no adapters, half an adapter, an adapter of another form, or a layer of `skip` without a PIA.
         """
         from vte_compile.eas_checkpoint import read_eas_checkpoint
+        from vte_compile.meter_eas_checkpoint import is_meter_eas, read_meter_eas
 
+        if is_meter_eas(state_dict):
+            return read_meter_eas(state_dict, skip, scale)
         return read_eas_checkpoint(state_dict, skip, temperature, scale)
 
     def __repr__(self) -> str:

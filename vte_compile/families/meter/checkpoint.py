@@ -133,11 +133,10 @@ def load_meter(path: str | Path, image_size: int | None = None) -> MeterPreTrain
     model = (HEADS[heads[0]] if heads else MeterModel)(config).eval()
     base = "meter." if heads else ""
     converted: dict[str, Tensor] = {}
+    vision: Any = config.vision_config
     for key, tensor in state_dict.items():
         if _UNUSED.fullmatch(key) is None:
-            converted.update(
-                _convert(key, tensor, base, config.vision_config.image_size // config.vision_config.patch_size)
-            )
+            converted.update(_convert(key, tensor, base, vision.image_size // vision.patch_size))
     model = model.to(state_dict["cross_modal_text_transform.weight"].dtype)
     there = model.state_dict()
     for what, keys in (("lacks", there.keys() - converted.keys()), ("has also", converted.keys() - there.keys())):

@@ -52,4 +52,4 @@ class MeterConfig(PreTrainedConfig):
 
 
 def _config(kind: type[ConfigT], given: ConfigT | dict[str, Any] | None, defaults: dict[str, Any]) -> ConfigT:
-    return given if isinstance(given, kind) else kind(**{**defaults, **(given or {})})  # type: ignore[dict-item]
+    return given if isinstance(given, kind) else kind(**{**defaults, **(given or {})})

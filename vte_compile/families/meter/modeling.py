@@ -35,7 +35,6 @@ class MeterPreTrainedModel(PreTrainedModel):
     config_class = MeterConfig
     base_model_prefix = "meter"
     _supports_sdpa = True
-    input_modalities = ("image", "text")
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -84,10 +83,10 @@ class MeterModel(MeterPreTrainedModel):
 
     def _layers(self) -> nn.ModuleList:
         config = self.config.cross_modal_config
-        layers = nn.ModuleList(BridgeTowerBertCrossLayer(config) for _ in range(config.num_hidden_layers))
+        layers = [BridgeTowerBertCrossLayer(config) for _ in range(config.num_hidden_layers)]
         for layer in layers:
             layer.attention.self.is_causal = False  # which it else is to SDPA when there is no mask
-        return layers
+        return nn.ModuleList(layers)
 
     def get_input_embeddings(self) -> nn.Module:
         """RoBERTa's word embeddings."""
@@ -139,7 +138,7 @@ class MeterModel(MeterPreTrainedModel):
         return BridgeTowerModelOutput(text_features=x, image_features=y, pooler_output=pooled)
 
 
-def _classifier(inputs: int, hidden: int, labels: int) -> nn.Sequential:
+def _classifier(inputs: int, hidden: int, labels: Any) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, labels))
 
 
