@@ -147,12 +147,13 @@ def mixed_exits(model: Any, embeds: Tensor, visual_mask: Tensor, candidates: lis
 
 
 def show(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-    table = Table(title="prefill of batches: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
-    columns = ("rows", "case", "median\nms", "min, max\nms", "time\nratio", "FLOP\nratio", "quotient", "to\nno exit")
+    Console().print("prefill of batches: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    table = Table()
+    columns = ("rows", "case", "median\ns", "min, max\ns", "time\nratio", "FLOP\nratio", "quotient", "to\nno exit")
     for column in columns:
         table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
     for row in rows:
-        median, least, most = (f"{1e3 * row[key]:.0f}" for key in ("median_s", "min_s", "max_s"))
+        median, least, most = (f"{row[key]:.2f}" for key in ("median_s", "min_s", "max_s"))
         ratios = [f"{row[key]:.3f}" for key in ("time_ratio", "flop_ratio", "quotient", "to_no_exit")]
         table.add_row(str(row["batch"]), row["case"], median, f"{least}, {most}", *ratios)
     Console().print(table)

@@ -204,8 +204,21 @@ def _with_call(
     return run
 
 
+def _specialize_numbers(gm: fx.GraphModule) -> None:
+    """Make constants of Python's floats, with a guard each: with dynamic=True Dynamo reads them from tensors.
+
+    Inductor, without torch.compile around it, takes no such reads.
+    """
+    for node in gm.graph.find_nodes(op="call_method", target="item"):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymFloat) and value.node.has_hint():
+            node.replace_all_uses_with(float(value))  # type: ignore[arg-type]
+            gm.graph.erase_node(node)
+
+
 def _inductor(gm: fx.GraphModule, settings: Options) -> Compiled:
     """Compile a graph as it is."""
+    _specialize_numbers(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     device = next((v.device for n in placeholders if isinstance(v := n.meta.get("example_value"), Tensor)), None)
     if not any(n.op.startswith("call") for n in gm.graph.nodes):
