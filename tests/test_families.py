@@ -7,7 +7,9 @@ import functools
 import pytest
 import torch
 from tiny_families import (
+    BY_ROW,
     FAMILIES,
+    FURTHER,
     IMAGE_TOKEN,
     MROPE,
     VIDEO_TOKEN,
@@ -50,7 +52,13 @@ PROMPTS = {
     "mixed, padded right": dict(images=[1, 0, 1], side="right"),
 }
 VIDEO = ("llava_onevision", *MROPE)
+ALL = (*FAMILIES, *FURTHER)
 GREEDY = dict(do_sample=False, max_new_tokens=16)
+
+
+def cases(prompts, of_further):
+    """Family and prompt: every prompt for FAMILIES, some for FURTHER."""
+    return [*((n, p) for n in FAMILIES for p in prompts), *((n, p) for n in FURTHER for p in of_further)]
 
 
 @functools.cache
@@ -113,15 +121,15 @@ def joined(name, first, second):
     whole = {}
     for key in first.keys() | second.keys():
         parts = [turn[key] for turn in (first, second) if key in turn]
-        whole[key] = torch.cat(parts, 1 if key in ("input_ids", "attention_mask", "mm_token_type_ids") else 0)
+        tokens = key in ("input_ids", "attention_mask", "mm_token_type_ids")
+        whole[key] = torch.cat(parts, 1 if tokens or name in BY_ROW else 0)
     return whole
 
 
 # ---------------------------------------------------------------- nothing exits: the model
 
 
-@pytest.mark.parametrize("prompt", list(PROMPTS))
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "prompt"), cases(PROMPTS, ["mixed, padded right"]))
 def test_without_exits_equals_the_model(name, prompt):
     """Prefill, and then decode steps."""
     model, fast, inputs = shared_family(name), optimized(name), family_inputs(name, **PROMPTS[prompt])
@@ -142,8 +150,10 @@ def test_without_exits_equals_the_model(name, prompt):
             assert_relative(out.logits, want.logits)
 
 
-@pytest.mark.parametrize("prompt", [prompt for prompt in PROMPTS if "right" not in prompt])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    cases([prompt for prompt in PROMPTS if "right" not in prompt], ["mixed, padded left"]),
+)
 def test_generate_without_exits_equals_the_model(name, prompt):
     inputs = family_inputs(name, **PROMPTS[prompt])
     ours = optimized(name).generate(**inputs, **GREEDY)
@@ -164,7 +174,7 @@ def test_beams_without_exits_equal_the_models(name):
 
 
 @pytest.mark.parametrize("exits", list(EXITS))
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_exits_equal_the_oracle(name, exits):
     """A batch of several images, none and one, padded; then a decode step."""
     inputs = family_inputs(name, images=[2, 0, 1])
@@ -179,8 +189,7 @@ def test_exits_equal_the_oracle(name, exits):
     assert_same(out, oracle.forward(oracle._embed_tokens(ids), cache=want.cache))
 
 
-@pytest.mark.parametrize("prompt", list(PROMPTS))
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "prompt"), cases(PROMPTS, ["text", "mixed, padded left"]))
 def test_generate_with_exits_equals_the_oracle(name, prompt):
     inputs = family_inputs(name, **PROMPTS[prompt], seed=1)
     tokens = optimized(name, "natural").generate(**inputs, **GREEDY)
@@ -189,7 +198,7 @@ def test_generate_with_exits_equals_the_oracle(name, prompt):
     assert tokens.exit_layer.tolist() == want.exit_layer.tolist()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_embed_is_the_models_own(name):
     """What the oracle's users call to make its inputs."""
     inputs = family_inputs(name, images=[2, 0, 1])
@@ -203,7 +212,7 @@ def test_embed_is_the_models_own(name):
 
 
 @pytest.mark.parametrize("images", [0, 1], ids=["text", "image"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "idefics3"])
 def test_second_turn(name, images):
     """Without exits it is the rest of one long prompt, new images included; with exits it is the oracle's."""
     first, second = family_inputs(name, images=1), family_inputs(name, images=images, seed=1)

@@ -14,6 +14,8 @@ from tiny_models import TINY, VOCAB
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -24,19 +26,33 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl")
+FURTHER = ("vipllava", "mistral3", "idefics3", "smolvlm")
+"""Families whose decoders are as those of FAMILIES, or nearly so: they take part in some tests of each kind."""
 MROPE = ("qwen2_vl", "qwen2_5_vl")
 """Families whose positions have three rows."""
+BY_ROW = ("idefics3", "smolvlm")
+"""Families whose images are [rows, images of a row, ...], filled up with images of zeros."""
 IMAGE_TOKEN, VIDEO_TOKEN, START_TOKEN, END_TOKEN, PAD_TOKEN = 60, 59, 58, 57, 0
 _TILE = 8
 _PINPOINTS = [[8, 16], [16, 8], [16, 16]]
@@ -115,6 +131,55 @@ def _internvl() -> Any:
     return InternVLForConditionalGeneration(config)
 
 
+def _vipllava() -> Any:
+    config = VipLlavaConfig(
+        vision_config=_clip(),
+        text_config=LlamaConfig(**TINY),
+        vision_feature_layer=[-1, -2, 1],
+        image_token_index=IMAGE_TOKEN,
+    )
+    return VipLlavaForConditionalGeneration(config)
+
+
+def _mistral3() -> Any:
+    vision = PixtralVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=4 * _PATCH,
+        patch_size=_PATCH,
+    )
+    config = Mistral3Config(
+        vision_config=vision,
+        text_config=MistralConfig(**TINY, sliding_window=None),
+        image_token_index=IMAGE_TOKEN,
+        tie_word_embeddings=False,
+    )
+    return Mistral3ForConditionalGeneration(config)
+
+
+def _pixel_shuffled(config: Any, model: Any, vision: Any) -> Any:
+    """Idefics3 or SmolVLM: 4 x 4 patches of an image are 2 x 2 tokens."""
+    options = dict(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=_TILE,
+        patch_size=_TILE // 4,
+    )
+    return model(config(vision_config=vision(**options), text_config=LlamaConfig(**TINY), image_token_id=IMAGE_TOKEN))
+
+
+def _idefics3() -> Any:
+    return _pixel_shuffled(Idefics3Config, Idefics3ForConditionalGeneration, Idefics3VisionConfig)
+
+
+def _smolvlm() -> Any:
+    return _pixel_shuffled(SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMVisionConfig)
+
+
 def _qwen_options(text: Any, vision: Any) -> dict[str, Any]:
     return dict(
         text_config=text(
@@ -159,6 +224,10 @@ _BUILDERS = {
     "internvl": _internvl,
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
+    "vipllava": _vipllava,
+    "mistral3": _mistral3,
+    "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
 }
 
 
@@ -263,6 +332,17 @@ def _pixels(name: str, counts: list[int], generator: torch.Generator) -> tuple[d
         pixels["pixel_values"] = torch.randn(total, 5, 3, _TILE, _TILE, generator=generator)
         if name == "llava_onevision":  # images of a row with several of them are not cut into tiles
             pixels["batch_num_images"] = torch.tensor([count for count in counts if count])
+    elif name == "mistral3":  # images of their own sizes, in one tensor of the largest
+        sizes = [[4 * _PATCH, 4 * _PATCH], [2 * _PATCH, 4 * _PATCH], [4 * _PATCH, 2 * _PATCH]]
+        pixels["image_sizes"] = torch.tensor([sizes[i % len(sizes)] for i in range(total)])
+        pixels["pixel_values"] = torch.randn(total, 3, 4 * _PATCH, 4 * _PATCH, generator=generator)
+    elif name in BY_ROW:
+        pixels["pixel_values"] = torch.randn(len(counts), max(counts), 3, _TILE, _TILE, generator=generator)
+        pixels["pixel_attention_mask"] = torch.ones(len(counts), max(counts), _TILE, _TILE, dtype=torch.long)
+        for row, count in enumerate(counts):
+            pixels["pixel_values"][row, count:] = 0
+            pixels["pixel_attention_mask"][row, count:] = 0
+            pixels["pixel_attention_mask"][row, 1:count, _TILE // 2 :] = 0  # these are wider than high
     else:
         # InternVL's tiles are images to the model: two of them make one image here.
         tiles = 2 * total if name == "internvl" else total
@@ -270,6 +350,8 @@ def _pixels(name: str, counts: list[int], generator: torch.Generator) -> tuple[d
     with torch.no_grad():
         features = shared_family(name).get_image_features(**pixels).pooler_output
     lengths = [feature.reshape(-1, TINY["hidden_size"]).shape[0] for feature in features]
+    if name in BY_ROW:
+        lengths = [sum(lengths) // total] * total
     if name == "internvl":
         lengths = [sum(lengths[i : i + 2]) for i in range(0, len(lengths), 2)]
     return pixels, lengths
