@@ -29,6 +29,7 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
+    MixtralConfig,
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -47,7 +48,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfi
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl")
-FURTHER = ("vipllava", "mistral3", "idefics3", "smolvlm")
+FURTHER = ("vipllava", "mistral3", "idefics3", "smolvlm", "llava_mixtral")
 """Families whose decoders are as those of FAMILIES, or nearly so: they take part in some tests of each kind."""
 MROPE = ("qwen2_vl", "qwen2_5_vl")
 """Families whose positions have three rows."""
@@ -141,6 +142,12 @@ def _vipllava() -> Any:
     return VipLlavaForConditionalGeneration(config)
 
 
+def _llava_mixtral() -> Any:
+    text = MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
+    config = LlavaConfig(vision_config=_clip(), text_config=text, vision_feature_layer=-1, image_token_id=IMAGE_TOKEN)
+    return LlavaForConditionalGeneration(config)
+
+
 def _mistral3() -> Any:
     vision = PixtralVisionConfig(
         hidden_size=16,
@@ -228,6 +235,7 @@ _BUILDERS = {
     "mistral3": _mistral3,
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
+    "llava_mixtral": _llava_mixtral,
 }
 
 

@@ -214,6 +214,23 @@ def attention_implementation(config: Any, implementation: str) -> Iterator[None]
 
 
 @contextlib.contextmanager
+def traceable_experts(config: Any) -> Iterator[None]:
+    """Let the experts of a mixture run as grouped products, and then as before.
+
+    The loop over those that some token chose (``eager``) depends on data, so it cannot be traced. How the model
+    computes its experts else is left to it.
+    """
+    before = getattr(config, "_experts_implementation", None)
+    if before == "eager":
+        config._experts_implementation = "grouped_mm"
+    try:
+        yield
+    finally:
+        if before == "eager":
+            config._experts_implementation = before
+
+
+@contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module and all below it into eval mode, and back each as it was."""
     before = [(m, m.training) for m in module.modules()]
@@ -306,7 +323,12 @@ def trace(
         args, dynamic_shapes = examples(count)
         module = with_first_layers(wrapper, count)
         try:
-            with attention_implementation(spec.config, implementation), evaluating(wrapper), torch.no_grad():
+            with (
+                attention_implementation(spec.config, implementation),
+                traceable_experts(spec.config),
+                evaluating(wrapper),
+                torch.no_grad(),
+            ):
                 exported = torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
         except CaptureError:
             raise

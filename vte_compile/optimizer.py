@@ -14,6 +14,7 @@ from vte_compile.co_attention_optimizer import optimize_co_attention
 from vte_compile.errors import InputError, PlanError, UnsupportedModelError
 from vte_compile.families.co_attention import find_co_attention
 from vte_compile.families.decoder import describe
+from vte_compile.families.independence import check_independence
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.module_tree import own_submodule, shallow_copy, without_parameters
 from vte_compile.optimized_model import OptimizedModel, wrap
@@ -71,6 +72,7 @@ def optimize(
     spec = describe(model)
     _check_placement(model)
     plan.check(model)
+    check_independence(model, spec)
     compiler = PieceCompiler() if find_backend(spec.device, compile) else None
     runner = DecoderRunner(spec, plan, compiler, FoldedWeights(fold is not False))
     verify_prefill(model, runner)

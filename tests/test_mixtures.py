@@ -1,0 +1,120 @@
+"""Mixtures of experts: where each token chooses its experts they work as any decoder does; other routing is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from tiny_models import (
+    LAYERS,
+    NEVER,
+    TINY,
+    C,
+    assert_relative,
+    chunk,
+    gate,
+    one_thread,  # noqa: F401
+    plan,
+)
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from vte_compile import Oracle, Plan, StaticExit, optimize
+from vte_compile.errors import UnsupportedModelError
+from vte_compile.plan import SkippedAttention
+
+EXITS = {
+    "never": [gate(i, NEVER) for i in range(LAYERS)],
+    "first": [gate(0, -NEVER)],
+    "middle": [gate(0, NEVER), StaticExit(1)],
+    "last": [StaticExit(LAYERS - 1)],
+}
+GREEDY = dict(do_sample=False, max_new_tokens=8)
+
+
+@functools.cache
+def mixture(name):
+    """A random language model whose tokens choose two of four experts; nobody changes it."""
+    torch.manual_seed(0)
+    experts = dict(**TINY, num_experts_per_tok=2)
+    if name == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**experts, num_local_experts=4, sliding_window=None))
+    else:  # with an expert that all tokens share, and a layer without experts
+        sizes = dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24)
+        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**experts, **sizes, decoder_sparse_step=1, mlp_only_layers=[1]))
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@functools.cache
+def optimized(name):
+    return optimize(mixture(name), Plan(), compile=False)
+
+
+@pytest.mark.parametrize("exits", list(EXITS))
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_exits_equal_the_oracle(name, exits):
+    """A row with an image, one without, one with two; then decode steps."""
+    embeds, visual, real = chunk("..tvvvvttt", "tttttttttt", ".tvvttvvtt")
+    fast, oracle = optimize(optimized(name), plan(*EXITS[exits])), Oracle(mixture(name), plan(*EXITS[exits]))
+    out = fast(inputs_embeds=embeds, visual_mask=visual, attention_mask=real)
+    want = oracle.forward(embeds, visual, real)
+    forced = {"never": -1, "first": 0, "middle": 1, "last": LAYERS - 1}[exits]
+    assert out.exit_layer.tolist() == want.exit_layer.tolist() == [forced, -1, forced]
+    assert_relative(out.logits, want.logits)
+    for token in (7, 8):
+        ids = torch.full((3, 1), token)
+        out = fast(input_ids=ids, past_key_values=out.past_key_values)
+        want = oracle.forward(oracle._embed_tokens(ids), cache=want.cache)
+        assert_relative(out.logits, want.logits)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_generate_without_exits_equals_the_model(name):
+    for ids in (torch.tensor([[3, 4, 5, 6, 7]]), torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 6, 5]])):
+        assert torch.equal(optimized(name).generate(ids, **GREEDY), mixture(name).generate(ids, **GREEDY))
+
+
+def test_experts_in_a_loop():
+    """The model's own loop over experts cannot be traced; its config stays as it was. An attention is skipped, too."""
+    model = MixtralForCausalLM(copy.deepcopy(mixture("mixtral").config))
+    model.load_state_dict(mixture("mixtral").state_dict())
+    model.config._experts_implementation = "eager"
+    parts = [SkippedAttention(1), StaticExit(2)]
+    embeds, visual, _ = chunk("ttvvvvttt", "tvvttvvtt")
+    want = Oracle(model.eval(), plan(*parts)).forward(embeds, visual)
+    out = optimize(model, plan(*parts), compile=False)(inputs_embeds=embeds, visual_mask=visual)
+    assert_relative(out.logits, want.logits)
+    assert out.exit_layer.tolist() == [2, 2]
+    assert model.config._experts_implementation == "eager"
+
+
+class ExpertChoice(nn.Module):
+    """Each expert takes the half of all tokens that fit it best."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(C, 2, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(C, C) for _ in range(2))
+
+    def forward(self, hidden):
+        tokens = hidden.reshape(-1, C)
+        scores = self.gate(tokens).softmax(-1)
+        result = torch.zeros_like(tokens)
+        for score, expert in zip(scores.T, self.experts, strict=True):
+            chosen = score.topk(len(tokens) // 2 or 1)
+            result = result.index_add(0, chosen.indices, chosen.values[:, None] * expert(tokens[chosen.indices]))
+        return result.view_as(hidden)
+
+
+def test_expert_choice_is_refused():
+    torch.manual_seed(1)
+    model = MixtralForCausalLM(mixture("mixtral").config).eval()
+    for layer in model.model.layers:
+        layer.mlp = ExpertChoice()
+    with pytest.raises(
+        UnsupportedModelError, match=r"MixtralForCausalLM: a token's hidden .* \(expert-choice routing\)"
+    ):
+        optimize(model, Plan(), compile=False)
