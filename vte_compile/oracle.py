@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import find_decoder, position_rows
+from vte_compile.families.refusals import refuse_other_architectures
 from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, PromptStatistics, planned_blocks
 from vte_compile.plan import GateExit, Plan, StaticExit
 
@@ -139,6 +140,7 @@ class Oracle:
         self.model = cast(Any, model)
         self.plan = plan
         self.decoder = cast(Any, find_decoder(model))
+        refuse_other_architectures(model, self.decoder)
         _check_structure(self.decoder)
         if "token_type_ids" in inspect.signature(self.model.forward).parameters:
             raise UnsupportedModelError(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vte_compile.errors import UnsupportedModelError
+from vte_compile.families.refusals import refuse_other_architectures
 
-# What a decoder with multimodal rotary positions may take; others are given more than embeddings (DeepStack).
+# What a decoder with multimodal rotary positions may take; others are given more than embeddings.
 _KNOWN_ARGUMENTS = frozenset(
     "input_ids inputs_embeds attention_mask position_ids cache past_key_values use_cache cache_position return_dict "
     "output_attentions output_hidden_states".split()
@@ -140,6 +141,7 @@ def describe(model: nn.Module) -> DecoderSpec:
     """
     name = type(model).__name__
     decoder: Any = find_decoder(model)
+    refuse_other_architectures(model, decoder)
     missing = [part for part in ("layers", "norm", "rotary_emb") if not hasattr(decoder, part)]
     if missing or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise UnsupportedModelError(
@@ -192,6 +194,16 @@ def _refuse_unknown_layout(model: nn.Module, decoder: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{name}: its decoder has {rope['rope_type']} rotary positions, which depend on the longest row: not "
             "supported so far."
+        )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UnsupportedModelError(
+            f"{name}: its decoder has use_bidirectional_attention: tokens attend to later ones, and only causal "
+            "attention is supported so far."
+        )
+    if getattr(config, "attn_logit_softcapping", None):
+        raise UnsupportedModelError(
+            f"{name}: its decoder caps the logits of attention (attn_logit_softcapping in its config): not supported "
+            "so far."
         )
     if "token_type_ids" in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(

@@ -1,0 +1,143 @@
+"""Architectures in which no visual token could leave soundly: optimize() and the oracle refuse them, and say why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TINY
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GemmaConfig,
+    JambaConfig,
+    JambaForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    SiglipVisionConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from vte_compile import Oracle, Plan, StaticExit, optimize
+from vte_compile.errors import UnsupportedModelError
+
+_VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+FULL = ["full_attention"] * 4
+
+
+def _t5() -> Any:
+    return T5ForConditionalGeneration(T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
+
+
+def _bart() -> Any:
+    sizes = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4)
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=61, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, **sizes)
+    )
+
+
+def _mamba() -> Any:
+    return MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, state_size=4, num_hidden_layers=2))
+
+
+def _jamba() -> Any:
+    """Layers with attention and with a state in turn."""
+    layers = dict(attn_layer_period=2, attn_layer_offset=0, expert_layer_period=2, num_experts=1, num_experts_per_tok=1)
+    return JambaForCausalLM(JambaConfig(**TINY, **layers, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False))
+
+
+def _lfm2() -> Any:
+    return Lfm2ForCausalLM(Lfm2Config(**TINY, layer_types=["full_attention", "conv", "full_attention", "conv"]))
+
+
+def _mllama() -> Any:
+    text = dict(TINY, cross_attention_layers=[1], rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    vision = dict(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_global_layers=1,
+        attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        vision_output_dim=32,
+        intermediate_layers_indices=[0],
+        supported_aspect_ratios=[[1, 1]],
+        max_num_tiles=1,
+    )
+    return MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision))
+
+
+def _paligemma() -> Any:
+    vision = SiglipVisionConfig(**_VISION, image_size=8, patch_size=4, vision_use_head=False)
+    text = GemmaConfig(**TINY, head_dim=8)
+    return PaliGemmaForConditionalGeneration(
+        PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=60, projection_dim=32)
+    )
+
+
+def _gemma3(**options: Any) -> Any:
+    vision = SiglipVisionConfig(**_VISION, image_size=8, patch_size=2, vision_use_head=False)
+    text = dict(TINY, head_dim=8, sliding_window=8, pad_token_id=0, **options)
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(vision_config=vision, text_config=text, image_token_index=60, mm_tokens_per_image=4)
+    )
+
+
+def _gemma2() -> Any:
+    return Gemma2ForCausalLM(Gemma2Config(**TINY, head_dim=8, layer_types=FULL, final_logit_softcapping=None))
+
+
+def _qwen3_vl() -> Any:
+    """Visual features are added behind several layers, also where positions are what Qwen2-VL has."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    vision = dict(
+        depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=32, deepstack_visual_indexes=[0]
+    )
+    text = dict(TINY, head_dim=8, rope_parameters=rope)
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision))
+
+
+REFUSED = {
+    "t5": (_t5, r"^T5ForConditionalGeneration is an encoder-decoder: .* cross-attention, and no visual token"),
+    "bart": (_bart, r"^BartForConditionalGeneration is an encoder-decoder"),
+    "mamba": (_mamba, r"^MambaForCausalLM: decoder layer 0 \(MambaBlock\) is a state-space layer: its state sums up"),
+    "jamba": (_jamba, r"^JambaForCausalLM: decoder layer 1 \(JambaMambaDecoderLayer\) is a state-space layer"),
+    "lfm2": (_lfm2, r"^Lfm2ForCausalLM: decoder layer 1 is of type conv: only layers that attend"),
+    "mllama": (_mllama, r"decoder layer 1 \(MllamaCrossAttentionDecoderLayer\) has cross_attn: .* beside the sequence"),
+    "paligemma": (_paligemma, r"has use_bidirectional_attention|takes token_type_ids, by which image tokens attend"),
+    "gemma3": (_gemma3, r"sliding_attention|differ per layer type"),
+    "gemma3, full attention": (lambda: _gemma3(layer_types=FULL), r"takes token_type_ids|differ per layer type"),
+    "qwen3_vl": (_qwen3_vl, r"^Qwen3VLTextModel takes visual_pos_masks, deepstack_visual_embeds .*\(DeepStack\).*exit"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_refused(name):
+    build, reason = REFUSED[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    for use in (Oracle, lambda model, plan: optimize(model, plan, compile=False)):
+        with pytest.raises(UnsupportedModelError, match=reason):
+            use(model, Plan([StaticExit(0)]))
+
+
+def test_soft_capping():
+    """Eager attention has it, so the oracle does; the graphs' attention does not."""
+    model = _gemma2().eval()
+    with pytest.raises(UnsupportedModelError, match=r"^Gemma2ForCausalLM: .*attn_logit_softcapping"):
+        optimize(model, Plan(), compile=False)

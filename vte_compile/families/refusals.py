@@ -1,0 +1,67 @@
+"""Models in which no visual token could leave the decoder soundly, told by their structure: refused, with the reason.
+
+Some of them would pass any comparison on a short text prompt, so this is not left to one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from vte_compile.errors import UnsupportedModelError
+
+# Of layers: what state-space models call the matrix of their recurrence, and modules that attend to other sequences.
+_RECURRENCE = "A_log"
+_CROSS_ATTENTION = frozenset("cross_attn cross_attention crossattention encoder_attn EncDecAttention".split())
+_ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def refuse_other_architectures(model: nn.Module, decoder: nn.Module) -> None:
+    """Refuse what is no stack of layers that attend to the one sequence in which the visual tokens are.
+
+    Args:
+        model: The user's model.
+        decoder: What it names as its decoder.
+
+    Raises:
+        UnsupportedModelError: An encoder-decoder, cross-attention, recurrent layers, or DeepStack.
+    """
+    name = type(model).__name__
+    for config in (getattr(model, "config", None), getattr(decoder, "config", None)):
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{name} is an encoder-decoder: its decoder reads the prompt through cross-attention, and no visual "
+                "token is in it that could leave. Only decoder-only models are supported."
+            )
+    for index, layer in enumerate(getattr(decoder, "layers", ())):
+        where = f"{name}: decoder layer {index} ({type(layer).__name__})"
+        if any(path.rpartition(".")[2] == _RECURRENCE for path, _ in layer.named_parameters()):
+            raise UnsupportedModelError(
+                f"{where} is a state-space layer: its state sums up all tokens before, so visual tokens cannot be "
+                "taken out of it. Only layers that attend are supported."
+            )
+        if found := sorted(_CROSS_ATTENTION & {path.rpartition(".")[2] for path, _ in layer.named_modules()}):
+            raise UnsupportedModelError(
+                f"{where} has {', '.join(found)}: it attends to image features beside the sequence, where no visual "
+                "token is that could leave. Only models that put them into the sequence are supported."
+            )
+    types = getattr(getattr(decoder, "config", None), "layer_types", None) or ()
+    for index, kind in enumerate(types):
+        if kind not in _ATTENTION_TYPES:
+            raise UnsupportedModelError(
+                f"{name}: decoder layer {index} is of type {kind}: only layers that attend are supported."
+            )
+    _refuse_deepstack(decoder)
+
+
+def _refuse_deepstack(decoder: Any) -> None:
+    names = list(inspect.signature(decoder.forward).parameters)
+    if any("deepstack" in name for name in names):
+        given = [name for name in names if "deepstack" in name or name in ("visual_pos_masks", "vision_mask")]
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} takes {', '.join(given)} besides embeddings: it adds visual features to the "
+            "hidden states behind several layers (DeepStack), and an exit before the last of them would lose some: not "
+            "supported so far."
+        )
