@@ -24,7 +24,7 @@ from vte_compile.export.onnx_ops import OPSET, ORT, Operators
 from vte_compile.export.onnx_pieces import check, convert
 from vte_compile.export.onnx_quantize import check_quantize
 from vte_compile.export.onnx_weights import WeightFiles
-from vte_compile.export.staged import check_optimized, check_positions, embedding_table, model_facts
+from vte_compile.export.staged import check_experts, check_optimized, check_positions, embedding_table, model_facts
 from vte_compile.export.vision import image_encoder
 from vte_compile.plan import GateExit
 from vte_compile.version import __version__
@@ -76,6 +76,7 @@ def _check(fast: Any, forms: tuple[str, ...]) -> None:
     if not forms or not set(forms) <= set(FORMS):
         raise InputError(f"forms: expected one or both of {', '.join(map(repr, FORMS))}, got {forms!r}.")
     check_positions(fast)
+    check_experts(fast)
     if (dtype := fast._vte_spec.dtype) not in DTYPES:
         raise UnsupportedModelError(
             f"ONNX Runtime's CPU kernels do not take {dtype}: load the model in float32 or float16 before optimize()."

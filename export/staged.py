@@ -74,12 +74,14 @@ def stage(fast: Any) -> Staged:
 
     Raises:
         InputError: Not an optimized model with a decoder.
-        UnsupportedModelError: Its tokens are not embedded by a table alone, or not numbered one by one.
+        UnsupportedModelError: Its tokens are not embedded by a table alone, or not numbered one by one; or its experts
+            run as grouped products.
         CaptureError: A phase could not be traced or rewritten.
     """
     check_optimized(fast)
     runner = fast._vte_runner
     check_positions(fast)
+    check_experts(fast)
     staged = Staged(model_facts(fast), "", runner.routed)
     for phase, batched in _PHASES:
         lowered = runner.lowered(phase, batched=batched)
@@ -112,6 +114,23 @@ def check_positions(fast: Any) -> None:
     if fast._vte_spec.position_rows > 1:
         raise UnsupportedModelError(
             f"{type(fast).__name__} has multimodal rotary positions: engines number tokens one by one so far."
+        )
+
+
+def check_experts(fast: Any) -> None:
+    """Refuse mixtures whose experts are traced as grouped products, an operator that engines do not have.
+
+    Raises:
+        UnsupportedModelError: They are.
+    """
+    spec = fast._vte_spec
+    # Both are set on every module of experts that transformers can compute in several ways.
+    mixture = any(hasattr(m, "has_gate") and hasattr(m, "is_transposed") for m in spec.decoder.modules())
+    if mixture and spec.config._experts_implementation != "batched_mm":
+        raise UnsupportedModelError(
+            f"{type(fast).__name__}: engines have no operator for experts that run as "
+            f"{spec.config._experts_implementation!r}: call model.set_experts_implementation('batched_mm') before "
+            "optimize()."
         )
 
 

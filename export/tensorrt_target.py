@@ -30,7 +30,7 @@ from vte_compile.export.ort_target import (
     write_stages,
     write_vision,
 )
-from vte_compile.export.staged import check_optimized, embedding_table, model_facts
+from vte_compile.export.staged import check_experts, check_optimized, embedding_table, model_facts
 from vte_compile.export.tensorrt_build import build_engine, import_tensorrt
 from vte_compile.export.tensorrt_manifest import BuilderFacts, EngineFacts, TensorRTManifest
 from vte_compile.export.tensorrt_ops import TENSORRT
@@ -149,6 +149,7 @@ def in_precision(fast: Any, precision: str | None) -> Any:
         UnsupportedModelError: Its dtype is none TensorRT computes in.
     """
     check_optimized(fast)
+    check_experts(fast)
     if precision == "fp8":
         raise InputError(
             "precision: 'fp8' needs the scales of all activations, which only a calibration gives: export in 'fp16' or "

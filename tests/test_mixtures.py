@@ -21,7 +21,8 @@ from tiny_models import (
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from vte_compile import Oracle, Plan, StaticExit, optimize
+import vte_compile
+from vte_compile import Oracle, Plan, StaticExit, load_engine, optimize
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.plan import SkippedAttention
 
@@ -89,6 +90,28 @@ def test_experts_in_a_loop():
     assert_relative(out.logits, want.logits)
     assert out.exit_layer.tolist() == [2, 2]
     assert model.config._experts_implementation == "eager"
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "aoti", "tensorrt"])
+def test_engines_have_no_grouped_products(target, tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"'grouped_mm': call model\.set_experts_implementation"):
+        vte_compile.export(optimized("mixtral"), tmp_path / "engine", target=target)
+
+
+@pytest.mark.slow
+def test_onnx_engine(tmp_path):
+    """Each token with the weights of its own experts: that converts."""
+    torch.manual_seed(0)
+    config = MixtralConfig(**(TINY | {"num_hidden_layers": 2}), num_local_experts=4, sliding_window=None)
+    model = MixtralForCausalLM(config).eval()
+    model.set_experts_implementation("batched_mm")
+    fast = optimize(model, plan(StaticExit(0)), compile=False)
+    vte_compile.export(fast, tmp_path / "engine", target="onnxruntime", forms=("staged",))
+    embeds, visual, _ = chunk("ttvvvvttt")
+    engine = load_engine(tmp_path / "engine")
+    out = engine.prefill(inputs_embeds=embeds.numpy(), visual_mask=visual.numpy())
+    assert out.exit_layer.tolist() == [0]
+    assert_relative(torch.from_numpy(out.logits), Oracle(model, fast.plan).forward(embeds, visual).logits[:, -1])
 
 
 class ExpertChoice(nn.Module):
