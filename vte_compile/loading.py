@@ -25,11 +25,16 @@ def load_model(name: str | Path, device: str | None = None) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+    from vte_compile.families.own import own_family
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         raise InputError(f"device {device!r}: {_first_line(error)}") from error
+    if family := own_family(name):
+        own: PreTrainedModel = family.model.from_pretrained(name)
+        return own.eval().to(device)
     try:
         config = AutoConfig.from_pretrained(name)
         multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -64,6 +69,10 @@ def load_processor(name: str | Path) -> Any:
     """
     from transformers import AutoProcessor
 
+    from vte_compile.families.own import own_family
+
+    if family := own_family(name):
+        return family.processor.from_pretrained(name)
     try:
         return AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:

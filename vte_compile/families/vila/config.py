@@ -100,11 +100,11 @@ class VilaConfig(LlavaConfig):
         names = {ours: theirs for theirs, ours in _SELECT.items()}
         written = {
             **(self.published or {"architectures": ["LlavaLlamaModel"], "model_type": self.model_type}),
-            "llm_cfg": self.text_config.to_dict(),  # type: ignore[union-attr]
-            "vision_tower_cfg": self.vision_config.to_dict(),  # type: ignore[union-attr]
+            "llm_cfg": self.text.to_dict(),
+            "vision_tower_cfg": self.vision.to_dict(),
             "mm_projector_cfg": self.projector_config().to_dict(),
-            "hidden_size": self._text.hidden_size,
-            "mm_hidden_size": self._vision.hidden_size,
+            "hidden_size": self.text.hidden_size,
+            "mm_hidden_size": self.vision.hidden_size,
             "mm_vision_select_layer": self.vision_feature_layer,
             "mm_vision_select_feature": names[self.vision_feature_select_strategy],
             "image_aspect_ratio": self.image_aspect_ratio,
@@ -118,18 +118,18 @@ class VilaConfig(LlavaConfig):
         """The config of the folder mm_projector, with the sizes that it leaves out."""
         return VilaProjectorConfig(
             mm_projector_type=self.mm_projector_type,
-            input_size=self._vision.hidden_size,
-            output_size=self._text.hidden_size,
+            input_size=self.vision.hidden_size,
+            output_size=self.text.hidden_size,
         )
 
     @property
     def tokens_per_image(self) -> int:
         """Visual tokens of one image, tile or frame."""
-        side = self._vision.image_size // self._vision.patch_size
+        side = self.vision.image_size // self.vision.patch_size
         factor = downsampling(self.mm_projector_type)
         if factor > 1:
             return (-(-side // factor)) ** 2
-        has_cls = self._vision.model_type == "clip_vision_model"
+        has_cls = self.vision.model_type == "clip_vision_model"
         return side * side + has_cls - (self.vision_feature_select_strategy == "default")
 
     def wrapping(self, medium: str) -> tuple[str | None, str | None]:
@@ -149,11 +149,13 @@ class VilaConfig(LlavaConfig):
         return settings.get("start_tokens"), settings.get("end_tokens", "\n")
 
     @property
-    def _text(self) -> Any:
+    def text(self) -> Any:
+        """The decoder's config."""
         return self.text_config
 
     @property
-    def _vision(self) -> Any:
+    def vision(self) -> Any:
+        """The vision tower's config."""
         return self.vision_config
 
 

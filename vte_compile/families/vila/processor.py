@@ -6,13 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
+from transformers import BatchFeature, CLIPImageProcessorPil, ProcessorMixin, SiglipImageProcessorPil
 from transformers.image_utils import load_image
 
 from vte_compile.errors import InputError
 from vte_compile.families.tiles import tiles
 from vte_compile.families.vila.config import IMAGE_TOKEN, VIDEO_TOKEN, VilaConfig
 from vte_compile.families.vila.folder import VISION_TOWER, checkpoint_folder, load_tokenizer
+
+# As the authors have it, whatever the file says of its class: pixels through Pillow.
+_IMAGE_PROCESSORS = {"clip_vision_model": CLIPImageProcessorPil, "siglip_vision_model": SiglipImageProcessorPil}
 
 
 class VilaProcessor(ProcessorMixin):
@@ -46,9 +49,9 @@ class VilaProcessor(ProcessorMixin):
             InputError: One of them is missing.
         """
         config = VilaConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        folder = checkpoint_folder(config.name_or_path)
+        folder, tower = checkpoint_folder(config.name_or_path), config.vision.model_type
         try:
-            image_processor = AutoImageProcessor.from_pretrained(folder / VISION_TOWER)
+            image_processor = _IMAGE_PROCESSORS[tower].from_pretrained(folder / VISION_TOWER)
         except (OSError, ValueError) as error:
             raise InputError(f"{folder / VISION_TOWER}: no image processor: {error}") from error
         return cls(image_processor, load_tokenizer(folder, (IMAGE_TOKEN, VIDEO_TOKEN)), config)
