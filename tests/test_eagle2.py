@@ -1,4 +1,11 @@
-"""Eagle 2 and 2.5: checkpoints in the published layout, their processor, and optimize() of them against the oracle."""
+"""Eagle 2 and 2.5: checkpoints in the published layout against the authors' numbers, and optimize() against the oracle.
+
+data/eagle2.npz holds what the authors' code gives for the checkpoints that tests/tiny_eagle2.py writes, run aside under
+transformers 4.57.1 and torchvision 0.28.0: visual tokens, the logits of each row's last three tokens, and 16 greedy
+tokens, of NVlabs/Eagle's Eagle2_5_VLForConditionalGeneration (commit 783f656; attention "eager"; training-only imports
+stubbed; one tensor made contiguous, without which it raises); ids, pixels and grids of tiles of the processor that is
+published beside the weights, in the copy that LeRobot had. The eagle_chat checkpoint runs as one of Eagle 2.5 there.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_eagle2 import IMAGE, LAYERS, PATCH, SIDE, VARIANTS, write_eagle2
 from tiny_models import (
+    DATA,
     NEVER,
     assert_relative,
     gate,
@@ -47,7 +55,18 @@ EXITS = {
     "natural": [gate(0, 0.5), gate(1, 0.5), StaticExit(2)],
 }
 LAYER = {"never": -1, "first": 0, "middle": 1, "last": LAYERS - 1}
+TEXTS = ["what <image-1> and <image-2> is this", "what is", "this <image-1> what is this?"]
 GREEDY = dict(do_sample=False, max_new_tokens=16, min_new_tokens=16)
+
+
+@functools.cache
+def golden() -> Any:
+    return np.load(DATA / "eagle2.npz")
+
+
+def of(name: str, key: str) -> torch.Tensor:
+    """A number of the authors', for a variant."""
+    return torch.from_numpy(golden()[f"{list(VARIANTS).index(name)}.{key}"])
 
 
 @functools.cache
@@ -83,8 +102,14 @@ def optimized(name: str, exits: str | None = None) -> Any:
 
 def mixed_rows(name: str, side: str = "left") -> Any:
     """Rows with two images, none and one."""
-    texts = ["what <image-1> and <image-2> is this", "what is", "this <image-1> what is this?"]
-    return loaded(name)[1](pictures(), texts, padding_side=side)
+    return loaded(name)[1](pictures(), TEXTS, padding_side=side)
+
+
+def golden_rows(name: str) -> Any:
+    """The rows of mixed_rows, as the authors' processor of the other checkpoints prepares them."""
+    images = Eagle2ImageProcessor.from_pretrained(folder(QWEN2))
+    tokens = loaded(name)[1].tokens_per_tile
+    return Eagle2Processor(images, loaded(name)[1].tokenizer, tokens_per_tile=tokens)(pictures(), TEXTS)
 
 
 def prompts(name: str) -> dict[str, Any]:
@@ -110,6 +135,49 @@ def changed(path: Path, **fields: Any) -> Path:
         config[name] = {**config[name], **value} if isinstance(value, dict) else value
     file.write_text(json.dumps(config))
     return path
+
+
+# ---------------------------------------------------------------- the authors' numbers
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_and_tokens_are_the_authors(name: str) -> None:
+    (model, _), inputs = loaded(name), golden_rows(name)
+    with torch.no_grad():
+        features = torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        logits = model(**inputs, position_ids=positions).logits[:, -3:]
+    assert_relative(features, of(name, "features"))
+    assert_relative(logits, of(name, "logits"))
+    assert torch.equal(model.generate(**inputs, **GREEDY)[:, -16:], of(name, "tokens"))
+
+
+@pytest.mark.parametrize("name", OPTIMIZED)
+def test_optimized_logits_and_tokens_are_the_authors(name: str) -> None:
+    fast, inputs = optimized(name), golden_rows(name)
+    assert_relative(fast(**inputs).logits[:, -3:], of(name, "logits"))
+    assert torch.equal(fast.generate(**inputs, **GREEDY)[:, -16:], of(name, "tokens"))
+
+
+def test_ids_and_pixels_are_the_authors() -> None:
+    processor, inputs = loaded(QWEN2)[1], mixed_rows(QWEN2)
+    assert torch.equal(inputs["input_ids"], torch.from_numpy(golden()["ids"]))
+    assert torch.equal(inputs["attention_mask"], torch.from_numpy(golden()["mask"]))
+    assert_pixels(inputs, "pixel_values")
+    video = processor(pictures()[2], "<video-1> what <image-1>", [pictures()[:2]], fps=[2.0], timestamps=[[0.0, 0.5]])
+    assert torch.equal(video["input_ids"], torch.from_numpy(golden()["video_ids"]))
+    assert_pixels(video, "video_pixels")
+    assert_pixels(processor.image_processor(Image.fromarray(golden()["clear"])), "clear_pixels")
+
+
+def assert_pixels(inputs: Any, key: str) -> None:
+    torch.testing.assert_close(inputs["pixel_values"], torch.from_numpy(golden()[key]), rtol=1e-5, atol=1e-5)
+
+
+def test_grids_of_tiles_are_the_authors() -> None:
+    """Of 304 pictures; the last four are squares for which grids are equally good."""
+    for width, height, size, most, columns, rows in golden()["grids"].tolist():
+        assert grid_of_tiles(width, height, size, 1, most) == (columns, rows)
 
 
 # ---------------------------------------------------------------- exits and skips, against the oracle
@@ -245,9 +313,7 @@ def test_saved_in_the_published_layout(name: str, tmp_path: Path) -> None:
         assert written[field] == was[field]
     assert written["image_token_index"] == IMAGE
     again = Eagle2ForConditionalGeneration.from_pretrained(tmp_path)
-    prepared = Eagle2Processor.from_pretrained(tmp_path)(
-        pictures(), ["what <image-1> and <image-2> is this", "what is", "this <image-1> what is this?"]
-    )
+    prepared = Eagle2Processor.from_pretrained(tmp_path)(pictures(), TEXTS)
     assert all(torch.equal(prepared[key], inputs[key]) for key in inputs)
     with torch.no_grad():
         assert torch.equal(again(**prepared).logits, model(**inputs).logits)
