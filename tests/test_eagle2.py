@@ -32,7 +32,7 @@ from tiny_models import (
 )
 from torch.nn import functional as F
 
-from vte_compile import Oracle, Plan, SkippedAttention, StaticExit, optimize
+from vte_compile import Oracle, Plan, SkippedAttention, StaticExit, export, load_engine, optimize
 from vte_compile.adapters import PIA
 from vte_compile.dynamo.decoder_call import exit_layers
 from vte_compile.errors import InputError, UnsupportedModelError
@@ -44,6 +44,7 @@ from vte_compile.families.eagle2 import (
 )
 from vte_compile.families.eagle2.image_processor import grid_of_tiles
 from vte_compile.oracle import embed
+from vte_compile.tuning.samples import read_samples
 
 QWEN2, TIED, LLAMA, QWEN3 = VARIANTS
 OPTIMIZED = (QWEN2, pytest.param(QWEN3, marks=pytest.mark.slow))
@@ -241,6 +242,31 @@ def test_backend() -> None:
         out = model(**inputs, use_cache=True)
     assert_relative(out.logits[:, -1], want.logits[:, -1])
     assert exit_layers(out.past_key_values).tolist() == [1, -1, 1]
+
+
+@pytest.mark.slow
+def test_engine(tmp_path: Path) -> None:
+    """The same in ONNX Runtime: a tile is an image to it."""
+    pytest.importorskip("onnxruntime")
+    model, inputs, planned = loaded(QWEN2)[0], mixed_rows(QWEN2), plan(StaticExit(1))
+    export(optimize(optimized(QWEN2), planned), tmp_path / "engine", target="onnxruntime")
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    out = load_engine(tmp_path / "engine").generate(**arrays, max_new_tokens=16)
+    want = Oracle(model, planned).generate(*oracle_inputs(model, inputs), max_new_tokens=16)
+    assert out.tokens.tolist() == want.tokens
+    assert out.exit_layer.tolist() == [1, -1, 1]
+
+
+def test_conversations_for_calibration() -> None:
+    """As calibrate(), evaluate() and analyze() read them."""
+    processor = loaded(QWEN2)[1]
+    asked = {"role": "user", "content": "<image>\nwhat is this?"}
+    chats = [{"messages": [asked, {"role": "assistant", "content": "a cat"}], "images": pictures()[1:2]}]
+    (sample,) = read_samples(chats, processor=processor)
+    text = "<|im_start|>user\n<image-1>what is this?<|im_end|>\n<|im_start|>assistant\n"
+    want = processor(pictures()[1], text)
+    assert all(torch.equal(sample.inputs[name], want[name]) for name in want)
+    assert processor.decode(sample.answer) == "a cat<|im_end|>"
 
 
 # ---------------------------------------------------------------- the architecture
