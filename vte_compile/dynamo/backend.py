@@ -212,7 +212,7 @@ def _specialize_numbers(gm: fx.GraphModule) -> None:
     for node in gm.graph.find_nodes(op="call_method", target="item"):
         value = node.meta.get("example_value")
         if isinstance(value, torch.SymFloat) and value.node.has_hint():
-            node.replace_all_uses_with(float(value))  # type: ignore[arg-type]
+            node.replace_all_uses_with(float(value))
             gm.graph.erase_node(node)
 
 
