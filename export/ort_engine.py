@@ -16,7 +16,7 @@ from vte_compile.export.onnx_manifest import OnnxManifest
 from vte_compile.export.ort_cache import OnnxCache
 from vte_compile.export.ort_programs import Parts, load_parts
 from vte_compile.export.ort_sessions import Array, Device
-from vte_compile.export.processor import Processor, Prompt
+from vte_compile.export.processor import TOKENIZERS, Processor, Prompt
 from vte_compile.export.sampling import Sampler
 from vte_compile.export.text_stream import TextStream
 
@@ -110,7 +110,7 @@ class OnnxEngine:
         Raises:
             EngineError: The engine has none, or a package it needs is missing.
         """
-        if f"{PROCESSOR}/tokenizer.json" not in self.manifest.files:
+        if not any(f"{PROCESSOR}/{name}" in self.manifest.files for name in TOKENIZERS):
             raise EngineError(
                 f"{self.folder}: the engine has no tokenizer: export the model with processor=, or pass input_ids to "
                 "generate()."

@@ -21,6 +21,8 @@ from vte_compile.export.image_processor import Array, ImageProcessor, NotKnownEr
 
 _LOGGER = logging.getLogger(__name__)
 _KNOWN = ("LlavaProcessor",)
+TOKENIZERS = ("tokenizer.json", "llm/tokenizer.json")
+"""Where a processor's tokenizer may be; the second is that of VILA's layout."""
 Encode = Callable[[Array], list[Array]]
 """Pixel values [images, channels, height, width] -> features [n, C] of each image."""
 
@@ -47,12 +49,15 @@ class Processor:
 
     def __init__(self, folder: Path, multimodal: bool) -> None:
         self._folder, self._multimodal = folder, multimodal
-        tokenizer_config, config = _read(folder / "tokenizer_config.json"), _read(folder / "processor_config.json")
-        self._tokenizer = _load_tokenizer(folder / "tokenizer.json")
+        file = next((folder / name for name in TOKENIZERS if (folder / name).is_file()), folder / TOKENIZERS[0])
+        tokenizer_config = _read(file.parent / "tokenizer_config.json")
+        config = _read(folder / "processor_config.json")
+        self._tokenizer = _load_tokenizer(file)
+        self._of_tokenizer = file.parent != folder
         self._special = _special_tokens(tokenizer_config)
         self._image_token = self._special.get("image_token") or config.get("image_token") or "<image>"
         self._images: ImageProcessor | _FromTransformers | None = None
-        source = _template_source(folder, tokenizer_config)
+        source = _template_source(file.parent, tokenizer_config)
         self._template = None if source is None else ChatTemplate(source, self._special)
 
     def encode(self, text: str) -> list[int]:
@@ -109,28 +114,40 @@ class Processor:
 
     def _render(self, messages: Sequence[Mapping[str, Any]], images: int) -> str:
         if self._template is not None:
-            return self._template.render(messages)
+            # A tokenizer's template takes strings.
+            return self._template.render([self._flat(one) for one in messages] if self._of_tokenizer else messages)
         if len(messages) != 1:
             raise InputError("messages: the engine has no chat template, so a prompt is one message: pass a text.")
         content = messages[0]["content"]
         text = content if isinstance(content, str) else "".join(p["text"] for p in content if p.get("type") == "text")
         return text if self._image_token in text else f"{self._image_token}\n" * images + text
 
+    def _flat(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A message with its parts as one string."""
+        content = message["content"]
+        if isinstance(content, str):
+            return message
+        return {**message, "content": "".join(part.get("text", self._image_token) for part in content)}
+
 
 class _FromTransformers:
-    """The model's own processor, where ours does not know it."""
+    """The model's own processor, where ours does not know it: transformers', or that of a family of this package."""
 
     def __init__(self, folder: Path, reason: str) -> None:
         try:
             from transformers import AutoProcessor
+
+            from vte_compile.families.own import own_family
         except ImportError as error:
             raise EngineError(
                 f"{folder}: {reason} is not known to vte_compile's own processor, and transformers, which knows it, is "
                 "not installed: install it, or pass input_ids and pixel_values to generate() instead of text and "
                 "pictures to chat()."
             ) from error
+        family = own_family(folder)
+        load: Any = family.processor if family else AutoProcessor
         try:
-            self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            self._processor: Any = load.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
             raise EngineError(f"{folder}: {reason}: transformers cannot load this processor either: {error}") from error
         _LOGGER.info("%s: %s is left to transformers", folder, reason)

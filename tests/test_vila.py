@@ -32,7 +32,7 @@ from tiny_models import (
 )
 from tiny_vila import VARIANTS, write_vila
 
-from vte_compile import Oracle, Plan, SkippedAttention, StaticExit, optimize
+from vte_compile import Oracle, Plan, SkippedAttention, StaticExit, export, load_engine, optimize
 from vte_compile.adapters import PIA
 from vte_compile.dynamo.decoder_call import exit_layers
 from vte_compile.errors import InputError, UnsupportedModelError
@@ -176,7 +176,8 @@ def test_saved_in_the_published_layout(name: str, tmp_path: Path) -> None:
     same = published.keys() - {"llm_cfg", "vision_tower_cfg", "mm_projector_cfg"}
     assert {key: written[key] for key in same} == {key: published[key] for key in same}
     again = VilaForConditionalGeneration.from_pretrained(tmp_path)
-    prepared = VilaProcessor.from_pretrained(tmp_path)(
+    processor.save_pretrained(tmp_path / "alone")
+    prepared = VilaProcessor.from_pretrained(tmp_path / "alone")(
         [*pictures(), pictures()[0]],
         [
             "what is <image> this <image>",
@@ -305,11 +306,13 @@ def test_what_the_processor_refuses() -> None:
         ((pictures(), "what <image>"), "The texts hold 1 <image>, but 3 were given"),
         ((None, "what", pictures()), "The texts hold 0 <vila/video>, but 1 were given"),
         ((None, []), "Pass text"),
+        ((None, "<vila/video>", "film.mp4"), "expected a list of frames .* got 'film.mp4': read the frames first"),
+        ((None, "<vila/video>", [pictures(), []]), r"expected a list of frames .* got \[\]"),
     ):
         with pytest.raises(InputError, match=message):
             processor(*given)
-    with pytest.raises(InputError, match="return_tensors='pt', padding=True"):
-        processor(None, "what", return_tensors="np")
+    with pytest.raises(InputError, match="return_tensors='pt' or 'np', padding=True"):
+        processor(None, "what", return_tensors="tf")
     with pytest.raises(InputError, match="expected parts of type text, image or video, got 'audio'"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}])
 
@@ -446,6 +449,27 @@ def test_the_command_line_loads_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llava_llama"}')  # as LLaVA's own checkpoints have it
     with pytest.raises(InputError, match="llava_llama"):
         load_model(tmp_path, "cpu")
+
+
+@pytest.mark.slow
+def test_onnx_engine(tmp_path: Path) -> None:
+    """Tokens of the oracle, by pixels and by chat()."""
+    model, processor = loaded(SIGLIP)
+    chat = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image", "image": pictures()[0]}, {"type": "text", "text": "what is"}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+    )
+    want = Oracle(model, plan(*EXITS["middle"])).generate(
+        *oracle_inputs(model, chat), max_new_tokens=6, eos_token_id=model.generation_config.eos_token_id
+    )
+    export(optimized(SIGLIP, "middle"), tmp_path / "engine", target="onnxruntime", processor=processor)
+    engine = load_engine(tmp_path / "engine")
+    out = engine.generate(**{name: tensor.numpy() for name, tensor in chat.items()}, max_new_tokens=6)
+    assert out.tokens[0, : out.lengths[0]].tolist() == want.tokens[0]
+    assert out.exit_layer.tolist() == [1]
+    said = engine.chat("what is", pictures()[0], max_new_tokens=6)
+    assert said.text == processor.tokenizer.decode(want.tokens[0], skip_special_tokens=True)
 
 
 def test_config_of_a_model_made_by_hand(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class VilaConfig(LlavaConfig):
         return config
 
     def save_pretrained(self, save_directory: Any) -> None:  # type: ignore[override]
-        """Write the checkpoint's own config.json; those of its folders are written with their weights."""
+        """Write config.json, and those of the folders that have none yet: weights are saved with theirs."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         names = {ours: theirs for theirs, ours in _SELECT.items()}
@@ -113,6 +113,10 @@ class VilaConfig(LlavaConfig):
             "image_token_id": self.image_token_index,
         }
         (folder / "config.json").write_text(json.dumps(written, indent=2, default=str) + "\n", encoding="utf-8")
+        parts = {LLM: self.text, VISION_TOWER: self.vision, MM_PROJECTOR: self.projector_config()}
+        for name, config in parts.items():
+            if not (folder / name / "config.json").is_file():
+                config.save_pretrained(folder / name)
 
     def projector_config(self) -> VilaProjectorConfig:
         """The config of the folder mm_projector, with the sizes that it leaves out."""

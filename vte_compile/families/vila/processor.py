@@ -57,7 +57,7 @@ class VilaProcessor(ProcessorMixin):
         return cls(image_processor, load_tokenizer(folder, (IMAGE_TOKEN, VIDEO_TOKEN)), config)
 
     def save_pretrained(self, save_directory: Any) -> list[str]:  # type: ignore[override]
-        """Write config.json, the tokenizer into the folder llm and the image processor into vision_tower."""
+        """Write the configs, the tokenizer into the folder llm and the image processor into vision_tower."""
         self.config.save_pretrained(save_directory)
         written = self.tokenizer.save_pretrained(f"{save_directory}/llm")
         return [*written, *self.image_processor.save_pretrained(f"{save_directory}/{VISION_TOWER}")]
@@ -81,7 +81,7 @@ class VilaProcessor(ProcessorMixin):
             text: One or several texts, as the chat template writes them.
             videos: Lists of frames, in the order of the placeholders ``<vila/video>``.
             padding_side: Where shorter rows are padded.
-            return_tensors: "pt".
+            return_tensors: "pt", or "np" for numpy's.
             padding: True; rows of one batch have one length.
             add_special_tokens: Whether the tokenizer adds its own, such as the beginning of a sequence.
 
@@ -92,8 +92,8 @@ class VilaProcessor(ProcessorMixin):
         Raises:
             InputError: Placeholders and pictures do not fit together, or another kind of tensors is asked for.
         """
-        if return_tensors != "pt" or not padding:
-            raise InputError("VilaProcessor gives padded PyTorch tensors only: return_tensors='pt', padding=True.")
+        if return_tensors not in ("pt", "np") or not padding:
+            raise InputError("VilaProcessor gives padded tensors only: return_tensors='pt' or 'np', padding=True.")
         texts = [text] if isinstance(text, str) else list(text or [])
         if not texts:
             raise InputError("Pass text.")
@@ -108,7 +108,7 @@ class VilaProcessor(ProcessorMixin):
         data = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         if pixels:
             data["pixel_values"] = torch.stack(pixels)
-        return BatchFeature(data)
+        return BatchFeature({name: tensor.numpy() for name, tensor in data.items()} if return_tensors == "np" else data)
 
     def apply_chat_template(  # type: ignore[override]
         self, conversation: Any, chat_template: str | None = None, *, tokenize: bool = False, **options: Any
@@ -202,9 +202,15 @@ def _listed(images: Any) -> list[Any]:
 
 
 def _films(videos: Any) -> list[Any]:
-    if videos is None:
+    if not videos:
         return []
-    return list(videos) if isinstance(videos[0], list | tuple) else [videos]
+    films = list(videos) if isinstance(videos, list | tuple) and isinstance(videos[0], list | tuple) else [videos]
+    for film in films:
+        if not isinstance(film, list | tuple) or not film:
+            raise InputError(
+                f"videos: expected a list of frames (images) for each, got {film!r}: read the frames first."
+            )
+    return films
 
 
 def _rgb(image: Any) -> Any:
