@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from vte_compile.errors import CaptureError
 from vte_compile.kernels.packed_exit import packed_exit
 from vte_compile.kernels.token_exit import token_exit, unpack_dims
+from vte_compile.passes.dead_code import remove_dead_nodes
 from vte_compile.passes.manager import PassResult, PassSettings
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def cleanup(graph: DecoderGraph, settings: PassSettings) -> PassResult:
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target in _ASSERTIONS:
             graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    remove_dead_nodes(graph.graph)
     alive = set(graph.graph.nodes)
     graph.layer_of = {node: layer for node, layer in graph.layer_of.items() if node in alive}
     used = {n.target for n in alive if n.op == "get_attr"}

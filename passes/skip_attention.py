@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from vte_compile.passes.dead_code import remove_dead_nodes
 from vte_compile.passes.manager import PassResult, PassSettings, Refusal
 from vte_compile.passes.residual import residual_add
 
@@ -48,7 +49,7 @@ def _drop_kv(graph: DecoderGraph, layer: int) -> None:
     results = list(output.args[0])
     output.args = ((*results[:at], *results[at + 2 :]),)
     graph.kv_layers = [other for other in graph.kv_layers if other != layer]
-    graph.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    remove_dead_nodes(graph.graph)
     names = (f"past_key_{layer}", f"past_value_{layer}", f"kv_start_{layer}")
     for node in [n for n in graph.graph.nodes if n.op == "placeholder" and n.name in names]:
         _read_sizes_elsewhere(graph, node)
