@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from test_families import handed_over
-from tiny_families import FAMILIES, family_inputs, shared_family, tiny_family
+from tiny_families import FAMILIES, FURTHER, family_inputs, shared_family, tiny_family
 from tiny_models import gate, plan, random_adapter, tiny
 from torch._inductor.exc import InductorError
 from transformers import DynamicCache
@@ -50,7 +50,7 @@ def gates():
 @pytest.mark.parametrize(
     ("family", "cache"),
     # A StaticCache is another graph, but the same one in all families of one kind of positions.
-    [*((family, "dynamic") for family in FAMILIES), ("llava", "static"), ("qwen2_vl", "static")],
+    [*((family, "dynamic") for family in (*FAMILIES, *FURTHER)), ("llava", "static"), ("qwen2_vl", "static")],
 )
 def test_families(family, cache):
     """One image, two, none, and a batch of all of them with padding."""

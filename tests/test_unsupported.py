@@ -10,11 +10,15 @@ from tiny_models import TINY
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GemmaConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     JambaConfig,
     JambaForCausalLM,
     Lfm2Config,
@@ -33,7 +37,7 @@ from transformers import (
 )
 
 from vte_compile import Oracle, Plan, StaticExit, optimize
-from vte_compile.errors import UnsupportedModelError
+from vte_compile.errors import CaptureError, UnsupportedModelError
 
 _VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 FULL = ["full_attention"] * 4
@@ -102,6 +106,17 @@ def _gemma2() -> Any:
     return Gemma2ForCausalLM(Gemma2Config(**TINY, head_dim=8, layer_types=FULL, final_logit_softcapping=None))
 
 
+def _gpt_oss() -> Any:
+    experts = dict(num_local_experts=4, num_experts_per_tok=2)
+    return GptOssForCausalLM(GptOssConfig(**TINY, **experts, head_dim=8, layer_types=FULL))
+
+
+def _deepseek_v3() -> Any:
+    sizes = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16)
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**(TINY | sizes | experts | {"num_key_value_heads": 4})))
+
+
 def _qwen3_vl() -> Any:
     """Visual features are added behind several layers, also where positions are what Qwen2-VL has."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
@@ -122,6 +137,7 @@ REFUSED = {
     "paligemma": (_paligemma, r"has use_bidirectional_attention|takes token_type_ids, by which image tokens attend"),
     "gemma3": (_gemma3, r"sliding_attention|differ per layer type"),
     "gemma3, full attention": (lambda: _gemma3(layer_types=FULL), r"takes token_type_ids|differ per layer type"),
+    "gpt_oss": (_gpt_oss, r"^GptOssForCausalLM: decoder layer 0 \(GptOssDecoderLayer\) has attention sinks"),
     "qwen3_vl": (_qwen3_vl, r"^Qwen3VLTextModel takes visual_pos_masks, deepstack_visual_embeds .*\(DeepStack\).*exit"),
 }
 
@@ -140,4 +156,11 @@ def test_soft_capping():
     """Eager attention has it, so the oracle does; the graphs' attention does not."""
     model = _gemma2().eval()
     with pytest.raises(UnsupportedModelError, match=r"^Gemma2ForCausalLM: .*attn_logit_softcapping"):
+        optimize(model, Plan(), compile=False)
+
+
+def test_keys_and_values_of_other_sizes():
+    """Multi-head latent attention: graphs that take a cache would not fit what prefill gives."""
+    model = _deepseek_v3().eval()
+    with pytest.raises(CaptureError, match=r"layer 0 of DeepseekV3Model caches keys of .* heads of 16, .* latent"):
         optimize(model, Plan(), compile=False)

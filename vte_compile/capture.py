@@ -344,8 +344,24 @@ def trace(
             continue
         parameters = {n.target: _reader(wrapper, traced, n.target) for n in traced.graph.nodes if n.op == "get_attr"}
         traced.recompile()
+        if phase == "prefill":
+            _check_heads(spec, traced)
         return DecoderGraph(traced, phase, batched, spec, parameters, kv_layers=list(range(spec.num_layers)))
     raise AssertionError("unreachable: with all layers traced, nothing is repeated")
+
+
+def _check_heads(spec: DecoderSpec, traced: fx.GraphModule) -> None:
+    """The other phases take keys and values of these sizes."""
+    outputs: Any = next(n for n in traced.graph.nodes if n.op == "output").args[0]
+    for index, node in enumerate(outputs[1:]):
+        shape = node.meta["val"].shape
+        if (shape[1], shape[3]) != (spec.kv_heads, spec.head_size):
+            kind = "values" if index % 2 else "keys"
+            raise CaptureError(
+                f"layer {index // 2} of {type(spec.decoder).__name__} caches {kind} of {shape[1]} heads of {shape[3]}, "
+                f"where its config says {spec.kv_heads} of {spec.head_size}: keys and values of sizes of their own "
+                "(multi-head latent attention, say) are not supported so far."
+            )
 
 
 def _named(exported: torch.export.ExportedProgram, names: Sequence[str], layers: int) -> fx.GraphModule:

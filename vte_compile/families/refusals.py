@@ -12,8 +12,10 @@ from torch import nn
 
 from vte_compile.errors import UnsupportedModelError
 
-# Of layers: what state-space models call the matrix of their recurrence, and modules that attend to other sequences.
+# Of layers: how state-space models call the matrix of their recurrence, GPT-OSS its sinks, and others what attends to
+# another sequence.
 _RECURRENCE = "A_log"
+_SINKS = "sinks"
 _CROSS_ATTENTION = frozenset("cross_attn cross_attention crossattention encoder_attn EncDecAttention".split())
 _ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -46,6 +48,10 @@ def refuse_other_architectures(model: nn.Module, decoder: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{where} has {', '.join(found)}: it attends to image features beside the sequence, where no visual "
                 "token is that could leave. Only models that put them into the sequence are supported."
+            )
+        if any(path.rpartition(".")[2] == _SINKS for path, _ in layer.named_parameters()):
+            raise UnsupportedModelError(
+                f"{where} has attention sinks, logits that belong to no token: not supported so far."
             )
     types = getattr(getattr(decoder, "config", None), "layer_types", None) or ()
     for index, kind in enumerate(types):
