@@ -30,7 +30,9 @@ from tiny_models import (
     plan,
     random_adapter,
 )
+from torch import nn
 from torch.nn import functional as F
+from transformers import Qwen2ForCausalLM
 
 from vte_compile import Oracle, Plan, SkippedAttention, StaticExit, export, load_engine, optimize
 from vte_compile.adapters import PIA
@@ -228,6 +230,47 @@ def test_skips_and_adapters() -> None:
     parts = [SkippedAttention(2, random_adapter(PIA)), SkippedAttention(3), StaticExit(1)]
     fast, oracle = optimize(model, plan(*parts), compile=False), Oracle(model, plan(*parts))
     assert_relative(fast(**inputs).logits, oracle.forward(*oracle_inputs(model, inputs)).logits)
+
+
+class AsTheAuthors(nn.Module):
+    """What the authors' class is from outside: it has a whole causal language model, to which generate() hands
+    embeddings and all that it does not know itself, and a forward for training only."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config, self.merge = model.config, functools.partial(embed, model)
+        self.language_model = Qwen2ForCausalLM(model.config.text_config)
+        self.language_model.model, self.language_model.lm_head = model.model.language_model, model.lm_head
+        self.language_model.eval()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
+        raise AssertionError("for training")
+
+    def generate(
+        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        with torch.no_grad():
+            embeds, _ = self.merge(input_ids, pixel_values)
+        return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)
+
+
+def test_the_authors_live_object() -> None:
+    model, inputs = AsTheAuthors(loaded(QWEN2)[0]), mixed_rows(QWEN2)
+    with pytest.raises(UnsupportedModelError, match=r"no inputs_embeds\. Optimize its language_model, .*visual_mask"):
+        optimize(model, plan(*EXITS["middle"]))
+    model.language_model = optimize(model.language_model, plan(*EXITS["natural"]), compile=False)
+    visual = inputs["input_ids"] == model.config.image_token_index
+    tokens = model.generate(**inputs, visual_mask=visual, do_sample=False, max_new_tokens=16, eos_token_id=-1)
+    oracle = Oracle(loaded(QWEN2)[0], plan(*EXITS["natural"]))
+    want = oracle.generate(*oracle_inputs(loaded(QWEN2)[0], inputs), max_new_tokens=16)
+    assert tokens.tolist() == want.tokens
+    assert tokens.exit_layer.tolist() == want.exit_layer.tolist()
 
 
 @pytest.mark.slow

@@ -155,6 +155,7 @@ def describe(model: nn.Module) -> DecoderSpec:
         raise UnsupportedModelError(f"{name}: no language-modelling head: load the ...ForConditionalGeneration class.")
     _refuse_sliding_window(name, decoder)
     _refuse_unknown_layout(model, decoder)
+    _refuse_without_embeddings(model, decoder)
     path, ids = _path_of(model, decoder), _visual_token_ids(model)
     return DecoderSpec(decoder, lm_head, path, decoder.config, ids, position_rows(decoder))
 
@@ -183,6 +184,22 @@ def _refuse_sliding_window(name: str, decoder: nn.Module) -> None:
                 f"{name}: decoder layer {layer} uses {kind}: only full attention is supported so far "
                 "(set sliding_window=None in the config if prompts stay below the window)."
             )
+
+
+def _refuse_without_embeddings(model: nn.Module, decoder: nn.Module) -> None:
+    """Wrappers from beside checkpoints (Eagle 2, InternVL) that generate by handing embeddings to a whole causal LM."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.name == "inputs_embeds" or p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    inner, _, rest = _path_of(model, decoder).partition(".")
+    advice = ""
+    if rest:
+        advice = (
+            f" Optimize its {inner}, if that is the causal language model to which its generate() hands embeddings: "
+            f"model.{inner} = vte_compile.optimize(model.{inner}, plan); and pass visual_mask=input_ids == (the image "
+            "token's id) to generate()."
+        )
+    raise UnsupportedModelError(f"{type(model).__name__}: its forward takes no inputs_embeds.{advice}")
 
 
 def _refuse_unknown_layout(model: nn.Module, decoder: nn.Module) -> None:
