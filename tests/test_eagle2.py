@@ -45,6 +45,8 @@ from vte_compile.families.eagle2 import (
     Eagle2Processor,
 )
 from vte_compile.families.eagle2.image_processor import grid_of_tiles
+from vte_compile.loading import load_model, load_processor
+from vte_compile.loading import prompt as question
 from vte_compile.oracle import embed
 from vte_compile.tuning.samples import read_samples
 
@@ -462,6 +464,16 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_unsupported_checkpoints_are_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         Eagle2ForConditionalGeneration.from_pretrained(changed(write_eagle2(tmp_path / "eagle2"), **fields))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_command_line_loads_it(name: str) -> None:
+    """Both published layouts, without running their code."""
+    model, processor = load_model(folder(name), "cpu"), load_processor(folder(name))
+    assert type(model) is Eagle2ForConditionalGeneration
+    text = question(processor, "what is this", 1)
+    inputs = processor(images=pictures()[0], text=[text], return_tensors="pt")
+    assert torch.equal(model(**inputs).logits, loaded(name)[0](**inputs).logits)
 
 
 # ---------------------------------------------------------------- the processor

@@ -30,7 +30,13 @@ class OwnFamily:
 
 
 _VILA = OwnFamily("vte_compile.families.vila", "VilaForConditionalGeneration", "VilaProcessor", "llm_cfg")
-_FAMILIES = {"llava_llama": _VILA, "vila": _VILA}
+_EAGLE2 = ("vte_compile.families.eagle2", "Eagle2ForConditionalGeneration", "Eagle2Processor")
+_FAMILIES = {
+    "llava_llama": _VILA,
+    "vila": _VILA,
+    "eagle_2_5_vl": OwnFamily(*_EAGLE2, "text_config"),
+    "eagle_chat": OwnFamily(*_EAGLE2, "llm_config"),
+}
 
 
 def own_family(name: str | Path) -> OwnFamily | None:
