@@ -262,10 +262,14 @@ class AsTheAuthors(nn.Module):
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)
 
 
+def test_the_authors_live_object_is_refused_with_advice() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"no inputs_embeds\. Optimize its language_model, .*visual_mask"):
+        optimize(AsTheAuthors(loaded(QWEN2)[0]), plan(*EXITS["middle"]))
+
+
+@pytest.mark.slow
 def test_the_authors_live_object() -> None:
     model, inputs = AsTheAuthors(loaded(QWEN2)[0]), mixed_rows(QWEN2)
-    with pytest.raises(UnsupportedModelError, match=r"no inputs_embeds\. Optimize its language_model, .*visual_mask"):
-        optimize(model, plan(*EXITS["middle"]))
     model.language_model = optimize(model.language_model, plan(*EXITS["natural"]), compile=False)
     visual = inputs["input_ids"] == model.config.image_token_index
     tokens = model.generate(**inputs, visual_mask=visual, do_sample=False, max_new_tokens=16, eos_token_id=-1)
