@@ -39,7 +39,7 @@ def load_tokenizer(folder: Path, media_tokens: Sequence[str]) -> Any:
         InputError: There is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / LLM)
+        tokenizer = AutoTokenizer.from_pretrained(folder / LLM, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / LLM}: no tokenizer: {error}") from error
     # Where the checkpoint has them already (NVILA), nothing is added. The sentinel is one of VILA's training.
