@@ -124,9 +124,7 @@ def check_experts(fast: Any) -> None:
         UnsupportedModelError: They are.
     """
     spec = fast._vte_spec
-    # Both are set on every module of experts that transformers can compute in several ways.
-    mixture = any(hasattr(m, "has_gate") and hasattr(m, "is_transposed") for m in spec.decoder.modules())
-    if mixture and spec.config._experts_implementation != "batched_mm":
+    if spec.has_experts and spec.config._experts_implementation != "batched_mm":
         raise UnsupportedModelError(
             f"{type(fast).__name__}: engines have no operator for experts that run as "
             f"{spec.config._experts_implementation!r}: call model.set_experts_implementation('batched_mm') before "

@@ -114,6 +114,19 @@ def test_onnx_engine(tmp_path):
     assert_relative(torch.from_numpy(out.logits), Oracle(model, fast.plan).forward(embeds, visual).logits[:, -1])
 
 
+def test_backend_refuses(caplog):
+    """The model still gives what it gives uncompiled."""
+    model = MixtralForCausalLM(copy.deepcopy(mixture("mixtral").config))
+    model.load_state_dict(mixture("mixtral").state_dict())
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    with torch.no_grad():
+        want = mixture("mixtral")(ids, use_cache=False).logits
+        options = {"plan": plan(StaticExit(1)), "compile": False}
+        out = torch.compile(model.eval(), backend="vte", options=options)(ids, use_cache=False)
+    assert_relative(out.logits, want)
+    assert "has a mixture of experts" in caplog.text
+
+
 class ExpertChoice(nn.Module):
     """Each expert takes the half of all tokens that fit it best."""
 

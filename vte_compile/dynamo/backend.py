@@ -96,6 +96,7 @@ def vte(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     try:
         _refuse_training(model)
         spec = describe(model)
+        _refuse_experts(model, spec)
         region = find_region(gm.graph, weights, spec.num_layers)
     except UnsupportedModelError as error:
         logger.warning("backend='vte': no pass applies to this graph, it runs as Inductor compiles it: %s", error)
@@ -132,6 +133,13 @@ def _find_model(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[PreT
 def _refuse_training(model: nn.Module) -> None:
     if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
         raise UnsupportedModelError("gradients are wanted: call the model under torch.no_grad() or inference_mode().")
+
+
+def _refuse_experts(model: nn.Module, spec: DecoderSpec) -> None:
+    if spec.has_experts:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a mixture of experts, which only vte_compile.optimize() takes so far."
+        )
 
 
 class _NoHead(nn.Module):

@@ -64,6 +64,11 @@ class DecoderSpec:
         return "." in self.path
 
     @property
+    def has_experts(self) -> bool:
+        """Whether a layer is a mixture of experts that transformers can compute in several ways."""
+        return any(hasattr(m, "has_gate") and hasattr(m, "is_transposed") for m in self.decoder.modules())
+
+    @property
     def hidden_size(self) -> int:
         return int(self.config.hidden_size)
 
