@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 
 from vte_compile.capture import attention_implementation, evaluating
 from vte_compile.errors import CaptureError
+from vte_compile.passes.dead_code import remove_dead_nodes
 from vte_compile.passes.residual import SDPA
 
 INPUTS = ("hidden_states", "encoder_hidden_states", "attention_mask", "encoder_attention_mask")
@@ -68,7 +69,7 @@ class CoAttentionGraph:
 
     def remove_dead(self) -> None:
         """Drop nodes, weights and inputs that nothing uses any more."""
-        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        remove_dead_nodes(self.graph)
         for node in [n for n in self.graph.nodes if n.op == "placeholder" and not n.users]:
             if (path := self.path_of(node)) is not None:
                 del self.weights[path]
