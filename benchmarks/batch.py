@@ -150,7 +150,7 @@ def mixed_exits(model: Any, embeds: Tensor, visual_mask: Tensor, candidates: lis
 def show(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     Console().print("prefill of batches: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     table = Table(box=box.SIMPLE, pad_edge=False)
-    columns = ("rows", "case", "median\ns", "min, max\ns", "time\nratio", "FLOP\nratio", "quotient", "to\nno exit")
+    columns = ("rows", "case", "median\ns", "min, max\ns", "time\nratio", "FLOPs", "quo-\ntient", "to no\nexit")
     for column in columns:
         table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
     for row in rows:
