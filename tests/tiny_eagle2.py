@@ -10,13 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import save_file
+from tiny_checkpoint import random_weights, write_json, write_weights
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor
 
 C, LAYERS, VOCAB = 32, 4, 280
 """Of the decoder: channels, layers, and embeddings: 256 bytes, special tokens, and some that no token has."""
@@ -71,9 +68,9 @@ def write_eagle2(
     shapes = {f"vision_model.vision_model.{name}": shape for name, shape in _tower_weights(head).items()}
     shapes |= {f"mlp1.{name}": shape for name, shape in _connector_weights(connector, shuffle).items()}
     shapes |= {f"language_model.{name}": shape for name, shape in _llm_weights(llm, tied).items()}
-    _write_weights(folder, _random(shapes), files)
-    _write_json(folder / "config.json", _config(llm, old, tied, layer, connector, shuffle))
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, "transformers_version": "4.37.2"})
+    write_weights(folder, random_weights(shapes), files)
+    write_json(folder / "config.json", _config(llm, old, tied, layer, connector, shuffle))
+    write_json(folder / "generation_config.json", {"_from_model_config": True, "transformers_version": "4.37.2"})
     _write_tokenizer(folder)
     size, mean = {"height": SIDE * PATCH, "width": SIDE * PATCH}, [0.5, 0.5, 0.5]
     kind = {"image_processor_type": "Eagle2_5_VLImageProcessorFast", "processor_class": "Eagle2_5_VLProcessor"}
@@ -93,9 +90,9 @@ def write_eagle2(
         "vision_feature_select_strategy": None,
     }
     if not old:
-        _write_json(folder / "preprocessor_config.json", images)
-        _write_json(folder / "processor_config.json", texts)
-        _write_json(folder / "chat_template.json", {"chat_template": CHAT})
+        write_json(folder / "preprocessor_config.json", images)
+        write_json(folder / "processor_config.json", texts)
+        write_json(folder / "chat_template.json", {"chat_template": CHAT})
     return folder
 
 
@@ -236,33 +233,6 @@ def _connector_weights(layers: int, shuffle: bool) -> dict[str, tuple[int, ...]]
     return _norm("0", inputs) | _linear("1", C, inputs) | _linear("3", C, C)
 
 
-def _random(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Weights large enough for attention to matter; norms and biases that show."""
-    random = np.random.RandomState(0)
-    weights = {}
-    for name, shape in sorted(shapes.items()):
-        values = random.standard_normal(shape) * (0.3 if len(shape) == 1 else 0.25)
-        if len(shape) == 1 and name.endswith("weight"):
-            values += 1
-        weights[name] = torch.from_numpy(values.astype(np.float32))
-    return weights
-
-
-def _write_weights(folder: Path, weights: dict[str, Tensor], files: str) -> None:
-    if files != "shards":
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    names = list(weights)
-    halves = names[: len(names) // 2], names[len(names) // 2 :]
-    where = {}
-    for number, half in enumerate(halves, 1):
-        file = f"model-{number:05}-of-00002.safetensors"
-        save_file({name: weights[name] for name in half}, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(half, file)
-    total = sum(weight.numel() * 4 for weight in weights.values())
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-
-
 def _write_tokenizer(folder: Path) -> None:
     """Bytes, as Qwen2's tokenizer has them, and no merges."""
     backend = Tokenizer(BPE({character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}, []))
@@ -270,7 +240,7 @@ def _write_tokenizer(folder: Path) -> None:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(SPECIAL)
     backend.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "vocab.json", json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    write_json(folder / "vocab.json", json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
     (folder / "merges.txt").write_text("#version: 0.2\n")
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": SPECIAL[1:]}
     kind = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 512, "clean_up_tokenization_spaces": False}
@@ -285,8 +255,4 @@ def _write_tokenizer(folder: Path) -> None:
         }
         for i, token in enumerate(SPECIAL)
     }
-    _write_json(folder / "tokenizer_config.json", {**special, **kind, "added_tokens_decoder": decoder})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {**special, **kind, "added_tokens_decoder": decoder})

@@ -10,13 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import save_file
+from tiny_checkpoint import random_weights, write_json, write_weights
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-from torch import Tensor
 
 C, LAYERS, TEXTS = 32, 4, 57
 """Of the decoder: channels, layers, and ids that are words; two more are <s> and </s>, so there are 59 embeddings."""
@@ -84,9 +81,11 @@ def write_vila(
         del weights["llm"]["lm_head.weight"]
     for number, (part, config) in enumerate(configs.items()):
         (folder / part).mkdir(parents=True)
-        _write_json(folder / part / "config.json", config)
-        _write_weights(folder / part, _random(weights[part], number), files if part == "llm" or files == "bin" else "")
-    _write_json(
+        write_json(folder / part / "config.json", config)
+        write_weights(
+            folder / part, random_weights(weights[part], number), files if part == "llm" or files == "bin" else ""
+        )
+    write_json(
         folder / "config.json",
         {
             "architectures": ["LlavaLlamaModel"],
@@ -119,7 +118,7 @@ def write_vila(
     else:
         image |= {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side * PATCH}}
         image |= {"crop_size": size, "do_center_crop": True, "do_convert_rgb": True}
-    _write_json(folder / "vision_tower" / "preprocessor_config.json", image)
+    write_json(folder / "vision_tower" / "preprocessor_config.json", image)
     return folder
 
 
@@ -142,13 +141,9 @@ def _write_tokenizer(folder: Path, llm: str) -> None:
     backend.save(str(folder / "tokenizer.json"))
     if llm == "qwen2":
         model = json.loads((folder / "tokenizer.json").read_text())["model"]
-        _write_json(folder / "vocab.json", model["vocab"])
+        write_json(folder / "vocab.json", model["vocab"])
         (folder / "merges.txt").write_text("#version: 0.2\n")
-    _write_json(folder / "tokenizer_config.json", {**special, "tokenizer_class": kind, "chat_template": CHAT})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {**special, "tokenizer_class": kind, "chat_template": CHAT})
 
 
 def _llm_config(llm: str) -> dict[str, Any]:
@@ -252,33 +247,3 @@ def _projector_weights(kind: str) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.weight"] = (outputs, inputs) if inputs else (outputs,)
         shapes[f"{name}.bias"] = (outputs,)
     return shapes
-
-
-def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """Weights large enough for attention to matter; norms and biases that show."""
-    random = np.random.RandomState(seed)
-    weights = {}
-    for name, shape in sorted(shapes.items()):
-        values = random.standard_normal(shape) * (0.3 if len(shape) == 1 else 0.25)
-        if len(shape) == 1 and name.endswith("weight"):
-            values += 1
-        weights[name] = torch.from_numpy(values.astype(np.float32))
-    return weights
-
-
-def _write_weights(folder: Path, weights: dict[str, Tensor], files: str) -> None:
-    if files == "bin":
-        torch.save(weights, folder / "pytorch_model.bin")
-        return
-    if files != "shards":
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    names = list(weights)
-    halves = names[: len(names) // 2], names[len(names) // 2 :]
-    where = {}
-    for number, half in enumerate(halves, 1):
-        file = f"model-{number:05}-of-00002.safetensors"
-        save_file({name: weights[name] for name in half}, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(half, file)
-    total = sum(weight.numel() * 4 for weight in weights.values())
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from vte_compile.errors import InputError
 from vte_compile.families.eagle2.configuration import PROCESSOR_CLASS, Eagle2Config
 from vte_compile.families.eagle2.image_processor import Eagle2ImageProcessor
 from vte_compile.families.eagle2.tokenizer import IMAGE_TOKEN, image_token_id, load_tokenizer
+from vte_compile.families.media import collect, films, listed
 
 _PLACEHOLDER = re.compile(r"<(image|video)-(\d+)>")
 _ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
-_SOURCES = ("image", "image_url", "url", "path")
 # For checkpoints that have none, which are older than their template.
 _TEMPLATE = """\
 {%- set count = namespace(image=0, video=0) -%}
@@ -176,9 +176,9 @@ class Eagle2Processor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text or [])
         if not texts:
             raise InputError("Pass text.")
-        pictures, films = _flat(images), _films(videos)
+        pictures, clips = listed(images), films(videos)
         found = [_PLACEHOLDER.findall(one) for one in texts]
-        for kind, media in (("image", pictures), ("video", films)):
+        for kind, media in (("image", pictures), ("video", clips)):
             count = 0
             for row, places in enumerate(found):
                 numbers = sorted(int(number) for what, number in places if what == kind)
@@ -188,10 +188,10 @@ class Eagle2Processor(ProcessorMixin):
                 count += len(numbers)
             if count != len(media):
                 raise InputError(f"The texts hold {count} <{kind}-...>, but {len(media)} {kind}s were given.")
-        unknown: list[Any] = [None] * len(films)
-        if any(given is not None and len(given) != len(films) for given in (fps, timestamps)):
-            raise InputError(f"fps, timestamps: expected one for each of the {len(films)} videos.")
-        labels = list(zip(films, fps or unknown, timestamps or unknown, strict=True))
+        unknown: list[Any] = [None] * len(clips)
+        if any(given is not None and len(given) != len(clips) for given in (fps, timestamps)):
+            raise InputError(f"fps, timestamps: expected one for each of the {len(clips)} videos.")
+        labels = list(zip(clips, fps or unknown, timestamps or unknown, strict=True))
         pixels: list[Tensor] = []
         rows = []
         for one, places in zip(texts, found, strict=True):
@@ -231,11 +231,13 @@ class Eagle2Processor(ProcessorMixin):
             self.tokenizer.apply_chat_template(one, chat_template=template, tokenize=False, **options)
             for one in conversations
         ]
-        media = [_media(one) for one in conversations]
+        images: list[Any] = []
+        videos: list[Any] = []
+        for message in (message for one in conversations for message in one):
+            for part in () if isinstance(message["content"], str) else message["content"]:
+                collect(part, images, videos)
         if not tokenize:
             return texts if batched else texts[0]
-        images = [image for pictures, _ in media for image in pictures]
-        videos = [video for _, films in media for video in films]
         return self(images or None, texts, videos or None, **calling)
 
     def _written(self, text: str, images: list[Any], videos: list[Any], most: int | None, pixels: list[Tensor]) -> str:
@@ -262,38 +264,3 @@ class Eagle2Processor(ProcessorMixin):
 
     def _tokens(self, tiles: int) -> str:
         return f"{self.image_start_token}{self.image_token * (tiles * self.tokens_per_tile)}{self.image_end_token}"
-
-
-def _flat(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    if not isinstance(images, list | tuple):
-        return [images]
-    return [image for one in images for image in (one if isinstance(one, list | tuple) else [one])]
-
-
-def _films(videos: Any) -> list[list[Any]]:
-    if not videos:
-        return []
-    return [list(video) for video in (videos if isinstance(videos[0], list | tuple) else [videos])]
-
-
-def _media(messages: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The pictures and videos of a conversation."""
-    images: list[Any] = []
-    videos: list[Any] = []
-    for kind, part in _parts(messages):
-        if kind == "image":
-            images += [part[name] for name in _SOURCES if part.get(name) is not None][:1]
-        elif kind == "video":
-            videos += [part["video"]] if part.get("video") is not None else []
-        elif kind != "text":
-            raise InputError(f"content: expected parts of type text, image or video, got {kind!r}.")
-    return images, videos
-
-
-def _parts(messages: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    for message in messages:
-        if not isinstance(message["content"], str):
-            for part in message["content"]:
-                yield part.get("type"), part

@@ -10,6 +10,7 @@ from transformers import BatchFeature, CLIPImageProcessorPil, ProcessorMixin, Si
 from transformers.image_utils import load_image
 
 from vte_compile.errors import InputError
+from vte_compile.families.media import collect, films, listed
 from vte_compile.families.tiles import tiles
 from vte_compile.families.vila.config import IMAGE_TOKEN, VIDEO_TOKEN, VilaConfig
 from vte_compile.families.vila.folder import VISION_TOWER, checkpoint_folder, load_tokenizer
@@ -97,12 +98,12 @@ class VilaProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text or [])
         if not texts:
             raise InputError("Pass text.")
-        pictures, films = _listed(images), [list(map(_rgb, video)) for video in _films(videos)]
-        for token, media in ((IMAGE_TOKEN, pictures), (VIDEO_TOKEN, films)):
+        pictures, clips = listed(images), [list(map(_rgb, video)) for video in films(videos)]
+        for token, media in ((IMAGE_TOKEN, pictures), (VIDEO_TOKEN, clips)):
             if (found := sum(row.count(token) for row in texts)) != len(media):
                 raise InputError(f"The texts hold {found} {token}, but {len(media)} were given.")
         pixels: list[Any] = []
-        left, frames = iter(map(_rgb, pictures)), iter(films)
+        left, frames = iter(map(_rgb, pictures)), iter(clips)
         rows = [self._row(row, left, frames, pixels, add_special_tokens) for row in texts]
         inputs = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
         data = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
@@ -193,26 +194,6 @@ class VilaProcessor(ProcessorMixin):
         return size["height"], size["width"]
 
 
-def _listed(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    if not isinstance(images, list | tuple):
-        return [images]
-    return [image for one in images for image in (one if isinstance(one, list | tuple) else [one])]
-
-
-def _films(videos: Any) -> list[Any]:
-    if not videos:
-        return []
-    films = list(videos) if isinstance(videos, list | tuple) and isinstance(videos[0], list | tuple) else [videos]
-    for film in films:
-        if not isinstance(film, list | tuple) or not film:
-            raise InputError(
-                f"videos: expected a list of frames (images) for each, got {film!r}: read the frames first."
-            )
-    return films
-
-
 def _rgb(image: Any) -> Any:
     return load_image(image).convert("RGB")
 
@@ -234,15 +215,6 @@ def _as_text(message: dict[str, Any], images: list[Any], videos: list[Any]) -> d
         return message
     text = ""
     for part in content:
-        kind = part.get("type")
-        if kind == "text":
-            text += part["text"]
-        elif kind == "image":
-            text += IMAGE_TOKEN
-            images += [part[name] for name in ("image", "url", "path") if part.get(name) is not None][:1]
-        elif kind == "video":
-            text += VIDEO_TOKEN
-            videos += [part["video"]] if part.get("video") is not None else []
-        else:
-            raise InputError(f"content: expected parts of type text, image or video, got {kind!r}.")
+        kind = collect(part, images, videos)
+        text += part["text"] if kind == "text" else IMAGE_TOKEN if kind == "image" else VIDEO_TOKEN
     return {**message, "content": text}
