@@ -258,6 +258,9 @@ class OptimizedModel:
                     f"generate({name}={shown}): exits are decided once, on the whole prompt and nothing else: leave it "
                     "unset."
                 )
+        if kwargs.get("return_dict", ...) is None:
+            # As code from before transformers 5 hands it on (InternVLChatModel); generate() would pass it twice.
+            del kwargs["return_dict"]
         record: list[Tensor] = []
         token = _generation_exits.set(record)
         try:

@@ -147,20 +147,17 @@ def describe(model: nn.Module) -> DecoderSpec:
     name = type(model).__name__
     decoder: Any = find_decoder(model)
     refuse_other_architectures(model, decoder)
-    missing = [part for part in ("layers", "norm", "rotary_emb") if not hasattr(decoder, part)]
-    if missing or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise UnsupportedModelError(
-            f"{name}: no decoder found: get_decoder() gives a {type(decoder).__name__} without "
-            f"{', '.join(missing) or 'a ModuleList of layers'}. Only decoder-only models with rotary positions "
-            "are known."
-        )
+    _refuse_other_structure(model, decoder)
     get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     lm_head: Any = get_head()
     if lm_head is None:
-        raise UnsupportedModelError(f"{name}: no language-modelling head: load the ...ForConditionalGeneration class.")
+        raise UnsupportedModelError(
+            f"{name}: no language-modelling head"
+            + (_advice_for_wrappers(model) or ": load the ...ForConditionalGeneration class.")
+        )
     _refuse_sliding_window(name, decoder)
     _refuse_unknown_layout(model, decoder)
-    _refuse_without_embeddings(model, decoder)
+    _refuse_without_embeddings(model)
     path, ids = _path_of(model, decoder), _visual_token_ids(model)
     return DecoderSpec(decoder, lm_head, path, decoder.config, ids, position_rows(decoder))
 
@@ -191,20 +188,46 @@ def _refuse_sliding_window(name: str, decoder: nn.Module) -> None:
             )
 
 
-def _refuse_without_embeddings(model: nn.Module, decoder: nn.Module) -> None:
+def _refuse_other_structure(model: nn.Module, decoder: nn.Module) -> None:
+    """What is not built as transformers' decoders are: layers, a norm behind them, positions computed once for all."""
+    name, kind = type(model).__name__, type(decoder).__name__
+    missing = [part for part in ("layers", "norm", "rotary_emb") if not hasattr(decoder, part)]
+    if missing == ["rotary_emb"]:
+        for path, _ in decoder.named_modules():
+            if path.startswith("layers.") and path.endswith(".rotary_emb"):
+                raise UnsupportedModelError(
+                    f"{name}: its {kind} computes rotary positions in every layer ({path}), as the code beside "
+                    "checkpoints (InternLM2, Phi-3) does: only decoders that compute them once, as transformers' own "
+                    "classes do, are supported. Load a checkpoint converted for those (InternVL's end in -hf)."
+                )
+    if missing or not isinstance(decoder.layers, nn.ModuleList):
+        raise UnsupportedModelError(
+            f"{name}: no decoder found: get_decoder() gives a {kind} without "
+            f"{', '.join(missing) or 'a ModuleList of layers'}"
+            + (_advice_for_wrappers(model) or ". Only decoder-only models with rotary positions are known.")
+        )
+
+
+def _refuse_without_embeddings(model: nn.Module) -> None:
     """Wrappers from beside checkpoints (Eagle 2, InternVL) that generate by handing embeddings to a whole causal LM."""
     parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.name == "inputs_embeds" or p.kind is p.VAR_KEYWORD for p in parameters):
-        return
-    inner, _, rest = _path_of(model, decoder).partition(".")
-    advice = ""
-    if rest:
-        advice = (
-            f" Optimize its {inner}, if that is the causal language model to which its generate() hands embeddings: "
-            f"model.{inner} = vte_compile.optimize(model.{inner}, plan); and pass visual_mask=input_ids == (the image "
-            "token's id) to generate()."
-        )
-    raise UnsupportedModelError(f"{type(model).__name__}: its forward takes no inputs_embeds.{advice}")
+    if not any(p.name == "inputs_embeds" or p.kind is p.VAR_KEYWORD for p in parameters):
+        advice = _advice_for_wrappers(model)
+        raise UnsupportedModelError(f"{type(model).__name__}: its forward takes no inputs_embeds{advice or '.'}")
+
+
+def _advice_for_wrappers(model: nn.Module) -> str:
+    """What to do with a model of which a whole causal language model, with head and generate(), is a part; or ""."""
+    for name, child in model.named_children():
+        get_head: Any = getattr(child, "get_output_embeddings", None)
+        if hasattr(child, "generate") and get_head is not None and get_head() is not None:
+            return (
+                f". Optimize its {name}, to which its generate() hands embeddings: "
+                f"model.{name} = vte_compile.optimize(model.{name}, plan); and pass visual_mask to generate(), True at "
+                "visual tokens: input_ids == (the image token's id) if each of them has its placeholder (see "
+                "docs/models.md, Models with code of their own)."
+            )
+    return ""
 
 
 def _refuse_unknown_layout(model: nn.Module, decoder: nn.Module) -> None:

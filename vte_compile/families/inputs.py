@@ -146,7 +146,10 @@ def decoder_inputs(
         )
     if not multimodal.keys() - _PLACES or not spec.is_multimodal:
         if multimodal and not spec.is_multimodal:
-            raise InputError(f"{type(model).__name__} takes no {', '.join(sorted(multimodal))}.")
+            raise InputError(
+                f"{type(model).__name__}: an optimized language model takes no {', '.join(sorted(multimodal))}: pass "
+                "inputs_embeds and visual_mask, or call its generate() if that makes embeddings."
+            )
         embeds = inputs_embeds if inputs_embeds is not None else model.get_input_embeddings()(input_ids)  # type: ignore[operator]
         return DecoderInputs(embeds, mask, None)
     inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **multimodal}
