@@ -645,6 +645,8 @@ def test_skips_without_adapters_free_too():
     assert set(fast._vte_spec.freed) == attention | {"layers.1.input_layernorm.weight"}
     assert not hasattr(fast.model, "folded_adapters")
     assert_same(fast, Oracle(shared(), plan(SkippedAttention(1))), inputs_of("tvvtt"))
+    assert "(q_proj): Linear(freed)" in repr(fast.model.layers[1])
+    assert "(q_proj): Linear(in_features" in repr(fast)
 
 
 def test_exits_free_nothing():

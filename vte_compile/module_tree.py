@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -60,4 +61,6 @@ def _copy_with(root: ModuleT, values: Mapping[str, torch.Tensor | None]) -> Modu
         holder = own(path)
         table: Any = holder._buffers if last in holder._buffers else holder._parameters
         table[last] = value
+        if value is None:  # the module's own text may ask the weight for its shape
+            holder.extra_repr = partial(str, "freed")  # type: ignore[method-assign]
     return copies[""]  # type: ignore[return-value]
