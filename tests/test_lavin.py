@@ -1,0 +1,206 @@
+"""LaVIN: the authors' checkpoints, its image encoder, and optimize() of it against the oracle."""
+
+from __future__ import annotations
+
+import functools
+import os
+from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+from tiny_lavin import LAYERS, TOKENS, C, clip, inputs, llama, save, weights
+from tiny_models import NEVER, assert_close, one_thread  # noqa: F401
+
+from vte_compile import GateExit, Oracle, Plan, StaticExit, optimize
+from vte_compile.adapters import StaticRouter
+from vte_compile.errors import InputError, PlanError, PlanMismatchError, UnsupportedModelError
+from vte_compile.families.lavin import (
+    LavinForConditionalGeneration,
+    lavin_plan,
+    load_lavin,
+    read_lavin_checkpoint,
+)
+from vte_compile.oracle import embed
+
+SKIP = [1, 3]
+PROMPTS = ("tittt", "ttttittttt")
+GREEDY: dict[str, Any] = dict(do_sample=False, max_new_tokens=16, min_new_tokens=16)
+
+
+@functools.cache
+def loaded(eas: bool = False) -> tuple[Any, Any]:
+    """A model and its checkpoint, which no test may change."""
+    checkpoint = read_lavin_checkpoint(save(Path(mkdtemp()) / "checkpoint-19.pth", weights(eas)))
+    return load_lavin(llama(), clip(), checkpoint), checkpoint
+
+
+@functools.cache
+def adapters(eas: bool = False) -> Plan:
+    model, checkpoint = loaded(eas)
+    return Plan.from_eas_checkpoint(checkpoint.state_dict, SKIP) if eas else lavin_plan(model, checkpoint)
+
+
+@functools.cache
+def traced(eas: bool = False) -> Any:
+    """What is traced is shared by all plans."""
+    return optimize(loaded(eas)[0], Plan(), compile=False)
+
+
+def logits(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        output: torch.Tensor = model(**given).logits
+    return output
+
+
+# ---------------------------------------------------------------- optimize() and the oracle
+
+
+def gate(layer: int, threshold: float) -> GateExit:
+    """A random gate of width 5."""
+    generator = torch.Generator().manual_seed(layer)
+    w1, w2 = torch.randn(5, 2 * C, generator=generator) * 0.2, torch.randn(2, 5, generator=generator)
+    return GateExit(layer, w1, w2, threshold)
+
+
+EXITS: dict[str, tuple[int, list[GateExit | StaticExit]]] = {
+    "never": (-1, [gate(0, NEVER)]),
+    "first": (0, [StaticExit(0)]),
+    "middle": (1, [StaticExit(1)]),
+    "last": (LAYERS - 1, [StaticExit(LAYERS - 1)]),
+}
+
+
+@pytest.mark.parametrize("eas", [False, True], ids=["lavin", "eas"])
+@pytest.mark.parametrize("exits", EXITS)
+def test_optimized_model_gives_the_oracles_numbers_and_tokens(eas: bool, exits: str) -> None:
+    layer, candidates = EXITS[exits]
+    model = loaded(eas)[0]
+    plan = Plan(exits=candidates, skips=adapters(eas).skips, adapters=adapters(eas).adapters)
+    given = inputs(*PROMPTS)
+    fast, oracle = optimize(traced(eas), plan), Oracle(model, plan)
+    embeds, visual = embed(model, given["input_ids"], given["pixel_values"])
+    assert visual.sum(1).tolist() == [TOKENS, TOKENS]
+    expected = oracle.forward(embeds, visual, given["attention_mask"])
+    assert expected.exit_layer.tolist() == [layer, layer]
+    last = logits(fast, given)[:, -1]
+    assert_close(last, expected.logits[:, -1], 1e-4)
+    assert float((last - logits(model, given)[:, -1]).abs().max()) > 0.1  # the plan's adapters matter
+    tokens = fast.generate(**given, **GREEDY)
+    assert tokens.exit_layer.tolist() == [layer, layer]
+    answers = oracle.generate(embeds, visual, given["attention_mask"], max_new_tokens=16)
+    assert tokens[:, given["input_ids"].shape[1] :].tolist() == answers.tokens
+
+
+def test_text_only_and_rows_of_both_kinds() -> None:
+    """What is visual is the oracle's business; which plan fits which prompt is the caller's."""
+    model, checkpoint = loaded()
+    plan = lavin_plan(model, checkpoint, image=False)
+    fast, oracle = optimize(traced(), plan), Oracle(model, plan)
+    for rows in (("tttt", "tttttt"), ("tttt", "ttit")):
+        given = inputs(*rows)
+        embeds, visual = embed(model, given["input_ids"], given.get("pixel_values"))
+        expected = oracle.forward(embeds, visual, given["attention_mask"]).logits
+        assert_close(logits(fast, given)[:, -1], expected[:, -1], 1e-4)
+
+
+# ---------------------------------------------------------------- plans and files
+
+
+def test_plans_have_the_routers_of_the_modality_token() -> None:
+    model, checkpoint = loaded()
+    plans = [lavin_plan(model, checkpoint, image=image) for image in (False, True)]
+    assert [kept.layer for kept in plans[0].adapters] == list(range(LAYERS))
+    for row, plan in enumerate(plans):
+        first = plan.adapters[0].adapter.router
+        assert isinstance(first, StaticRouter)
+        w, eps = checkpoint.state_dict, 1e-6
+        token, router = w["adapter_modality_embedding.weight"][row], "layers.0.adapter_attn.expert_weights."
+        norm = model.model.language_model.layers[0].input_layernorm.weight.detach()
+        normed = norm * token * torch.rsqrt(token.pow(2).mean() + eps)
+        answer = w[f"{router}weight"] @ normed + w[f"{router}bias"]
+        assert_close(torch.tensor(first.weights), torch.softmax(answer / 10, -1))
+    assert plans[0].adapters[0].adapter.router != plans[1].adapters[0].adapter.router
+    with pytest.raises(InputError, match=r"of LaVIN-EAS: use vte_compile.Plan.from_eas_checkpoint"):
+        lavin_plan(*loaded(eas=True))
+
+
+def test_settings_of_the_file_count(tmp_path: Path) -> None:
+    path = save(tmp_path / "c.pth", weights(), args=Namespace(adapter_scale=0.5, temperature=5.0))
+    checkpoint = read_lavin_checkpoint(path)
+    assert (checkpoint.scale, checkpoint.temperature) == (0.5, 5.0)
+    plan = lavin_plan(load_lavin(llama(), clip(), checkpoint), checkpoint)
+    assert plan.adapters[0].adapter.scale == 0.5
+    assert plan.adapters[0].adapter.router != adapters().adapters[0].adapter.router
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model, given = loaded()[0], inputs(*PROMPTS)
+    model.save_pretrained(tmp_path)
+    again = LavinForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert_close(logits(again, given), logits(model, given))
+    assert again.config.image_token_id == model.config.image_token_id
+
+
+def test_files_of_several_processes_and_folders(tmp_path: Path) -> None:
+    """DistributedDataParallel's names, and LLaMA and CLIP from folders."""
+    llama().save_pretrained(tmp_path / "llama")
+    clip().save_pretrained(tmp_path / "clip")
+    path = save(tmp_path / "c.pth", {f"module.{key}": tensor for key, tensor in weights().items()})
+    model = load_lavin(tmp_path / "llama", tmp_path / "clip", path)
+    given = inputs(*PROMPTS)
+    assert_close(logits(model, given), logits(loaded()[0], given))
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, (os.environ["VTE_TEST_EVIL"],)
+
+
+def test_no_code_of_a_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VTE_TEST_EVIL", str(tmp_path / "evil"))
+    path = save(tmp_path / "c.pth", weights(), scaler=Evil())
+    with suppress(InputError):  # whether the file is refused, or read without what the code would have made
+        read_lavin_checkpoint(path)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_what_is_no_checkpoint_of_lavin_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    with pytest.raises(InputError, match="no such file"):
+        read_lavin_checkpoint(path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="cannot read it"):
+        read_lavin_checkpoint(path)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(InputError, match="holds no 'model' of tensors"):
+        read_lavin_checkpoint(path)
+    block = "backbone.visual.transformer.resblocks.0."
+    normal = {f"{block[:-2]}{i}.adapter_attn.conv_D.weight": None for i in range(8)}
+    for change, error, message in (
+        ({"extra.weight": torch.zeros(1)}, InputError, "extra.weight: nothing that LaVIN's adapters have"),
+        ({f"{block}adapter_mlp.conv_A.weight": torch.zeros(1)}, UnsupportedModelError, "in front of MLPs"),
+        ({"layers.0.adapter_mlp.conv_A.weight": torch.zeros(1)}, UnsupportedModelError, "in front of MLPs"),
+        ({"adapter_modality_embedding.weight": None}, InputError, "lacks adapter_modality_embedding.weight"),
+        (normal, UnsupportedModelError, "have no experts"),
+        ({f"{block}adapter_attn.conv_A.bias": None}, InputError, r"lacks layers.0.adapter_attn.conv_A.bias"),
+        ({f"{block}adapter_attn.conv_A.bias": torch.zeros(3)}, InputError, "expected shape"),
+        ({f"{block[:-2]}8.adapter_attn.conv_A.bias": torch.zeros(8)}, InputError, "with this CLIP it has also"),
+        ({"adapter_proj.conv_B.weight": torch.zeros(3, 16)}, InputError, "expected shape"),
+    ):
+        changed = {name: tensor for name, tensor in {**weights(), **change}.items() if tensor is not None}
+        with pytest.raises(error, match=message):
+            load_lavin(llama(), clip(), save(path, changed))
+    model, first = loaded()[0], "layers.0."
+    fifth = {f"layers.{LAYERS}.{key[len(first) :]}": w for key, w in weights().items() if key.startswith(first)}
+    for change, problem, message in (
+        ({"adapter_modality_embedding.weight": torch.zeros(2, C + 1)}, InputError, "expected shape"),
+        ({"layers.0.adapter_attn.conv_A.bias": None}, PlanError, "conv_A.bias: the checkpoint lacks it"),
+        (fifth, PlanMismatchError, "layer"),
+    ):
+        changed = {name: tensor for name, tensor in {**weights(), **change}.items() if tensor is not None}
+        with pytest.raises(problem, match=message):
+            lavin_plan(model, save(path, changed))
