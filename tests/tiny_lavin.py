@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-C, LAYERS, VOCAB, FFN = 64, 4, 61, 192
+C, LAYERS, VOCAB, FFN = 64, 3, 61, 192
 VISION, VISION_LAYERS, PATCH, SIDE = 64, 8, 4, 12
 PROJECTOR, WIDTH, REPLACED = 16, 8, 32
 IMAGE_TOKEN = VOCAB
@@ -71,6 +71,7 @@ def llama() -> Any:
         max_position_embeddings=128,
         rms_norm_eps=1e-6,
         pad_token_id=None,
+        eos_token_id=None,
     )
     return _randomized(LlamaForCausalLM(config), seed=1)
 

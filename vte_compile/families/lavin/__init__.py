@@ -7,6 +7,7 @@ from vte_compile.families.lavin.checkpoint import (
     read_lavin_checkpoint,
 )
 from vte_compile.families.lavin.configuration import LavinConfig
+from vte_compile.families.lavin.meta_llama import load_meta_llama
 from vte_compile.families.lavin.modeling import LavinForConditionalGeneration, LavinModel
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "LavinModel",
     "lavin_plan",
     "load_lavin",
+    "load_meta_llama",
     "read_lavin_checkpoint",
 ]
