@@ -1,8 +1,7 @@
 """Read METER's published checkpoints (zdou0830/METER, METER-EAS of DoubtedSteam/EAS): PyTorch Lightning's .ckpt files.
 
-Such a file is a pickle that names classes of Lightning and others beside its tensors. torch.load reads it with
-``weights_only=True``, and every class it names but torch's own is stood in for by an inert one, so that no code of the
-file, or of a package that it names, runs.
+Such a file is a pickle that names classes of Lightning and others beside its tensors; none of their code runs
+(vte_compile/families/torch_file.py).
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from vte_compile.families.meter.modeling import (
     MeterModel,
     MeterPreTrainedModel,
 )
+from vte_compile.families.torch_file import read_torch_file
 
 HEADS: dict[str, type[MeterPreTrainedModel]] = {
     "vqa_classifier": MeterForQuestionAnswering,
@@ -71,16 +71,6 @@ class MeterCheckpoint:
     """The authors' settings of the training run, such as ``num_heads``; empty if the file has none."""
 
 
-class _Inert:
-    """Stands in for whatever a pickle names."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
 def read_meter_checkpoint(path: str | Path) -> MeterCheckpoint:
     """Read a .ckpt file; tensors are mapped from it, not copied.
 
@@ -88,16 +78,7 @@ def read_meter_checkpoint(path: str | Path) -> MeterCheckpoint:
         InputError: There is no such file, or it is no checkpoint of a METER.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such file: expected a checkpoint of METER, such as meter_clip16_288_roberta_vqa.ckpt"
-        )
-    try:
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in named]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever the reader raises on a file that is something else
-        raise InputError(f"{path}: torch.load(weights_only=True) cannot read it: {error}") from error
+    content = read_torch_file(path, "a checkpoint of METER, such as meter_clip16_288_roberta_vqa.ckpt")
     state_dict = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state_dict, dict) or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
         raise InputError(f"{path}: holds no state_dict of tensors: expected a checkpoint that PyTorch Lightning wrote")
