@@ -6,10 +6,12 @@ Each distinct piece is converted once, whatever the model's depth, and compared 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +20,7 @@ import torch.fx.experimental._config as symbolic_shapes_config
 from onnxscript.rewriter.rules.fusion import _rms_normalization as rms_normalization
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from vte_compile.errors import CaptureError
 from vte_compile.export.onnx_ops import ORT, Operators
@@ -64,7 +67,7 @@ def convert(
     # Sizes 0 and 1 are otherwise other programs to torch.export; here one has to do for all.
     oblivious = symbolic_shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     try:
-        with torch.no_grad(), oblivious, _quiet():
+        with torch.no_grad(), oblivious, _quiet(), _one_registry():
             exported = torch.export.export(_Call(function), tuple(examples), dynamic_shapes=(dims,), strict=False)
             program = torch.onnx.export(
                 exported,
@@ -81,6 +84,16 @@ def convert(
     if operators.fuses_norms:
         rms_normalization.fuse_rms_normalization(program.model)
     return program.model
+
+
+_registry = functools.cache(ONNXRegistry.from_torchlib)
+
+
+@contextlib.contextmanager
+def _one_registry() -> Iterator[None]:
+    """torch.onnx reads the source of its 500 operators again in every export, which takes longer than a small piece."""
+    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(_registry)):
+        yield
 
 
 @contextlib.contextmanager
