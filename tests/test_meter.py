@@ -1,4 +1,9 @@
-"""METER: its checkpoints in the authors' layout, its encoders, and optimize() of its co-attention layers."""
+"""METER: its checkpoints in the authors' layout, its encoders, and optimize() of its co-attention layers.
+
+data/meter.npz holds what the authors' METERTransformerSS (zdou0830/METER, run aside with transformers 4.46.3 in
+float32, its Lightning base class and metrics replaced by plain modules) gives for the weights and three inputs of
+tests/tiny_meter.py: logits for each head, and, for VQAv2, features of both sides and what is pooled of them.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_bridgetower import random_part
 from tiny_meter import GRID, PATCH, C, inputs, save, weights
+from tiny_models import DATA, assert_relative
 from torch.nn import functional as F
 
 import vte_compile
@@ -24,6 +31,27 @@ from vte_compile.families.meter.checkpoint import HEADS
 def run(model: Any, **given: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(**given).logits
+
+
+LABELS = {"vqa_classifier": 7, "nlvr2_classifier": 2, "snli_classifier": 3, "rank_output": 1}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_are_the_authors(head: str, tmp_path: Path) -> None:
+    model = load_meter(save(tmp_path / "meter.ckpt", weights(head, LABELS[head])))
+    given = inputs(batch=3, images=2 if head == "nlvr2_classifier" else 1)
+    with np.load(DATA / "meter.npz") as data:
+        golden = {key: torch.from_numpy(data[key]) for key in data.files}
+    assert_relative(run(model, **given), golden[f"{head}.logits"])
+    if head == "vqa_classifier":
+        fast = vte_compile.optimize(model, Plan(), compile=False)
+        assert_relative(run(fast, **given), golden[f"{head}.logits"])
+        with torch.no_grad():
+            output = fast.meter(**given)
+        real = given["attention_mask"].bool()
+        assert_relative(output.text_features[real], golden["text_features"][real])
+        assert_relative(output.image_features, golden["image_features"])
+        assert_relative(output.pooler_output, golden["pooled"])
 
 
 @pytest.mark.parametrize("head", HEADS)
