@@ -198,7 +198,8 @@ def _refuse_other_structure(model: nn.Module, decoder: nn.Module) -> None:
                 raise UnsupportedModelError(
                     f"{name}: its {kind} computes rotary positions in every layer ({path}), as the code beside "
                     "checkpoints (InternLM2, Phi-3) does: only decoders that compute them once, as transformers' own "
-                    "classes do, are supported. Load a checkpoint converted for those (InternVL's end in -hf)."
+                    "classes do, are supported. Load a checkpoint converted for those (InternVL's end in -hf), or "
+                    "InternVL's with vte_compile.families.internvl.load_internvl(folder)."
                 )
     if missing or not isinstance(decoder.layers, nn.ModuleList):
         raise UnsupportedModelError(
