@@ -14,9 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vte_compile.errors import EngineError, InputError
+from vte_compile.errors import EngineError, InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from vte_compile.export.co_attention_engine import CoAttentionEngine
     from vte_compile.export.engine import Engine
     from vte_compile.export.ort_engine import OnnxEngine
 
@@ -27,9 +28,13 @@ TARGETS = {
 }
 """The modules that write engines, each with a function ``write(fast, path)``."""
 
+CO_ATTENTION_TARGETS = {"onnxruntime": "vte_compile.export.co_attention_target"}
+"""Those that write engines of models with co-attention layers."""
+
 LOADERS = {
     "aoti": "vte_compile.export.engine:Engine",
     "onnxruntime": "vte_compile.export.ort_engine:OnnxEngine",
+    "onnxruntime co-attention": "vte_compile.export.co_attention_engine:CoAttentionEngine",
     "tensorrt": "vte_compile.export.tensorrt_engine:TensorRTEngine",
 }
 """The classes that run engines, each with ``load(folder, manifest's fields, **options)``; options: `load_engine`."""
@@ -43,7 +48,7 @@ def export(fast: Any, path: str | os.PathLike[str], target: str = "onnxruntime",
 
     Args:
         fast: A causal language model or LLaVA-type MLLM from ``optimize()``; its exits, skips and folded adapters
-            become part of the engine.
+            become part of the engine. Or a METER or BridgeTower, for ``onnxruntime``, without options.
         path: The folder: new, empty, or an engine, which is replaced.
         target: What runs it. ``aoti``: torch alone, pieces compiled ahead of time by AOTInductor for the device the
             model is on, and for processors like this one. ``onnxruntime``: ONNX graphs, for ONNX Runtime.
@@ -67,8 +72,15 @@ def export(fast: Any, path: str | os.PathLike[str], target: str = "onnxruntime",
     """
     if target not in TARGETS:
         raise InputError(f"target: {target!r} is unknown; the targets are {', '.join(map(repr, TARGETS))}.")
+    from vte_compile.co_attention_optimizer import OptimizedCoAttention
+
+    targets = CO_ATTENTION_TARGETS if isinstance(fast, OptimizedCoAttention) else TARGETS
+    if target not in targets:
+        raise UnsupportedModelError(
+            f"target {target!r}: models with co-attention layers are exported for {', '.join(map(repr, targets))} only."
+        )
     try:
-        write = import_module(TARGETS[target]).write
+        write = import_module(targets[target]).write
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("vte_compile"):
             raise
@@ -90,7 +102,7 @@ def load_engine(
     provider: str | None = None,
     threads: int | None = None,
     form: str | None = None,
-) -> Engine | OnnxEngine:
+) -> Engine | OnnxEngine | CoAttentionEngine:
     """Load an engine that :func:`export` wrote.
 
     An engine of target "aoti" needs torch and safetensors; one of target "onnxruntime" needs onnxruntime and numpy, and
@@ -110,6 +122,7 @@ def load_engine(
         The engine, with ``generate()``, ``prefill()`` and ``decode()``: an
         :class:`~vte_compile.export.engine.Engine` or
         an :class:`~vte_compile.export.ort_engine.OnnxEngine` (or its subclass for TensorRT), which also has ``chat()``.
+        Of a METER or BridgeTower a :class:`~vte_compile.export.co_attention_engine.CoAttentionEngine`, with ``run()``.
 
     Raises:
         InputError: An option is none of its values, or means nothing to an engine of this target.
@@ -129,7 +142,8 @@ def load_engine(
     module, _, name = LOADERS[body["target"]].partition(":")
     options = {"provider": provider, "threads": threads, "form": form}
     loader = getattr(import_module(module), name)
-    engine: Engine | OnnxEngine = loader.load(folder, body, **{k: v for k, v in options.items() if v is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    engine: Engine | OnnxEngine | CoAttentionEngine = loader.load(folder, body, **given)
     return engine
 
 

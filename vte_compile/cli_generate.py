@@ -90,6 +90,10 @@ def _ask_engine(folder: Path, request: _Request, provider: str | None, threads: 
     pictures = [_open_picture(file) for file in request.images]
     engine: Any = load_engine(folder, provider=provider, threads=threads)
     if not hasattr(engine, "chat"):
+        if engine.manifest.target != "aoti":
+            raise InputError(
+                f"{folder}: an engine of {engine.manifest.model.name} gives no text: load_engine(...).run()."
+            )
         raise InputError(f"{folder}: engines of target 'aoti' hold no tokenizer: export with --target onnxruntime.")
     engine.processor.decode([])  # read and compiled now, not while the time is taken
     times: list[float] = []

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.module_tree import own_submodule, shallow_copy
@@ -71,6 +72,29 @@ def _check_parts(where: str, layer: nn.Module) -> None:
             f"{where}: {kind} has {', '.join(extra)} besides {', '.join(_PARTS)}: not a co-attention layer of "
             "BridgeTower's form"
         )
+
+
+def example_inputs(model: nn.Module, batch: int, tokens: int) -> dict[str, Tensor]:
+    """Inputs of the sizes that the model's config says; the last text has padding if there is room for it.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` [batch, tokens], and ``pixel_values``: [batch, channels, height, width], or
+        [batch, images, channels, height, width] if a text goes with several images (METER for NLVR2).
+    """
+    config: Any = model.config
+    text, vision, parameter = config.text_config, config.vision_config, next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    mask[-1, tokens - tokens // 3 :] = 0
+    ids = torch.randint(text.pad_token_id + 1, text.vocab_size, (batch, tokens), generator=generator)
+    images = getattr(config, "num_images", 1)
+    shape = (batch, *([images] if images > 1 else []), vision.num_channels, vision.image_size, vision.image_size)
+    pixels = torch.randn(shape, generator=generator)
+    return {
+        "input_ids": ids.masked_fill(mask == 0, text.pad_token_id).to(parameter.device),
+        "attention_mask": mask.to(parameter.device),
+        "pixel_values": pixels.to(parameter.device, parameter.dtype),
+    }
 
 
 def with_layers(model: ModelT, spec: CoAttentionSpec, layers: Mapping[str, list[nn.Module]]) -> ModelT:

@@ -114,16 +114,16 @@ class MeterModel(MeterPreTrainedModel):
         Raises:
             InputError: No image, or not one for each text.
         """
-        if pixel_values is None or pixel_values.ndim != 4 or len(pixel_values) != len(input_ids):
+        if pixel_values is None or pixel_values.ndim != 4 or pixel_values.shape[0] != input_ids.shape[0]:
             got = None if pixel_values is None else list(pixel_values.shape)
             raise InputError(
-                f"pixel_values: expected an image for each of the {len(input_ids)} texts, [B, 3, H, W], got {got}."
+                f"pixel_values: expected an image for each of the {input_ids.shape[0]} texts, [B, 3, H, W], got {got}."
             )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         text = self.text_transformer(input_ids=input_ids, attention_mask=mask).last_hidden_state
         text = self.cross_modal_text_transform(text)
         if self.token4classifier is not None:
-            text = torch.cat([self.token4classifier.expand(len(text), -1, -1), text[:, 1:]], dim=1)
+            text = torch.cat([self.token4classifier.expand(text.shape[0], -1, -1), text[:, 1:]], dim=1)
         image = self.cross_modal_image_transform(self.vit_model(pixel_values))
         types = self.token_type_embeddings.weight
         x, y = text + types[0], image + types[image_token_type]
