@@ -69,8 +69,9 @@ def main(
 
 def check_all(chip: int, size: int, dtype: str) -> list[dict[str, Any]]:
     """What every kernel takes, with the shipped settings."""
+    from vte_compile.kernels.attention_support import HEAD_SIZES
     from vte_compile.kernels.triton_resources import resources
-    from vte_compile.kernels.triton_settings import CHIPS, HEAD_SIZES, SHARED_MEMORY
+    from vte_compile.kernels.triton_settings import CHIPS, SHARED_MEMORY
 
     wanted = [
         (c, s, d)

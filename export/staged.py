@@ -178,6 +178,7 @@ def _call(staged: Staged, name: str, step: Piece | ExitPoint | AttendPoint) -> P
     if isinstance(step, Piece):
         return _piece_call(staged, name, step)
     if isinstance(step, AttendPoint):
+        assert step.kind == "append"  # engines attend with torch's own attention
         return AttendCall(step.inputs, step.outputs, step.scale)
     return _exit_call(staged, step)
 

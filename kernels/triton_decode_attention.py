@@ -1,7 +1,9 @@
 """The Triton kernels of vte::decode_attention (see kernels/decode_attention.py): parts of the columns, then their sum.
 
 One token per row leaves most of a GPU idle, so the columns of a row are split over programs (Flash-Decoding), each of
-which takes all query heads of one key/value head, since they read the same keys.
+which takes all query heads of one key/value head, since they read the same keys. A new token's key and value are
+rotated, written and attended to by the program that has their column, which takes them from its registers: no program
+reads what another one writes.
 """
 
 from __future__ import annotations
@@ -20,36 +22,75 @@ _SPLIT_LEAST = 128
 _PROGRAMS_PER_PROCESSOR = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["longest"])  # it grows with each step
 def split_kernel(
-    query, key_cache, value_cache, starts, ends, block_table, cache_positions, parts, logs, per_split, scale, window,
-    softcap, stride_qb, stride_qh, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn, stride_tb,
-    stride_pb, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
-    PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr,
+    query, key, value, cos, sin, key_cache, value_cache, starts, ends, block_table, cache_positions, parts, logs,
+    longest, per_split, scale, window, softcap, stride_qb, stride_qh, stride_nb, stride_nh, stride_ub, stride_uh,
+    stride_cb, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn, stride_tb, stride_pb,
+    STARTS: tl.constexpr, ENDS: tl.constexpr, ROTATE: tl.constexpr, APPEND: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One split of one row's columns, for the query heads of one key/value head."""
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, kv_heads = tl.num_programs(0), tl.num_programs(1)
-    start, end = tl.load(starts + row), tl.load(ends + row)
-    low = start + split * per_split
+    wide_row = row.to(tl.int64)
+    low = split * per_split
+    if STARTS:
+        low += tl.load(starts + row).to(tl.int32)
+    end = longest
+    if ENDS:
+        end = tl.load(ends + row).to(tl.int32)
+    last = end - 1
     high = tl.minimum(low + per_split, end)
     member, whole = tl.arange(0, GROUP_PADDED), tl.arange(0, PADDED)
     head = kv_head * GROUP + member
     is_head, in_size = member < GROUP, whole < SIZE
-    q_at = query + row.to(tl.int64) * stride_qb + head[:, None] * stride_qh + whole[None, :]
-    q = tl.load(q_at, mask=is_head[:, None] & in_size[None, :], other=0.0).to(COMPUTE)
+    q_mask = is_head[:, None] & in_size[None, :]
+    q_at = query + wide_row * stride_qb + head[:, None] * stride_qh
+    q = tl.load(q_at + whole[None, :], mask=q_mask, other=0.0)
+    # Of the other half, with which a rotation mixes, and where in the tables (of half a head).
+    is_first = whole < SIZE // 2
+    other = tl.where(is_first, whole + SIZE // 2, whole - SIZE // 2)
+    if ROTATE:
+        table = wide_row * stride_cb + tl.where(is_first, whole, whole - SIZE // 2)
+        c = tl.load(cos + table, mask=in_size, other=0.0).to(tl.float32)
+        s = tl.load(sin + table, mask=in_size, other=0.0).to(tl.float32)
+        s = tl.where(is_first, -s, s)
+        mixed = tl.load(q_at + other[None, :], mask=q_mask, other=0.0).to(tl.float32)
+        # Rounded as a rotation of its own would round it.
+        q = (q.to(tl.float32) * c[None, :] + mixed * s[None, :]).to(query.dtype.element_ty)
+    q = q.to(COMPUTE)
+    last_block, last_place = wide_row, last.to(tl.int64)
+    if PAGE > 0:
+        last_block = tl.load(block_table + row * stride_tb + last // PAGE).to(tl.int64)
+        last_place = (last % PAGE).to(tl.int64)
     own = 0
     if WINDOW:
-        last = end - 1
-        if PAGE > 0:
-            page = tl.load(block_table + row * stride_tb + last // PAGE).to(tl.int64)
-            own = tl.load(cache_positions + page * stride_pb + last % PAGE)
-        else:
-            own = tl.load(cache_positions + row.to(tl.int64) * stride_pb + last)
+        own = tl.load(cache_positions + last_block * stride_pb + last_place)
     to_base_2 = 1.4426950408889634
     highest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PADDED], tl.float32)
     summed = tl.zeros([GROUP_PADDED, PADDED], tl.float32)
+    if APPEND:
+        high = tl.minimum(high, last)
+        here = (low <= last) & (last < low + per_split)
+        mask = in_size & here
+        new_at = key + wide_row * stride_nb + kv_head * stride_nh
+        k_new = tl.load(new_at + whole, mask=mask, other=0.0)
+        if ROTATE:
+            mixed_key = tl.load(new_at + other, mask=mask, other=0.0).to(tl.float32)
+            k_new = (k_new.to(tl.float32) * c + mixed_key * s).to(key.dtype.element_ty)
+        v_new = tl.load(value + wide_row * stride_ub + kv_head * stride_uh + whole, mask=mask, other=0.0)
+        tl.store(key_cache + last_block * stride_kb + last_place * stride_kn + kv_head * stride_kg + whole, k_new, mask)
+        v_to = value_cache + last_block * stride_vb + last_place * stride_vn + kv_head * stride_vg + whole
+        tl.store(v_to, v_new, mask)
+        score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
+        if SOFTCAP:
+            score = softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)
+        highest = tl.where(here, score * to_base_2, float("-inf"))
+        total = tl.where(here, total + 1.0, 0.0)
+        summed += v_new.to(tl.float32)[None, :]  # zeros, where it is not here
     for n in range(low, high, BLOCK_N):
         column = n + tl.arange(0, BLOCK_N)
         there = column < high
@@ -57,7 +98,7 @@ def split_kernel(
             block = tl.load(block_table + row * stride_tb + column // PAGE, mask=there, other=0).to(tl.int64)
             place = (column % PAGE).to(tl.int64)
         else:
-            block = tl.zeros([BLOCK_N], tl.int64) + row
+            block = tl.zeros([BLOCK_N], tl.int64) + wide_row
             place = column.to(tl.int64)
         k_at = key_cache + (block * stride_kb + place * stride_kn)[None, :] + kv_head * stride_kg + whole[:, None]
         k = tl.load(k_at, mask=there[None, :] & in_size[:, None], other=0.0).to(COMPUTE)
@@ -128,14 +169,18 @@ def launch(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    starts: Tensor,
-    ends: Tensor,
+    starts: Tensor | None,
+    ends: Tensor | None,
     block_table: Tensor | None,
     cache_positions: Tensor | None,
     longest: int,
     scale: float,
     window: int,
     softcap: float,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     processors: int | None = None,
 ) -> Tensor:
     """See :func:`vte_compile.kernels.decode_attention.decode_attention`.
@@ -144,11 +189,15 @@ def launch(
     """
     batch, heads, size = query.shape
     kv_heads = key_cache.shape[1]
-    tables = [x for x in (block_table, cache_positions) if x is not None]
-    if any(x.stride(-1) != 1 for x in (query, key_cache, value_cache, *tables)):
+    given = (query, key_cache, value_cache, block_table, cache_positions, key, value, cos, sin)
+    if any(x.stride(-1) != 1 for x in given if x is not None):
         raise ValueError("decode_attention: the last dim of query, caches and tables must be contiguous.")
     if window > 0 and cache_positions is None:
         raise ValueError("decode_attention: a window counts positions: pass cache_positions.")
+    if (key is None) != (value is None) or (cos is None) != (sin is None):
+        raise ValueError("decode_attention: pass key and value together, and cos and sin.")
+    if cos is not None and sin is not None and cos.stride() != sin.stride():
+        raise ValueError("decode_attention: cos and sin must be laid out alike.")
     chosen = settings_for("decode_attention", query)
     processors = _processors(query.device) if processors is None else processors
     splits, per_split = split_columns(longest, batch * kv_heads, processors, chosen.block_n)
@@ -156,12 +205,16 @@ def launch(
     logs = torch.empty(batch, heads, splits, dtype=torch.float32, device=query.device)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     group, padded = heads // kv_heads, triton.next_power_of_2(size)
+
+    def or_query(*tensors: Tensor | None) -> list[Tensor]:  # what is not there is not read
+        return [query if x is None else x for x in tensors]
+
     split_kernel[(splits, kv_heads, batch)](
-        query, key_cache, value_cache, starts, ends, starts if block_table is None else block_table,
-        starts if cache_positions is None else cache_positions, parts, logs, per_split, scale, window, softcap,
-        *query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3],
-        0 if block_table is None else block_table.stride(0),
-        0 if cache_positions is None else cache_positions.stride(0), GROUP=group,
+        query, *or_query(key, value, cos, sin), key_cache, value_cache,
+        *or_query(starts, ends, block_table, cache_positions), parts, logs, longest, per_split, scale, window, softcap,
+        *query.stride()[:2], *_strides(key, 2), *_strides(value, 2), *_strides(cos, 1), *key_cache.stride()[:3],
+        *value_cache.stride()[:3], *_strides(block_table, 1), *_strides(cache_positions, 1),
+        STARTS=starts is not None, ENDS=ends is not None, ROTATE=cos is not None, APPEND=key is not None, GROUP=group,
         GROUP_PADDED=max(chosen.block_m, triton.next_power_of_2(group)), SIZE=size, PADDED=padded,
         PAGE=0 if block_table is None else key_cache.shape[2], WINDOW=window > 0, SOFTCAP=softcap > 0,
         BLOCK_N=chosen.block_n, COMPUTE=chosen.compute, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
@@ -171,3 +224,7 @@ def launch(
         SPLITS_PADDED=triton.next_power_of_2(splits), num_warps=4,
     )  # fmt: skip
     return output
+
+
+def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
+    return (0,) * count if tensor is None else tensor.stride()[:count]

@@ -24,12 +24,12 @@ from vte_compile.kernels.triton_settings import Settings, table
 
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _TYPES = {
-    "*i32": "positions cu_seqlens past_lengths starts ends block_table cache_positions question_starts arrived "
-    "new_positions new_cu_seqlens",
+    "*i32": "positions cu_queries cu_seqlens past_lengths starts ends block_table cache_positions question_starts "
+    "arrived new_positions new_cu_seqlens",
     "*i1": "keep fires",
     "*fp32": "parts logs",
     "fp32": "scale softcap threshold",
-    "i32": "window splits per_split width middle tokens half bounds",
+    "i32": "window longest splits per_split width middle tokens half bounds",
 }
 """Of the kernels' arguments; those that begin with ``stride`` are i32, all others tensors of the model's dtype."""
 _DEFAULTS = Settings(0, 0, 4, 3, None)
@@ -70,16 +70,16 @@ def resources(chip: int, size: int, dtype: torch.dtype, windows: bool = True) ->
     decode = table("decode_attention", size, dtype, chip)
     extras = [(False, 0)] + ([(True, 16)] if windows else [])
     launches: list[tuple[Any, Settings, str, dict[str, Any]]] = []
-    own: dict[str, Any] = {"HALF": half, "BLOCK": triton_varlen_attention.APPEND_BLOCK}
+    own: dict[str, Any] = {"HALF": half, "BLOCK": triton_varlen_attention.APPEND_BLOCK, "PAST": True, "POSITIONS": True}
     launches.append((triton_varlen_attention.append_kernel, _DEFAULTS, "", own))
     for masked, page in extras:
         variant = "window, softcap" if masked else ""
         masks = {"WINDOW": masked, "SOFTCAP": masked}
         own = {"GROUP": 4, "HALF": half, "PADDED": padded, "BLOCK_M": varlen.block_m, "BLOCK_N": varlen.block_n}
-        own |= {"COMPUTE": varlen.compute, **masks}
+        own |= {"COMPUTE": varlen.compute, "PAST": masked, **masks}
         launches.append((triton_varlen_attention.attention_kernel, varlen, variant, own))
         own = {"GROUP": 4, "GROUP_PADDED": decode.block_m, "PADDED": padded, "PAGE": page, "BLOCK_N": decode.block_n}
-        own |= {"COMPUTE": decode.compute, **masks}
+        own |= {"COMPUTE": decode.compute, "STARTS": True, "ENDS": masked, "ROTATE": True, "APPEND": True, **masks}
         launches.append((triton_decode_attention.split_kernel, decode, variant + ", pages" * masked, own))
     own = {"PADDED": padded, "SPLITS_PADDED": 64}
     launches.append((triton_decode_attention.combine_kernel, _DEFAULTS, "", own))

@@ -14,11 +14,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from vte_compile.kernels.attention_support import unsupported
+
 CHIPS = (80, 90, 100)
 """Compute capabilities that have settings of their own; others take those of the nearest below."""
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes one block may use (CUDA C++ Programming Guide, technical specifications per compute capability)."""
-HEAD_SIZES = (64, 80, 96, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,8 @@ def table(kernel: str, size: int, dtype: torch.dtype, chip: int) -> Settings:
     Raises:
         ValueError: There are none for this head size or dtype.
     """
-    if size not in HEAD_SIZES:
-        raise ValueError(f"{kernel}: head size {size}: expected one of {', '.join(map(str, HEAD_SIZES))}.")
-    if dtype not in _COMPUTE:
-        raise ValueError(f"{kernel}: {dtype}: expected float16, bfloat16 or float32.")
+    if reason := unsupported(size, dtype):
+        raise ValueError(f"{kernel}: {reason}")
     wide = dtype == torch.float32
     compute = _COMPUTE[dtype]
     if kernel == "decode_attention":

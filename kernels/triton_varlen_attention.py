@@ -21,8 +21,9 @@ APPEND_BLOCK = 32
 @triton.jit
 def append_kernel(
     key, value, cos, sin, positions, cu_seqlens, past_lengths, starts, key_cache, value_cache, cache_positions,
-    stride_kt, stride_kh, stride_vt, stride_vh, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn,
-    stride_pb, SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    stride_kt, stride_kh, stride_vt, stride_vh, stride_ct, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg,
+    stride_vn, stride_pb, PAST: tl.constexpr, POSITIONS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rotate a block of one row's keys, and write them and their values behind what the row has cached."""
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -35,8 +36,11 @@ def append_kernel(
     inside = index < length
     both = inside[:, None] & (half < SIZE // 2)[None, :]
     token = (begin + index).to(tl.int64)
-    column = (tl.load(starts + row) + tl.load(past_lengths + row) + index).to(tl.int64)
-    table = token[:, None] * (SIZE // 2) + half[None, :]
+    first_column = tl.load(starts + row)
+    if PAST:
+        first_column += tl.load(past_lengths + row)
+    column = (first_column + index).to(tl.int64)
+    table = token[:, None] * stride_ct + half[None, :]
     c = tl.load(cos + table, mask=both, other=0.0).to(tl.float32)
     s = tl.load(sin + table, mask=both, other=0.0).to(tl.float32)
     source = key + token[:, None] * stride_kt + head * stride_kh + half[None, :]
@@ -49,40 +53,45 @@ def append_kernel(
     target = value_cache + row * stride_vb + head * stride_vg + column[:, None] * stride_vn + half[None, :]
     tl.store(target, tl.load(source, mask=both, other=0.0), mask=both)
     tl.store(target + SIZE // 2, tl.load(source + SIZE // 2, mask=both, other=0.0), mask=both)
-    if head == 0:
+    if POSITIONS and head == 0:
         tl.store(cache_positions + row * stride_pb + column, tl.load(positions + token, mask=inside), mask=inside)
 
 
 @triton.jit
 def attention_kernel(
-    query, cos, sin, positions, cu_seqlens, past_lengths, starts, key_cache, value_cache, cache_positions, output,
-    scale, window, softcap, stride_qt, stride_qh, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn,
-    stride_pb, stride_ot, stride_oh, GROUP: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-    PADDED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    query, cos, sin, positions, cu_queries, cu_seqlens, past_lengths, starts, key_cache, value_cache, cache_positions,
+    output, scale, window, softcap, stride_qt, stride_qh, stride_ct, stride_kb, stride_kg, stride_kn, stride_vb,
+    stride_vg, stride_vn, stride_pb, stride_ot, stride_oh, PAST: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
+    HALF: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """A block of one row's queries, of one head."""
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    begin = tl.load(cu_seqlens + row)
-    length = tl.load(cu_seqlens + row + 1) - begin
+    first_query = tl.load(cu_queries + row)
+    length = tl.load(cu_queries + row + 1) - first_query
     if block * BLOCK_M >= length:
         return
-    past, start = tl.load(past_lengths + row), tl.load(starts + row)
+    begin, start = tl.load(cu_seqlens + row), tl.load(starts + row)
+    # Queries are the row's last tokens.
+    without = tl.load(cu_seqlens + row + 1) - begin - length
+    past = without
+    if PAST:
+        past += tl.load(past_lengths + row)
     index = block * BLOCK_M + tl.arange(0, BLOCK_M)
     half, whole = tl.arange(0, HALF), tl.arange(0, PADDED)
     inside = index < length
     both = inside[:, None] & (half < SIZE // 2)[None, :]
-    token = (begin + index).to(tl.int64)
-    table = token[:, None] * (SIZE // 2) + half[None, :]
+    token = (begin + without + index).to(tl.int64)
+    place = (first_query + index).to(tl.int64)
+    table = token[:, None] * stride_ct + half[None, :]
     c = tl.load(cos + table, mask=both, other=0.0).to(tl.float32)
     s = tl.load(sin + table, mask=both, other=0.0).to(tl.float32)
-    source = query + token[:, None] * stride_qt + head * stride_qh + half[None, :]
+    source = query + place[:, None] * stride_qt + head * stride_qh + half[None, :]
     first = tl.load(source, mask=both, other=0.0).to(tl.float32)
     second = tl.load(source + SIZE // 2, mask=both, other=0.0).to(tl.float32)
     # Rounded as a rotation of its own would round it.
     q1 = (first * c - second * s).to(COMPUTE)
     q2 = (second * c + first * s).to(COMPUTE)
-    q_position = tl.load(positions + token, mask=inside, other=0)
 
     keys = key_cache + row * stride_kb + (head // GROUP) * stride_kg + start.to(tl.int64) * stride_kn
     values = value_cache + row * stride_vb + (head // GROUP) * stride_vg + start.to(tl.int64) * stride_vn
@@ -94,15 +103,16 @@ def attention_kernel(
     summed = tl.zeros([BLOCK_M, PADDED], tl.float32)
     low = 0
     if WINDOW:
+        q_position = tl.load(positions + token, mask=inside, other=0)
         # Positions ascend, so what is further behind by index is out of the window.
         low = tl.maximum(0, past + block * BLOCK_M - window + 1) // BLOCK_N * BLOCK_N
     high = tl.minimum(past + (block + 1) * BLOCK_M, past + length)
     for n in range(low, high, BLOCK_N):
         column = n + tl.arange(0, BLOCK_N)
         there = column < high
-        place = column.to(tl.int64)
+        cached = column.to(tl.int64)
         k_mask = there[None, :] & (half < SIZE // 2)[:, None]
-        k_at = keys + place[None, :] * stride_kn + half[:, None]
+        k_at = keys + cached[None, :] * stride_kn + half[:, None]
         k1 = tl.load(k_at, mask=k_mask, other=0.0).to(COMPUTE)
         k2 = tl.load(k_at + SIZE // 2, mask=k_mask, other=0.0).to(COMPUTE)
         scores = tl.dot(q1, k1, input_precision="ieee")
@@ -120,11 +130,11 @@ def attention_kernel(
         weights = tl.exp2(scores - finite[:, None])
         shrink = tl.exp2(highest - finite)
         v_mask = there[:, None] & (whole < SIZE)[None, :]
-        v = tl.load(values + place[:, None] * stride_vn + whole[None, :], mask=v_mask, other=0.0).to(COMPUTE)
+        v = tl.load(values + cached[:, None] * stride_vn + whole[None, :], mask=v_mask, other=0.0).to(COMPUTE)
         total = total * shrink + tl.sum(weights, 1)
         summed = tl.dot(weights.to(COMPUTE), v, summed * shrink[:, None], input_precision="ieee")
         highest = higher
-    target = output + token[:, None] * stride_ot + head * stride_oh + whole[None, :]
+    target = output + place[:, None] * stride_ot + head * stride_oh + whole[None, :]
     tl.store(target, summed / total[:, None], mask=inside[:, None] & (whole < SIZE)[None, :])
 
 
@@ -134,38 +144,47 @@ def launch(
     value: Tensor,
     cos: Tensor,
     sin: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     cu_seqlens: Tensor,
-    past_lengths: Tensor,
+    past_lengths: Tensor | None,
     starts: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_positions: Tensor,
+    cache_positions: Tensor | None,
     longest: int,
     scale: float,
     window: int,
     softcap: float,
+    cu_queries: Tensor | None = None,
 ) -> Tensor:
     """See :func:`vte_compile.kernels.varlen_attention.varlen_attention`."""
     heads, size = query.shape[1:]
-    kv_heads, batch = key.shape[1], len(past_lengths)
-    last = (query, key, value, key_cache, value_cache, cache_positions)
-    if any(x.stride(-1) != 1 for x in last) or not all(x.is_contiguous() for x in (cos, sin, positions)):
-        raise ValueError("varlen_attention: the last dim must be contiguous, and cos, sin and positions as a whole.")
+    kv_heads, batch = key.shape[1], len(starts)
+    positioned = positions is not None and cache_positions is not None
+    at, cached_at = (x if positioned and x is not None else starts for x in (positions, cache_positions))
+    last = (query, key, value, cos, sin, at, key_cache, value_cache, cached_at)
+    if any(x.stride(-1) != 1 for x in last) or cos.stride() != sin.stride():
+        raise ValueError("varlen_attention: the last dim must be contiguous, and cos laid out as sin.")
+    if window > 0 and not positioned:
+        raise ValueError("varlen_attention: a window counts positions: pass positions and cache_positions.")
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if longest == 0:
         return output
     chosen = settings_for("varlen_attention", query)
     half, padded = triton.next_power_of_2(size // 2), triton.next_power_of_2(size)
+    past = starts if past_lengths is None else past_lengths
+    position_stride = cached_at.stride(0) if positioned else 0
     append_kernel[(triton.cdiv(longest, APPEND_BLOCK), kv_heads, batch)](
-        key, value, cos, sin, positions, cu_seqlens, past_lengths, starts, key_cache, value_cache, cache_positions,
-        *key.stride()[:2], *value.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3],
-        cache_positions.stride(0), SIZE=size, HALF=half, BLOCK=APPEND_BLOCK, num_warps=4,
+        key, value, cos, sin, at, cu_seqlens, past, starts, key_cache, value_cache, cached_at, *key.stride()[:2],
+        *value.stride()[:2], cos.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3], position_stride,
+        PAST=past_lengths is not None, POSITIONS=positioned, SIZE=size, HALF=half, BLOCK=APPEND_BLOCK, num_warps=4,
     )  # fmt: skip
-    attention_kernel[(triton.cdiv(longest, chosen.block_m), heads, batch)](
-        query, cos, sin, positions, cu_seqlens, past_lengths, starts, key_cache, value_cache, cache_positions, output,
-        scale, window, softcap, *query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3],
-        cache_positions.stride(0), *output.stride()[:2], GROUP=heads // kv_heads, SIZE=size, HALF=half, PADDED=padded,
+    queries = longest if cu_queries is None else 1
+    attention_kernel[(triton.cdiv(queries, chosen.block_m), heads, batch)](
+        query, cos, sin, at, cu_seqlens if cu_queries is None else cu_queries, cu_seqlens, past, starts, key_cache,
+        value_cache, cached_at, output, scale, window, softcap, *query.stride()[:2], cos.stride(0),
+        *key_cache.stride()[:3], *value_cache.stride()[:3], position_stride, *output.stride()[:2],
+        PAST=past_lengths is not None, GROUP=heads // kv_heads, SIZE=size, HALF=half, PADDED=padded,
         WINDOW=window > 0, SOFTCAP=softcap > 0, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
         COMPUTE=chosen.compute, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip

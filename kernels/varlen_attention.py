@@ -24,40 +24,55 @@ def reference(
     value: Tensor,
     cos: Tensor,
     sin: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     cu_seqlens: Tensor,
-    past_lengths: Tensor,
+    past_lengths: Tensor | None,
     starts: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_positions: Tensor,
+    cache_positions: Tensor | None,
     scale: float,
     window: int,
     softcap: float,
+    cu_queries: Tensor | None = None,
 ) -> Tensor:
     """The naive reference; see :func:`varlen_attention`."""
     output = torch.empty_like(query)
-    bounds, past, first = cu_seqlens.tolist(), past_lengths.tolist(), starts.tolist()
-    group = query.shape[1] // key.shape[1]
-    turned_query, turned_key = (
-        rotate(x.flatten(1)[None], cos[None], sin[None], x.shape[1])[0].view_as(x) for x in (query, key)
+    first = starts.tolist()
+    past = [0] * len(first) if past_lengths is None else past_lengths.tolist()
+    rows = zip(
+        pairwise(cu_seqlens.tolist()),
+        pairwise((cu_seqlens if cu_queries is None else cu_queries).tolist()),
+        strict=True,
     )
-    for b, (begin, end) in enumerate(pairwise(bounds)):
+    group = query.shape[1] // key.shape[1]
+    cos, sin = (table[:, : query.shape[2] // 2] for table in (cos, sin))
+    turned_key = _turned(key, cos, sin)
+    for b, ((begin, end), (first_query, last_query)) in enumerate(rows):
         new = slice(first[b] + past[b], first[b] + past[b] + end - begin)
         key_cache[b, :, new] = turned_key[begin:end].transpose(0, 1)
         value_cache[b, :, new] = value[begin:end].transpose(0, 1)
-        cache_positions[b, new] = positions[begin:end]
+        if positions is not None and cache_positions is not None:
+            cache_positions[b, new] = positions[begin:end]
         seen = slice(first[b], new.stop)
         keys, values = (c[b, :, seen].repeat_interleave(group, 0) for c in (key_cache, value_cache))
-        scores = turned_query[begin:end].transpose(0, 1) @ keys.mT * scale  # [heads, tokens, past and new]
+        asking = slice(end - (last_query - first_query), end)  # which tokens the queries are
+        queries = _turned(query[first_query:last_query], cos[asking], sin[asking])
+        scores = queries.transpose(0, 1) @ keys.mT * scale  # [heads, queries, past and new]
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
         index = torch.arange(seen.stop - seen.start, device=query.device)
-        visible = index <= index[past[b] :, None]
+        visible = index <= index[len(index) - len(queries) :, None]
         if window > 0:
-            visible &= positions[begin:end, None] - cache_positions[b, seen] < window
-        output[begin:end] = (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ values).transpose(0, 1)
+            assert positions is not None
+            assert cache_positions is not None
+            visible &= positions[asking, None] - cache_positions[b, seen] < window
+        output[first_query:last_query] = (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ values).transpose(0, 1)
     return output
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotate(x.flatten(1)[None], cos[None], sin[None], x.shape[1])[0].view_as(x)
 
 
 @torch.library.custom_op(
@@ -69,41 +84,43 @@ def varlen_attention(
     value: Tensor,
     cos: Tensor,
     sin: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     cu_seqlens: Tensor,
-    past_lengths: Tensor,
+    past_lengths: Tensor | None,
     starts: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_positions: Tensor,
+    cache_positions: Tensor | None,
     longest: int,
     scale: float,
     window: int,
     softcap: float,
+    cu_queries: Tensor | None = None,
 ) -> Tensor:
     """Append a packed chunk to the cache, and attend causally to all of it.
 
     Args:
-        query: [T, heads, D], not rotated; D is 64, 80, 96, 128 or 256 on CUDA.
+        query: [N, heads, D], not rotated; D is 64, 80, 96, 128 or 256 on CUDA. N is T without ``cu_queries``.
         key: [T, kv_heads, D], not rotated; ``value`` likewise. ``heads`` is a multiple of ``kv_heads``.
-        cos: [T, D / 2], of each token's position; ``sin`` likewise.
-        positions: [T] int32, of the tokens; ascending in each row.
+        cos: [T, D / 2], of each token's position, or [T, D] of two equal halves; ``sin`` likewise.
+        positions: [T] int32, of the tokens; ascending in each row. Only for a window, and else may be None.
         cu_seqlens: [B + 1] int32: where rows begin and end in the chunk.
-        past_lengths: [B] int32: how many tokens of each row are cached.
+        past_lengths: [B] int32: how many tokens of each row are cached; None: none.
         starts: [B] int32: the column where each row begins in the cache.
         key_cache: [B, kv_heads, columns, D], and ``value_cache``: room for the chunk is there; written in place.
-        cache_positions: [B, columns] int32: positions of what is cached; written in place.
+        cache_positions: [B, columns] int32: positions of what is cached, written in place; or None, as ``positions``.
         longest: Tokens of the longest row of the chunk, or more.
         scale: Of the scores.
         window: A token sees those whose position is less than this behind its own (Mistral, arXiv 2310.06825); 0: all.
         softcap: Scores s become ``softcap * tanh(s / softcap)`` (Gemma 2, arXiv 2408.00118); 0: as they are.
+        cu_queries: [B + 1] int32: of each row only the last token has a query, N is B; None: all have.
 
     Returns:
-        [T, heads, D].
+        [N, heads, D].
     """
     return reference(
         query, key, value, cos, sin, positions, cu_seqlens, past_lengths, starts, key_cache, value_cache,
-        cache_positions, scale, window, softcap,
+        cache_positions, scale, window, softcap, cu_queries,
     )  # fmt: skip
 
 

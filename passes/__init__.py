@@ -14,6 +14,7 @@ from vte_compile.passes.attention_layout import attention_layout
 from vte_compile.passes.cleanup import cleanup
 from vte_compile.passes.fold_adapters import fold_adapters
 from vte_compile.passes.fold_co_adapters import fold_co_adapters
+from vte_compile.passes.fuse_attention import fuse_attention
 from vte_compile.passes.fuse_rotary import fuse_rotary
 from vte_compile.passes.insert_exits import insert_exits
 from vte_compile.passes.last_layer_queries import last_layer_queries
@@ -38,6 +39,7 @@ PASSES: tuple[Pass, ...] = (
     last_layer_queries,
     last_token_logits,
     fuse_rotary,
+    fuse_attention,  # behind last_layer_queries, which looks for torch's own attentions
     attention_layout,  # behind fuse_rotary, which looks for rotated heads
     cleanup,
 )

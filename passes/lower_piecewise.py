@@ -3,9 +3,10 @@
 A piece is one layer (or what comes before or behind the layers). Its weights are inputs, so that equal layers are one
 piece and compile once. Lengths are read from the piece's own inputs, so one piece serves before and behind an exit.
 
-In decode the graph is also cut at attentions, which run between pieces: they write into the cache, and no piece depends
-on its length. There, a piece is what stands between the attentions of two layers; one whose attention is skipped stays
-a piece of its own, so that the number of distinct pieces does not depend on which are skipped.
+In decode, and where attentions are fused, the graph is also cut at attentions, which run between pieces: they write
+into the cache, and no piece depends on its length. There, a piece is what stands between the attentions of two layers;
+one whose attention is skipped stays a piece of its own, so that the number of distinct pieces does not depend on which
+are skipped.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import sympy
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, fx
 from vte_compile.errors import CaptureError
 from vte_compile.kernels.append_attention import append_attention
 from vte_compile.kernels.exit_gate import exit_gate, static_exit
+from vte_compile.kernels.fused_attention import rotary_append_attention, rotary_packed_attention
 from vte_compile.kernels.packed_exit import packed_exit, packed_gate, packed_static_exit
 from vte_compile.kernels.token_exit import token_exit, unpack_dims
 
@@ -31,8 +33,15 @@ if TYPE_CHECKING:
     from vte_compile.runtime.prompt_value import PromptValue
 
 Parameter = Callable[[], Tensor]
+AttendKind = Literal["append", "rotary_append", "rotary_packed"]
+"""Of attentions that run between pieces, as the ops are called that they do the work of."""
 _GATES = (exit_gate._opoverload, packed_gate._opoverload)
 _MARKERS = (token_exit._opoverload, packed_exit._opoverload)
+_ATTENDING: dict[Any, AttendKind] = {
+    append_attention._opoverload: "append",
+    rotary_append_attention._opoverload: "rotary_append",
+    rotary_packed_attention._opoverload: "rotary_packed",
+}
 _EXIT_OPS = (*_GATES, *_MARKERS, static_exit._opoverload, packed_static_exit._opoverload)
 
 
@@ -70,10 +79,11 @@ class ExitPoint:
 
 @dataclass
 class AttendPoint:
-    """The attention of one layer in a decode step, which appends to the cache in place."""
+    """The attention of one layer, which writes into the cache in place."""
 
+    kind: AttendKind
     inputs: list[str]
-    """Query, key and value of the new token, keys and values before it, and, of a batch, where its rows start."""
+    """As the op takes them; without starts where it has none."""
     outputs: list[str]
     """The attention's output, keys and values."""
     scale: float | None
@@ -125,7 +135,7 @@ def lower_piecewise(graph: DecoderGraph) -> PiecewiseGraph:
                 part = []
             else:
                 part += own
-        if not {layer, layer + 1} <= attending:
+        if layer in exits or not {layer, layer + 1} <= attending:
             steps += _pieces(graph, part, modules)
             part = []
         if layer in exits:
@@ -160,14 +170,14 @@ def _exit_point(graph: DecoderGraph, marker: fx.Node) -> ExitPoint:
 
 
 def _appends(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.target is append_attention._opoverload
+    return isinstance(node, fx.Node) and node.target in _ATTENDING
 
 
 def _attend_point(node: fx.Node) -> AttendPoint:
     *tensors, scale = node.args
     inputs = [n.name for n in tensors if isinstance(n, fx.Node)]
     outputs = {user.args[1]: user.name for user in node.users}
-    return AttendPoint(inputs, [outputs[i] for i in range(3)], scale)  # type: ignore[arg-type]
+    return AttendPoint(_ATTENDING[node.target], inputs, [outputs[i] for i in range(3)], scale)  # type: ignore[arg-type]
 
 
 def _pieces(graph: DecoderGraph, nodes: list[fx.Node], modules: dict[str, fx.GraphModule]) -> list[Piece]:

@@ -25,6 +25,8 @@ class PassSettings:
     """All rows of a batch come from one prompt, so adapters know the same of each."""
     folded: FoldedWeights = field(default_factory=FoldedWeights)
     """Filled by fold_adapters; the same object for all graphs of a model."""
+    fuse_attention: bool | None = None
+    """Attentions as fused kernels; None: in graphs on CUDA devices."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,29 @@ def case(lengths, heads=4, kv_heads=2, size=64, dtype=torch.float64, paged=False
     return [query, *pools, starts, ends, table, pool_positions]
 
 
+def with_new_token(lengths, dtype=torch.float64, paged=False, rotated=False, **options):
+    """A cache without each row's last column, that token's key and value, its tables, and what the op should see."""
+    whole = case(lengths, dtype=dtype, paged=paged, **options)
+    query, keys, values, _, ends, table, _ = whole
+    generator = torch.Generator().manual_seed(3)
+    size, batch = query.shape[-1], len(query)
+    new = [torch.randn(batch, keys.shape[1], size, generator=generator, dtype=torch.float64).to(dtype) for _ in "kv"]
+    angles = torch.rand(batch, 1, size // 2, generator=generator, dtype=torch.float64) * 6
+    halves = [angles.cos(), angles.sin()]
+    tables = [torch.cat([half, half], -1)[:, 0].to(dtype) for half in halves]
+    for b, end in enumerate(ends.tolist()):
+        block, column = (b, end - 1) if table is None else (int(table[b, (end - 1) // PAGE]), (end - 1) % PAGE)
+        for cache in (keys, values):
+            cache[block, :, column] = math.nan
+    return whole, [*new, *(tables if rotated else (None, None))]
+
+
+def turned(x, cos, sin):
+    """x [B, heads, D] rotated as models do."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+
 def placed(arguments):
     return [None if x is None else x.to(DEVICE) for x in arguments]
 
@@ -58,8 +81,8 @@ def check(lengths, dtype, window=0, softcap=0.0, processors=None, **options):
 
     arguments = placed(case(lengths, dtype=dtype, **options))
     scale = arguments[0].shape[-1] ** -0.5
-    expected = reference(*wider(arguments), scale, window, softcap)
-    output = launch(*arguments, max(lengths), scale, window, softcap, processors)
+    expected = reference(*wider(arguments), max(lengths), scale, window, softcap)
+    output = launch(*arguments, max(lengths), scale, window, softcap, processors=processors)
     assert output.dtype == dtype
     assert not output.isnan().any()
     error = (output.double() - expected).abs().max() / expected.abs().max()
@@ -68,7 +91,7 @@ def check(lengths, dtype, window=0, softcap=0.0, processors=None, **options):
 
 def test_the_reference_is_attention_to_each_rows_columns():
     query, keys, values, starts, ends, _, _ = arguments = case([5, 9])
-    output = reference(*arguments, 0.125, 0, 0.0)
+    output = reference(*arguments, 9, 0.125, 0, 0.0)
     for b in range(2):
         held = slice(int(starts[b]), int(ends[b]))
         k, v = (x[b, :, held].repeat_interleave(2, 0) for x in (keys, values))
@@ -79,12 +102,34 @@ def test_the_reference_is_attention_to_each_rows_columns():
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (6, 0.0), (0, 0.8)])
 def test_pages_in_order_are_a_cache(window, softcap):
     plain, paged = case([5, 19, 1]), case([5, 19, 1], paged=True)
-    assert_close(reference(*paged, 0.125, window, softcap), reference(*plain, 0.125, window, softcap), 1e-12)
+    assert_close(reference(*paged, 19, 0.125, window, softcap), reference(*plain, 19, 0.125, window, softcap), 1e-12)
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("paged", [False, True])
-def test_op(paged):
-    opcheck(decode_attention, (*case([5, 9], dtype=torch.float32, paged=paged), 9, 0.125, 0, 0.0))
+def test_the_reference_appends(paged, rotated):
+    whole, new = with_new_token([5, 9], paged=paged, rotated=rotated)
+    by_hand = [None if x is None else x.clone() for x in whole]
+    output = reference(*whole, 9, 0.125, 0, 0.0, *new)
+    key, value, *tables = new
+    if rotated:
+        by_hand[0], key = (turned(x, *tables) for x in (by_hand[0], key))
+    _, keys, values, _, ends, table, _ = by_hand
+    for b, end in enumerate(ends.tolist()):
+        block, column = (b, end - 1) if table is None else (int(table[b, (end - 1) // PAGE]), (end - 1) % PAGE)
+        keys[block, :, column], values[block, :, column] = key[b], value[b]
+    assert_close(output, reference(*by_hand, 9, 0.125, 0, 0.0), 1e-12)
+    for ours, theirs in zip(whole[1:3], (keys, values), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_op():
+    opcheck(decode_attention, (*case([5, 9], dtype=torch.float32, paged=True), 9, 0.125, 0, 0.0))
+
+
+def test_op_that_appends():
+    whole, new = with_new_token([5, 9], dtype=torch.float32, rotated=True)
+    opcheck(decode_attention, (*whole, 9, 0.125, 0, 0.0, *new))
 
 
 # ---------------------------------------------------------------- the kernels (interpreted, where there is no GPU)
@@ -114,6 +159,42 @@ def test_window_and_softcap(window, softcap, paged):
     check([33, 4], torch.float32, window=window, softcap=softcap, paged=paged)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "dtype", "options"),
+    [
+        ([1, 7, 33], torch.float32, {}),
+        ([1, 7, 33], torch.float16, {"paged": True}),
+        ([1, 7, 33], torch.bfloat16, {"rotated": False, "size": 80}),
+        ([9, 400], torch.float32, {"processors": 32, "heads": 6}),
+        ([9, 4], torch.float32, {"window": 5, "softcap": 0.7}),
+        ([9, 9], torch.float32, {"ends": False}),
+        ([1], torch.float32, {"ends": False}),
+    ],
+)
+def test_kernel_appends(lengths, dtype, options):
+    """In the program of the last column; what is not the row's last column stays as it was."""
+    from vte_compile.kernels.triton_decode_attention import launch
+
+    options = dict(options)
+    window, softcap = options.pop("window", 0), options.pop("softcap", 0.0)
+    processors, given = options.pop("processors", None), options.pop("ends", True)
+    whole, new = with_new_token(lengths, dtype=dtype, **{"rotated": True} | options)
+    longest = max(lengths)
+    if not given:  # caches whose rows begin at 0 and end together, as those of one row do
+        caches = [x[:, :, :longest].nan_to_num() for x in whole[1:3]]
+        whole = [whole[0], *caches, None, None, None, None]
+    arguments, new = placed(whole), placed(new)
+    expected_arguments, expected_new = [[None if x is None else x.clone() for x in wider(y)] for y in (arguments, new)]
+    scale = arguments[0].shape[-1] ** -0.5
+    expected = reference(*expected_arguments, longest, scale, window, softcap, *expected_new)
+    output = launch(*arguments, longest, scale, window, softcap, *new, processors=processors)
+    assert not output.isnan().any()
+    assert float((output.double() - expected).abs().max() / expected.abs().max()) < TOLERANCE[dtype]
+    for ours, theirs in zip(arguments[1:3], expected_arguments[1:3], strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert float((ours.double() - theirs).nan_to_num().abs().max()) < 4 * TOLERANCE[dtype]
+
+
 def test_splits_of_rows_that_differ():
     """The short row has splits without columns, and with a window most splits of the long one see nothing."""
     check([400, 3], torch.float32, processors=32)
@@ -139,6 +220,11 @@ def test_refusals():
     arguments = case([3], dtype=torch.float32)
     with pytest.raises(ValueError, match="pass cache_positions"):
         launch(*arguments[:6], None, 3, 1.0, 4, 0.0)
+    _, new = with_new_token([3, 3], dtype=torch.float32, rotated=True)
+    with pytest.raises(ValueError, match="key and value together"):
+        launch(*arguments, 3, 1.0, 0, 0.0, new[0])
+    with pytest.raises(ValueError, match="laid out alike"):
+        launch(*arguments, 3, 1.0, 0, 0.0, *new[:3], new[3][:, :32].contiguous())
     arguments[1] = arguments[1].mT.contiguous().mT
     with pytest.raises(ValueError, match="must be contiguous"):
         launch(*arguments, 3, 1.0, 0, 0.0)
@@ -148,6 +234,6 @@ def test_refusals():
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_op_on_a_gpu(dtype):
     arguments = placed(case([3000, 124, 1, 641], dtype=dtype, heads=8, size=128))
-    expected = reference(*wider(arguments), 0.1, 0, 0.0)
+    expected = reference(*wider(arguments), 3000, 0.1, 0, 0.0)
     error = (decode_attention(*arguments, 3000, 0.1, 0, 0.0).double() - expected).abs().max() / expected.abs().max()
     assert float(error) < TOLERANCE[dtype]

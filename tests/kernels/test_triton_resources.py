@@ -16,7 +16,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot be compiled")
 
-from vte_compile.kernels.triton_settings import CHIPS, HEAD_SIZES, SHARED_MEMORY, table
+from vte_compile.kernels.attention_support import HEAD_SIZES
+from vte_compile.kernels.triton_settings import CHIPS, SHARED_MEMORY, table
 
 ROOT = Path(__file__).parents[2]
 KERNELS = {"append_kernel", "attention_kernel", "split_kernel", "combine_kernel", "decide_kernel", "compact_kernel"}

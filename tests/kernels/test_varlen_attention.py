@@ -123,10 +123,34 @@ def test_a_window_counts_positions_and_softcap_bends_scores():
     assert float((plain - bent).abs().max()) > 0.1
 
 
+def last_only(arguments):
+    """The same with a query of each row's last token alone, whole tables of two equal halves, and no positions."""
+    query, key, value, cos, sin, _, cu_seqlens, past, *caches, _ = [x.clone() for x in arguments]
+    queries = query[cu_seqlens[1:].long() - 1]
+    tables = [torch.cat([table, table], -1) for table in (cos, sin)]
+    return [queries, key, value, *tables, None, cu_seqlens, past, *caches, None]
+
+
+def test_the_reference_with_queries_of_last_tokens():
+    arguments = case([5, 1, 3], [0, 2, 4])
+    short = last_only(arguments)
+    ones = torch.arange(4, dtype=torch.int32)
+    ends = arguments[6][1:].long() - 1
+    output = reference(*short, 0.125, 0, 0.0, ones)
+    assert_close(output, reference(*arguments, 0.125, 0, 0.0)[ends], 1e-12)
+    for ours, theirs in zip(short[9:11], arguments[9:11], strict=True):
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_op(rows):
     lengths, past = ROWS[rows]
     opcheck(varlen_attention, (*case(lengths, past, dtype=torch.float32), max(lengths), 0.125, 0, 0.0))
+
+
+def test_op_with_queries_of_last_tokens():
+    ones = torch.arange(3, dtype=torch.int32)
+    opcheck(varlen_attention, (*last_only(case([5, 2], [0, 3], dtype=torch.float32)), 5, 0.125, 0, 0.0, ones))
 
 
 # ---------------------------------------------------------------- the kernels (interpreted, where there is no GPU)
@@ -155,6 +179,21 @@ def test_window_and_softcap(window, softcap):
     check([33, 4], [0, 21], torch.float32, window=window, softcap=softcap)
 
 
+@pytest.mark.parametrize("past", [[0, 0, 0], [3, 0, 40]])
+def test_queries_of_last_tokens(past):
+    arguments = last_only(case([19, 1, 34], past, dtype=torch.float32))
+    if not any(past):
+        arguments[7] = None
+    expected_arguments = [None if x is None else x.clone() for x in arguments]
+    ones = torch.arange(4, dtype=torch.int32)
+    expected = reference(*expected_arguments, 0.125, 0, 0.0, ones)
+    arguments = [None if x is None else x.to(DEVICE) for x in arguments]
+    output = by_kernel(arguments, 34, 0.125, 0, 0.0, ones.to(DEVICE))
+    assert relative_error(output.cpu(), expected.double()) < 1e-5
+    for ours, theirs in zip(arguments[9:11], expected_arguments[9:11], strict=True):
+        assert relative_error(ours.cpu().nan_to_num(), theirs.double().nan_to_num()) < 1e-5
+
+
 def test_inputs_that_are_views():
     """q, k and v as slices of one tensor, as a packed linear layer gives them."""
     arguments = case([9, 4], [0, 2], dtype=torch.float32)
@@ -170,6 +209,8 @@ def test_refusals():
     with pytest.raises(ValueError, match="float64: expected float16"):
         by_kernel(case([3], [0]), 3, 1.0, 0, 0.0)
     arguments = case([3], [0], dtype=torch.float32)
+    with pytest.raises(ValueError, match="pass positions and cache_positions"):
+        by_kernel([*arguments[:5], None, *arguments[6:]], 3, 1.0, 2, 0.0)
     arguments[0] = arguments[0].transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match="last dim must be contiguous"):
         by_kernel(arguments, 3, 1.0, 0, 0.0)

@@ -69,6 +69,7 @@ def test_the_order_of_the_passes():
         "last_layer_queries",
         "last_token_logits",
         "fuse_rotary",
+        "fuse_attention",
         "attention_layout",
         "cleanup",
     ]

@@ -87,11 +87,27 @@ class RowsCache:
             for layer, start in zip(self.layers, starts, strict=True)
         ]
 
-    def replace(self, rows: Sequence[RowKV], new_columns: int, next_positions: Tensor, exit_layer: Tensor) -> None:
-        """Take the rows of a prefill or continuation."""
+    def replace(
+        self,
+        rows: Sequence[RowKV],
+        new_columns: int,
+        next_positions: Tensor,
+        exit_layer: Tensor,
+        buffers: RowKV | None = None,
+    ) -> None:
+        """Take the rows of a prefill or continuation.
+
+        Args:
+            rows: Keys and values of each.
+            new_columns: That the chunk had.
+            next_positions: [B] int64.
+            exit_layer: [B] int64.
+            buffers: Of each layer, what the rows are views of, if that is a cache already: aligned at the end of its
+                first columns, with room behind them.
+        """
         starts = []
         layers = []
-        for kv in zip(*rows, strict=True):
+        for index, kv in enumerate(zip(*rows, strict=True)):
             parts = [part for part in kv if part is not None]
             if not parts:
                 layers.append(self.layer_class())
@@ -99,8 +115,12 @@ class RowsCache:
                 continue
             lengths = [keys.shape[2] for keys, _ in parts]
             longest = max(lengths)
-            keys, values = (_align_end([part[i] for part in parts], longest) for i in (0, 1))
-            layers.append(self.layer_class.filled(keys, values))
+            made = None if buffers is None else buffers[index]
+            if made is None:
+                keys, values = (_align_end([part[i] for part in parts], longest) for i in (0, 1))
+                layers.append(self.layer_class.filled(keys, values))
+            else:
+                layers.append(self.layer_class.in_buffers(*made, longest))
             starts.append([longest - length for length in lengths])
         self.layers = layers
         device = next_positions.device

@@ -32,18 +32,33 @@ _Key = tuple[Phase, bool, bool, bool, torch.dtype, torch.device]
 
 
 class DecoderRunner(RowRunner):
-    """A decoder's programs, built when first needed and rebuilt when the model moved to another dtype or device."""
+    """A decoder's programs, built when first needed and rebuilt when the model moved to another dtype or device.
+
+    Args:
+        spec: The decoder.
+        plan: What its graphs are to do.
+        compiler: Of pieces; None: they run uncompiled.
+        folded: Weights that adapters were folded into.
+        fuse_attention: As in ``PassSettings``.
+    """
 
     def __init__(
-        self, spec: DecoderSpec, plan: Plan, compiler: PieceCompiler | None, folded: FoldedWeights | None = None
+        self,
+        spec: DecoderSpec,
+        plan: Plan,
+        compiler: PieceCompiler | None,
+        folded: FoldedWeights | None = None,
+        fuse_attention: bool | None = None,
     ) -> None:
         self.spec, self.plan, self.compiler = spec, plan, compiler
+        self.fuse_attention = fuse_attention
         self.folded = FoldedWeights() if folded is None else folded
         adapters = [part.adapter for parts in (plan.adapters, plan.skips) for part in parts if part.adapter is not None]
         routed = any(isinstance(adapter.router, Router) for adapter in adapters)
         super().__init__(bool(plan.exits), routed, decodes_one_row_apart=True, position_rows=spec.position_rows)
         self._captures: dict[tuple[Any, ...], DecoderGraph] = {}
-        self._graphs: dict[_Key, tuple[PiecewiseGraph, list[PassResult]]] = {}
+        self._graphs: dict[tuple[_Key, bool], tuple[PiecewiseGraph, list[PassResult]]] = {}
+        """By key, and whether attentions are fused."""
         self._programs: dict[_Key, Program] = {}
         self._unpacked: dict[_Key, str] = {}
         """Why prompts are not packed; "" if they are."""
@@ -51,13 +66,13 @@ class DecoderRunner(RowRunner):
 
     def with_plan(self, plan: Plan, folded: FoldedWeights | None = None) -> DecoderRunner:
         """A runner of the same decoder for another plan, which shares what was traced and compiled."""
-        other = DecoderRunner(self.spec, plan, self.compiler, folded)
+        other = DecoderRunner(self.spec, plan, self.compiler, folded, self.fuse_attention)
         other._captures, other._lock = self._captures, self._lock
         return other
 
     def rebound(self, spec: DecoderSpec) -> DecoderRunner:
         """The same runner of the same decoder, of which some weights were freed."""
-        other = DecoderRunner(spec, self.plan, self.compiler, self.folded)
+        other = DecoderRunner(spec, self.plan, self.compiler, self.folded, self.fuse_attention)
         other._captures = {key: graph.rebound(spec) for key, graph in self._captures.items()}
         return other
 
@@ -68,11 +83,14 @@ class DecoderRunner(RowRunner):
             "plan": self.plan,
             "compile": self.compiler is not None,
             "folded": self.folded,
+            "fuse_attention": self.fuse_attention,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         compiler = PieceCompiler() if state["compile"] else None
-        self.__init__(state["spec"], state["plan"], compiler, state["folded"])  # type: ignore[misc]
+        self.__init__(  # type: ignore[misc]
+            state["spec"], state["plan"], compiler, state["folded"], state["fuse_attention"]
+        )
 
     def program(self, phase: Phase, *, batched: bool = False, last: bool = True, one_prompt: bool = True) -> Program:
         """The program of one phase; ``last``: with the logits of the last token only.
@@ -87,13 +105,14 @@ class DecoderRunner(RowRunner):
             return self._programs[key]
 
     def lowered(self, phase: Phase, *, batched: bool) -> PiecewiseGraph:
-        """What :meth:`program` compiles, with the logits of the last token only, and rows from any prompts.
+        """What :meth:`program` compiles, with the logits of the last token only, rows from any prompts, and torch's own
+        attention: for engines.
 
         Raises:
             CaptureError: The decoder could not be traced or rewritten.
         """
         one_prompt = not self.routed and phase != "chunk"
-        return self._lowered((phase, batched, True, one_prompt, self.spec.dtype, self.spec.device))[0]
+        return self._lowered((phase, batched, True, one_prompt, self.spec.dtype, self.spec.device), False)[0]
 
     def packed_program(self, last: bool) -> Program | None:
         """The program of a packed prefill; None, with a message to the log, if the graph cannot be packed.
@@ -151,10 +170,13 @@ class DecoderRunner(RowRunner):
 
     def pass_results(self, phase: Phase) -> list[PassResult]:
         """What the passes did in the graph of a phase (in the form that was lowered first); [] before it is."""
-        return next((results for key, (_, results) in self._graphs.items() if key[0] == phase), [])
+        return next((results for (key, _), (_, results) in self._graphs.items() if key[0] == phase), [])
 
-    def _lowered(self, key: _Key) -> tuple[PiecewiseGraph, list[PassResult]]:
-        if key not in self._graphs:
+    def _lowered(self, key: _Key, fuse: bool | None = None) -> tuple[PiecewiseGraph, list[PassResult]]:
+        fuse = self.fuse_attention if fuse is None else fuse
+        if fuse is None:
+            fuse = self.spec.device.type == "cuda"
+        if (key, fuse) not in self._graphs:
             phase, batched, last, one_prompt, *where = key
             # Packed rows are a rewritten prefill.
             of_phase: Phase = "prefill" if phase == "packed" else phase
@@ -164,7 +186,7 @@ class DecoderRunner(RowRunner):
                 traced_graph = capture_chunk(self.spec) if chunk else capture(self.spec, of_phase, batched=batched)
                 self._captures[traced] = traced_graph
             graph = replace(self._captures[traced].clone(), phase=phase)
-            results = run_passes(PASSES, graph, PassSettings(self.plan, last, one_prompt, self.folded))
+            results = run_passes(PASSES, graph, PassSettings(self.plan, last, one_prompt, self.folded, fuse))
             for result in results:
                 for refusal in result.refusals:
                     level = logging.WARNING if result.name in _ASKED_FOR else logging.DEBUG
@@ -176,5 +198,5 @@ class DecoderRunner(RowRunner):
                         refusal.layer,
                         refusal.reason,
                     )
-            self._graphs[key] = lower_piecewise(graph), results
-        return self._graphs[key]
+            self._graphs[key, fuse] = lower_piecewise(graph), results
+        return self._graphs[key, fuse]

@@ -11,6 +11,11 @@ _MIN_ROOM, _ROOM_PART = 64, 4
 """New buffers have room for this many more columns, or for this part (1 / n) of those they hold, if that is more."""
 
 
+def with_room(columns: int) -> int:
+    """Columns of a buffer that is made for so many, so that it has some to grow."""
+    return columns + max(_MIN_ROOM, columns // _ROOM_PART)
+
+
 class GrowingLayer:
     """Keys and values of one layer [B, heads, columns, head size]; none where attention is skipped.
 
@@ -35,11 +40,18 @@ class GrowingLayer:
         layer.dtype, layer.device = keys.dtype, keys.device
         return layer
 
+    @classmethod
+    def in_buffers(cls, keys: Tensor, values: Tensor, columns: int) -> Any:
+        """A layer that holds the first columns of buffers, and may write behind them."""
+        layer = cls.filled(keys[:, :, :columns], values[:, :, :columns])
+        layer._buffers = keys, values
+        return layer
+
     def next_column(self) -> tuple[Tensor, Tensor]:
         """Keys and values with one more column, which is to be written before :meth:`append` takes it."""
         columns = self.keys.shape[2]
         if self._buffers is None or self._buffers[0].shape[2] == columns:
-            capacity = columns + max(_MIN_ROOM, columns // _ROOM_PART)
+            capacity = with_room(columns)
             # One after the other, so that only one of them is there twice.
             key_buffer, self.keys = _with_room(self.keys, capacity)
             value_buffer, self.values = _with_room(self.values, capacity)

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vte_compile.passes import PassResult
-from vte_compile.passes.lower_piecewise import AttendPoint, Piece, PiecewiseGraph
+from vte_compile.passes.lower_piecewise import AttendKind, AttendPoint, Piece, PiecewiseGraph
+from vte_compile.runtime.fused_steps import RotaryAppendStep, RotaryPackedStep
 from vte_compile.runtime.inductor import Function, PieceCompiler
-from vte_compile.runtime.steps import AttendStep, ExitStep, PieceStep, Step, StepProgram
+from vte_compile.runtime.steps import AttendStep, ExitStep, PackedAttendStep, PieceStep, Step, StepProgram
+
+_ATTEND_STEPS: dict[AttendKind, type[AttendStep] | type[PackedAttendStep]] = {
+    "append": AttendStep,
+    "rotary_append": RotaryAppendStep,
+    "rotary_packed": RotaryPackedStep,
+}
 
 
 @dataclass
@@ -47,7 +54,8 @@ class Program(StepProgram):
                     function = compiler.compile(step.module, step.key, step.examples)
                 steps.append(_LoweredPiece(slot(step.inputs), slot(step.outputs), step, function, _lengths(step)))
             elif isinstance(step, AttendPoint):
-                steps.append(AttendStep(slot(step.inputs), slot(step.outputs), step.scale))
+                kind = _ATTEND_STEPS[step.kind]
+                steps.append(kind(slot(step.inputs), slot(step.outputs), step.scale))
             else:
                 [stream] = slot([step.stream])
                 steps.append(ExitStep(slot(step.inputs), slot(step.outputs), step.layer, stream, step.dims, step.gate))

@@ -157,23 +157,30 @@ class RowRunner:
                 positions = self._expanded(position_ids, batch)[..., b, real[b]]
             next_positions.append(int(positions.max()) + 1)
             inputs.append((embeds[b, real[b]], visual_mask[b, real[b]], positions))
-        rows = self._prompts(inputs, cache, last) if cache.is_empty else self._continue(inputs, cache, last)
+        buffers = None
+        if cache.is_empty:
+            rows, buffers = self._prompts(inputs, cache, last)
+        else:
+            rows = self._continue(inputs, cache, last)
         exit_layer = torch.tensor([-1 if r is None else r.exit_layer for r in rows], device=embeds.device)
         logits = self._lay_out(rows, real, tokens, last)
         kv = [cache.row(b) if r is None else r.kv for b, r in enumerate(rows)]
-        cache.replace(kv, tokens, torch.tensor(next_positions, device=embeds.device), exit_layer)
+        cache.replace(kv, tokens, torch.tensor(next_positions, device=embeds.device), exit_layer, buffers)
         return RunnerOutput(logits, exit_layer)
 
-    def _prompts(self, inputs: list[_RowInput | None], cache: RowsCache, last: bool) -> list[_RowOutput | None]:
-        """Prefill, and what adapters will want to know of it."""
+    def _prompts(
+        self, inputs: list[_RowInput | None], cache: RowsCache, last: bool
+    ) -> tuple[list[_RowOutput | None], RowKV | None]:
+        """Prefill, and what adapters will want to know of it; and what rows' keys are views of, if it is a cache."""
         # Beams and multiple samples start as copies of one prompt, one behind the other.
         copies = [a is not None and b is not None and _equal(a, b) for a, b in pairwise(inputs)]
         if not all(copies) and (packed := self.packed_program(last)) is not None:
             first = [
                 row for row, copied in zip(inputs, [False, *copies], strict=True) if row is not None and not copied
             ]
-            outputs = self._packed(packed, first)
-            return [outputs[i] for i in accumulate([0, *(not copied for copied in copies)])]
+            outputs, buffers = self._packed(packed, first)
+            placed: list[_RowOutput | None] = [outputs[i] for i in accumulate([0, *(not c for c in copies)])]
+            return placed, None if any(copies) else buffers
         one_prompt = not self.routed or all(copies)
         program = self.program("prefill", last=last, one_prompt=one_prompt)
         rows: list[_RowOutput | None] = []
@@ -183,10 +190,10 @@ class RowRunner:
         if program.prompt_state:
             states = [row.prompt_state for row in rows if row is not None]
             cache.prompt_state = PromptState.of_rows(program.prompt_state, states, one_prompt)
-        return rows
+        return rows, None
 
-    def _packed(self, program: StepProgram, inputs: list[_RowInput]) -> list[_RowOutput]:
-        """Prefill of different rows at once."""
+    def _packed(self, program: StepProgram, inputs: list[_RowInput]) -> tuple[list[_RowOutput], RowKV | None]:
+        """Prefill of different rows at once; and what their keys are views of, if it is a cache."""
         lengths = [len(embeds) for embeds, _, _ in inputs]
         visual = [VisualTokens.find(mask.cpu()) if self.may_exit else None for _, mask, _ in inputs]
         rows = PackedRows(list(lengths), visual)
@@ -209,10 +216,10 @@ class RowRunner:
                 len(every if e < 0 or e >= layer else k)
                 for every, k, e in zip(whole, kept, rows.exit_layers, strict=True)
             ]
-            parts = None if pair is None else zip(*(t.split(left, dim=2) for t in pair), strict=True)
-            for row in kv:
-                row.append(None if parts is None else next(parts))
-        return [_RowOutput(*row, []) for row in zip(logits, kv, rows.exit_layers, kept, strict=True)]
+            for b, row in enumerate(kv):
+                row.append(None if pair is None else _of_row(*pair, b, left, program.makes_caches))
+        outputs = [_RowOutput(*row, []) for row in zip(logits, kv, rows.exit_layers, kept, strict=True)]
+        return outputs, output.kv if program.makes_caches else None
 
     def _continue(self, inputs: list[_RowInput | None], cache: RowsCache, last: bool) -> list[_RowOutput | None]:
         """A chunk of rows that have a past."""
@@ -251,6 +258,15 @@ class RowRunner:
                 else:
                     target[positions[row.kept]] = row.logits[0]
         return logits
+
+
+def _of_row(keys: Tensor, values: Tensor, row: int, lengths: list[int], cached: bool) -> tuple[Tensor, Tensor]:
+    """A row's part of what a packed program gives: [1, heads, its length, head size]."""
+    if cached:
+        ends = slice(max(lengths) - lengths[row], max(lengths))
+        return keys[row : row + 1, :, ends], values[row : row + 1, :, ends]
+    begin = sum(lengths[:row])
+    return keys.narrow(2, begin, lengths[row]), values.narrow(2, begin, lengths[row])
 
 
 def _check_cache(cache: RowsCache, program: StepProgram) -> None:

@@ -101,7 +101,23 @@ class AttendStep:
         return output, keys, values
 
 
-Step = PieceStep | ExitStep | AttendStep
+@dataclass
+class PackedAttendStep:
+    """The attention of one layer in packed prefill, which makes the layer's cache, and the slots of its values."""
+
+    inputs: list[int]
+    """Its own query, key and value, tables of positions, where queries and where keys of rows begin and end."""
+    outputs: list[int]
+    """The attention's output; keys and values [B, heads, columns with room, head size], aligned at the end of what is
+    filled."""
+    scale: float | None
+
+    def run(self, arguments: list[Tensor], rows: PackedRows) -> Sequence[Tensor]:
+        """Its outputs, for rows of which the host knows how long they are."""
+        raise NotImplementedError
+
+
+Step = PieceStep | ExitStep | AttendStep | PackedAttendStep
 
 
 class StepProgram:
@@ -126,6 +142,8 @@ class StepProgram:
     ) -> None:
         self.prompt_state = prompt_state
         """What adapters know of the prompt: the last outputs of prefill, the last inputs of other phases."""
+        self.makes_caches = any(isinstance(step, PackedAttendStep) for step in steps)
+        """Whether the keys and values it gives are a cache, with room; else each row's, one behind the other."""
         self.attends = [i is not None for i in kv]
         """Of each layer: whether it has keys and values."""
         self._steps, self._outputs, self._slots, self._kv = steps, outputs, slots, kv
@@ -155,7 +173,10 @@ class StepProgram:
         values: list[Tensor | None] = [*inputs, *[None] * (self._slots - len(inputs))]
         for step, freed in zip(self._steps, self._last_use, strict=True):
             arguments: list[Tensor] = [values[i] for i in step.inputs]  # type: ignore[misc]
-            if not isinstance(step, ExitStep):
+            if isinstance(step, PackedAttendStep):
+                assert isinstance(visual, PackedRows)
+                results = step.run(arguments, visual)
+            elif not isinstance(step, ExitStep):
                 results = step.run(arguments)
             else:
                 results = arguments
