@@ -96,7 +96,8 @@ def compare(model, plan, fast, inputs, rows, steps=2):
 def test_prefill_and_decode(llava, fast, launches):
     inputs, rows = prompt(llava, *PROMPTS)
     got = compare(llava, EXITS, fast, inputs, rows)
-    assert launches == {"varlen": 2 + 2, "decode": 4}  # two of them asked whether packed rows are what they are alone
+    # Graphs were compared before: fused ones with others, and packed rows with rows alone.
+    assert launches == {"varlen": 2 + 2 + 2, "decode": 2 + 4}
     assert len(set(Oracle(llava, EXITS).forward(*rows).exit_layer.tolist())) == 2  # rows differ, or little is shown
     for phase in ("packed", "decode"):
         [result] = [r for r in fast._vte_runner.pass_results(phase) if r.name == "fuse_attention"]
@@ -108,13 +109,13 @@ def test_one_row(llava, fast, launches):
     """A prompt alone is not packed; its decode steps have no starts."""
     inputs, rows = prompt(llava, "titttt")
     compare(llava, EXITS, fast, inputs, rows, steps=1)
-    assert launches == {"varlen": 0, "decode": 2}
+    assert launches == {"varlen": 0, "decode": 2 + 2}
 
 
 def test_a_skipped_attention(llava, fast, launches):
     inputs, rows = prompt(llava, *PROMPTS[:3])
     compare(llava, SKIP, optimize(fast, SKIP), inputs, rows, steps=1)
-    assert launches == {"varlen": 1 + 1, "decode": 1}
+    assert launches == {"varlen": 1 + 1 + 1, "decode": 1 + 1}
 
 
 def test_the_first_step_behind_a_prompt_copies_nothing(llava, fast):
@@ -125,6 +126,28 @@ def test_the_first_step_behind_a_prompt_copies_nothing(llava, fast):
         mask = torch.cat([inputs["attention_mask"], torch.ones(len(PROMPTS), 1)], 1)
         fast(input_ids=torch.full((len(PROMPTS), 1), 7), attention_mask=mask, cache=cache)
     assert [layer.keys.data_ptr() for layer in cache.layers] == held
+
+
+def _does_not_run(*args):
+    raise RuntimeError("out of resources: shared memory")
+
+
+@pytest.mark.parametrize(
+    ("phase", "reason"), [("packed", "do not run: RuntimeError: out of"), ("decode", "differ from it by")]
+)
+def test_wrong_kernels_are_not_used(llava, fast, phase, reason, monkeypatch, caplog):
+    name = {"packed": "varlen_attention", "decode": "decode_attention"}[phase]
+    right = getattr(fused_steps, name)
+    wrong = _does_not_run if phase == "packed" else lambda *args: right(*args).neg_()
+    monkeypatch.setattr(fused_steps, name, wrong)
+    inputs, rows = prompt(llava, *PROMPTS[:2])
+    again = optimize(fast, EXITS)
+    compare(llava, EXITS, again, inputs, rows, steps=1)
+    assert f"{phase}: attention stays torch's own: the fused kernels {reason}" in caplog.text
+    assert {key[0]: fused for key, fused in again._vte_runner._fused.items()} == {
+        "packed": phase != "packed",
+        "decode": phase != "decode",
+    }
 
 
 def test_generate(llava, fast):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from itertools import accumulate
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from helpers import (
     LAYERS,
+    C,
     assert_close,
     captured,
     embeddings,
@@ -19,6 +21,7 @@ from helpers import (
     positions,
     run_graph,
 )
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vte_compile.kernels.append_attention import append_attention
 from vte_compile.kernels.fused_attention import rotary_append_attention, rotary_packed_attention
@@ -129,6 +132,25 @@ def test_cpus_keep_torchs_attention(phase):
     graph, result = rewritten(phase, plan(), None)
     assert (result.applied, result.refusals) == (0, [])
     assert len(nodes_of(graph, OWN[phase])) == LAYERS
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_device_decides(installed, monkeypatch):
+    """A graph on a GPU, which need not be there: its inputs' metadata says where it is."""
+    graph = captured("decode", True, **OPTIONS)
+    settings = PassSettings(plan())
+    run_passes(PASSES[: PASSES.index(fuse_attention)], graph, settings)
+    embeds = graph.placeholder("inputs_embeds")
+    mode = embeds.meta["val"].fake_mode
+    embeds.meta["val"] = FakeTensor(mode, torch.empty(5, 1, C, device="meta"), torch.device("cuda"))
+    if not installed:
+        # (as an attribute of its package, the module's name is the pass)
+        monkeypatch.setattr(sys.modules[fuse_attention.__module__], "find_spec", lambda name: None)
+    result = fuse_attention(graph, settings)
+    assert result.applied == (LAYERS if installed else 0)
+    assert [r.reason for r in result.refusals] == (
+        [] if installed else ["Triton, which has the fused kernels, is not installed."]
+    )
 
 
 def test_one_prompt_alone_keeps_torchs_attention():

@@ -22,7 +22,7 @@ from vte_compile.runtime.inductor import PieceCompiler
 from vte_compile.runtime.program import Program
 from vte_compile.runtime.runner import RowRunner
 from vte_compile.runtime.steps import Phase
-from vte_compile.runtime.verify import packing_error
+from vte_compile.runtime.verify import fusing_error, packing_error
 
 logger = logging.getLogger(__name__)
 # What these refuse is something the user asked for.
@@ -39,7 +39,7 @@ class DecoderRunner(RowRunner):
         plan: What its graphs are to do.
         compiler: Of pieces; None: they run uncompiled.
         folded: Weights that adapters were folded into.
-        fuse_attention: As in ``PassSettings``.
+        fuse_attention: Attentions as fused kernels; None: on CUDA devices.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class DecoderRunner(RowRunner):
         self._graphs: dict[tuple[_Key, bool], tuple[PiecewiseGraph, list[PassResult]]] = {}
         """By key, and whether attentions are fused."""
         self._programs: dict[_Key, Program] = {}
+        self._fused: dict[_Key, bool] = {}
+        """Whether attentions are fused, of graphs that were asked for."""
         self._unpacked: dict[_Key, str] = {}
         """Why prompts are not packed; "" if they are."""
         self._lock = threading.RLock()
@@ -101,7 +103,7 @@ class DecoderRunner(RowRunner):
         key = (phase, batched, last or phase == "decode", one_prompt, self.spec.dtype, self.spec.device)
         with self._lock:
             if key not in self._programs:
-                self._programs[key] = Program(*self._lowered(key), self.compiler)
+                self._programs[key] = Program(*self._lowered(key, self._fuses(key)), self.compiler)
             return self._programs[key]
 
     def lowered(self, phase: Phase, *, batched: bool) -> PiecewiseGraph:
@@ -129,17 +131,47 @@ class DecoderRunner(RowRunner):
         return None if self._unpacked[key] else self.program("packed", last=last)
 
     def _why_not_packed(self, key: _Key) -> str:
-        lowered, results = self._lowered(key)
+        lowered, results = self._lowered(key, self._fuses(key))
         for refusal in (r for result in results if result.name == "pack_rows" for r in result.refusals):
             return refusal.reason
         *_, last, one_prompt, dtype, device = key
-        alone, _ = self._lowered(("prefill", False, last, one_prompt, dtype, device))
+        alone, _ = self._lowered(("prefill", False, last, one_prompt, dtype, device), False)
         error = packing_error(self.spec, Program(lowered, [], None), Program(alone, [], None))
         return "" if error is None else f"packed rows differ from rows alone by {error:.1e}, relative to the largest."
 
     def uncompiled_prefill(self) -> Program:
         """The prefill program without Inductor, to look at its numbers before compiling anything."""
-        return Program(*self._lowered(("prefill", False, True, True, self.spec.dtype, self.spec.device)), None)
+        key: _Key = ("prefill", False, True, True, self.spec.dtype, self.spec.device)
+        return Program(*self._lowered(key, False), None)
+
+    def _fuses(self, key: _Key) -> bool:
+        """Whether the attentions of a graph are fused: asked for, done, and with the numbers of torch's own."""
+        wanted = self.spec.device.type == "cuda" if self.fuse_attention is None else self.fuse_attention
+        if not wanted or key[0] not in ("packed", "decode"):
+            return False
+        if key not in self._fused:
+            reason = self._why_not_fused(key)
+            if reason:
+                logger.warning(
+                    "%s: attention stays torch's own: %s Please report this, with the GPU's name (vte-compile env).",
+                    key[0],
+                    reason,
+                )
+            self._fused[key] = not reason
+        return self._fused[key]
+
+    def _why_not_fused(self, key: _Key) -> str:
+        """What is wrong with the kernels here; "" if nothing is, or if the pass refused by itself."""
+        lowered, results = self._lowered(key, True)
+        if not any(result.name == "fuse_attention" and result.applied for result in results):
+            return ""
+        own, _ = self._lowered(key, False)
+        fused, unfused = (Program(graph, [], None) for graph in (lowered, own))
+        try:
+            error = fusing_error(self.spec, fused, unfused, lowered.input_examples)
+        except Exception as problem:  # a kernel that Triton cannot compile, or that takes more than this GPU has
+            return f"the fused kernels do not run: {type(problem).__name__}: {problem}"
+        return "" if error is None else f"the fused kernels differ from it by {error:.1e}, relative to the largest."
 
     def unused_weights(self) -> list[str]:
         """Names in the decoder of the layers' weights that the model's forward reads and the rewritten graphs do not.
@@ -149,7 +181,8 @@ class DecoderRunner(RowRunner):
         """
         weights: set[str] = set()
         for one_prompt in (True, False) if self.routed else (True,):
-            lowered, results = self._lowered(("prefill", False, True, one_prompt, self.spec.dtype, self.spec.device))
+            key: _Key = ("prefill", False, True, one_prompt, self.spec.dtype, self.spec.device)
+            lowered, results = self._lowered(key, False)
             weights |= lowered.weights
             for refusal in (r for result in results if result.name == "fold_adapters" for r in result.refusals):
                 raise UnsupportedModelError(f"layer {refusal.layer}: its adapter cannot apply: {refusal.reason}")
@@ -172,10 +205,7 @@ class DecoderRunner(RowRunner):
         """What the passes did in the graph of a phase (in the form that was lowered first); [] before it is."""
         return next((results for (key, _), (_, results) in self._graphs.items() if key[0] == phase), [])
 
-    def _lowered(self, key: _Key, fuse: bool | None = None) -> tuple[PiecewiseGraph, list[PassResult]]:
-        fuse = self.fuse_attention if fuse is None else fuse
-        if fuse is None:
-            fuse = self.spec.device.type == "cuda"
+    def _lowered(self, key: _Key, fuse: bool) -> tuple[PiecewiseGraph, list[PassResult]]:
         if (key, fuse) not in self._graphs:
             phase, batched, last, one_prompt, *where = key
             # Packed rows are a rewritten prefill.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +54,40 @@ def packing_error(spec: DecoderSpec, packed: StepProgram, alone: StepProgram) ->
 
     None if it is as small as rounding makes it.
     """
+    rows = _rows(spec)
+    expected = torch.cat([alone.run([e, p.contiguous()]).logits[0] for e, p in rows])
+    return _excess(_run_packed(spec, packed, rows)[0], expected)
+
+
+@torch.no_grad()
+def fusing_error(spec: DecoderSpec, fused: StepProgram, own: StepProgram, inputs: Sequence[Tensor]) -> float | None:
+    """Whether fused attentions give what torch's own give: as :func:`packing_error` tells it.
+
+    Args:
+        spec: The decoder.
+        fused: Packed prefill, or decode, with fused attentions.
+        own: The same with torch's.
+        inputs: What the graph takes, as fake tensors.
+    """
+    if fused.makes_caches:
+        rows = _rows(spec)
+        return _excess(*(_run_packed(spec, program, rows) for program in (fused, own)))
+    generator = torch.Generator().manual_seed(0)
+
+    def real(fake: Tensor) -> Tensor:
+        shape = [int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in fake.shape]
+        if fake.is_floating_point():
+            return torch.randn(shape, generator=generator).to(spec.device, fake.dtype)
+        # Positions, and where rows begin.
+        return torch.randint(_TOKENS, shape, generator=generator).to(spec.device, fake.dtype)
+
+    given = [real(fake) for fake in inputs]
+    logits = [program.run([x.clone() for x in given]).logits for program in (fused, own)]
+    return _excess(*logits)
+
+
+def _rows(spec: DecoderSpec) -> list[tuple[Tensor, Tensor]]:
+    """Embeddings and positions of two rows."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for tokens in _ROWS:
@@ -61,10 +95,17 @@ def packing_error(spec: DecoderSpec, packed: StepProgram, alone: StepProgram) ->
         embeds = torch.randn(1, tokens, spec.hidden_size, generator=generator).to(spec.device, spec.dtype)
         positions = torch.arange(tokens, device=spec.device)
         rows.append((embeds, positions.expand(*([spec.position_rows] if spec.position_rows > 1 else []), 1, -1)))
+    return rows
+
+
+def _run_packed(spec: DecoderSpec, program: StepProgram, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
     inputs = [torch.cat(parts, dim=-2 if i == 0 else -1) for i, parts in enumerate(zip(*rows, strict=True))]
-    both = PackedRows(list(_ROWS), [None] * len(rows))
-    got = packed.run([*inputs, both.cu_seqlens(spec.device)], both).logits[0]
-    expected = torch.cat([alone.run([e, p.contiguous()]).logits[0] for e, p in rows])
+    packed = PackedRows(list(_ROWS), [None] * len(rows))
+    return program.run([*inputs, packed.cu_seqlens(spec.device)], packed).logits
+
+
+def _excess(got: Tensor, expected: Tensor) -> float | None:
+    """The largest difference, relative to the largest number; None if it is as small as rounding makes it."""
     error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     return None if error <= _TOLERANCE.get(expected.dtype, 5e-2) else error
 
