@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vte_compile.errors import InputError
 from vte_compile.export.engine_programs import EngineRunner, Loaded, load
+from vte_compile.export.grid_positions import TEXT, Media, token_kinds
 from vte_compile.export.manifest import Manifest
 from vte_compile.runtime.cache import RowsCache
 
@@ -93,6 +95,9 @@ class Engine:
         pixel_values: Tensor | None = None,
         visual_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        second_per_grid_ts: Tensor | Sequence[float] | None = None,
         cache: RowsCache | None = None,
     ) -> EngineOutput:
         """Run a prompt, or with a ``cache`` the next chunk of the same rows.
@@ -104,6 +109,10 @@ class Engine:
             pixel_values: [images, channels, height, width]; the engine's own encoder makes features of them.
             visual_mask: [B, T] bool; found from the placeholders if None.
             attention_mask: [B, T] bool or int, of this chunk: 0 at padding, on any side.
+            image_grid_thw: [images, 3] int64: time, height and width of each image in patches, from which multimodal
+                positions follow; of models that have them.
+            video_grid_thw: [videos, 3] int64, of videos.
+            second_per_grid_ts: [videos], how many seconds a step in time lasts, of models that number them by that.
             cache: From an earlier call.
 
         Raises:
@@ -120,8 +129,28 @@ class Engine:
             )
         cache = RowsCache.empty() if cache is None else cache
         real = attention_mask.to(self.device, torch.bool)
-        output = self._runner.run(embeds, visual, real, None, cache, last=True)
+        media = Media(*(_numpy(value) for value in (image_grid_thw, video_grid_thw, second_per_grid_ts)))
+        positions = self._positions(input_ids, visual, real, media, cache)
+        output = self._runner.run(embeds, visual, real, positions, cache, last=True)
         return EngineOutput(output.logits[:, -1], output.exit_layer, cache)
+
+    def _positions(
+        self, input_ids: Tensor | None, visual: Tensor, real: Tensor, media: Media, cache: RowsCache
+    ) -> Tensor | None:
+        """[3, B, T] of a chunk with images, where positions are multimodal; None: tokens are numbered one by one."""
+        facts = self.manifest.model
+        masks = _numpy(real)
+        if input_ids is None:
+            kinds = np.where(_numpy(visual), media.only_kind(), TEXT)
+        else:
+            kinds = token_kinds(facts.grids, _numpy(input_ids))
+        rows = media.places(facts, [row[mask] for row, mask in zip(kinds, masks, strict=True)])
+        if rows is None:
+            return None
+        positions = np.zeros((facts.position_rows, *masks.shape), np.int64)
+        for b, row in enumerate(rows):
+            positions[:, b, masks[b]] = row + (0 if cache.is_empty else int(cache.next_positions[b]))
+        return torch.from_numpy(positions).to(self.device)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: RowsCache) -> EngineOutput:
@@ -155,12 +184,14 @@ class Engine:
         cache: RowsCache | None = None,
         max_new_tokens: int = 64,
         eos_token_ids: Sequence[int] | None = None,
+        **media: Any,
     ) -> Generated:
         """Answer greedily. Takes what :meth:`prefill` takes, and:
 
         Args:
             max_new_tokens: At most so many, at least 1.
             eos_token_ids: A row ends with any of these; None: those of the model; empty: none.
+            media: ``image_grid_thw`` and what else :meth:`prefill` takes of images and videos.
 
         In a later turn, pass the cache, and as input_ids what it does not hold: the last token, and the new question.
         Rows that ended before others have padding in the cache: go on with such a batch row by row.
@@ -180,6 +211,7 @@ class Engine:
             visual_mask=visual_mask,
             attention_mask=attention_mask,
             cache=cache,
+            **media,
         )
         exit_layer, tokens = output.exit_layer, [output.logits.argmax(-1)]
         ended = torch.isin(tokens[0], ends)
@@ -264,9 +296,10 @@ class Engine:
         if embeds.ndim != 3 or embeds.shape[-1] != hidden or not embeds.numel():
             raise InputError(f"inputs_embeds: expected shape [batch, tokens, {hidden}], got {list(embeds.shape)}.")
         if visual_mask is None:
-            if self._runner.may_exit:
+            if self._runner.may_exit or self.manifest.model.grids is not None:
+                why = "exits" if self._runner.may_exit else "multimodal positions"
                 raise InputError(
-                    "The engine has exits, but which of inputs_embeds are visual is not known: pass visual_mask "
+                    f"The engine has {why}, but which of inputs_embeds are visual is not known: pass visual_mask "
                     "([batch, tokens] bool, all False for a text-only prompt)."
                 )
             visual_mask = torch.zeros(embeds.shape[:2], dtype=torch.bool)
@@ -279,3 +312,7 @@ class Engine:
                 f"{list(visual_mask.shape)}."
             )
         return visual_mask.to(self.device)
+
+
+def _numpy(value: Any) -> Any:
+    return value.cpu().numpy() if isinstance(value, Tensor) else value

@@ -92,7 +92,8 @@ class EngineRunner(RowRunner):
     def __init__(self, loaded: Loaded) -> None:
         steps = [step for phase in loaded.manifest.phases.values() for step in phase.steps]
         exits = any(isinstance(step, ExitCall) for step in steps)
-        super().__init__(exits, loaded.manifest.routed, decodes_one_row_apart=False, position_rows=1)
+        rows = loaded.manifest.model.position_rows
+        super().__init__(exits, loaded.manifest.routed, decodes_one_row_apart=False, position_rows=rows)
         self._programs = loaded.programs
 
     def program(

@@ -6,7 +6,7 @@ Resizing is Pillow's, as in transformers where torchvision is not installed; tor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ class ImageProcessor:
             raise NotKnownError(f"do_pad of {kind}")
         mean = std = None
         if config.get("do_normalize", True):
-            mean, std = (_numbers(config, name) for name in ("image_mean", "image_std"))
+            mean, std = (numbers(config, name) for name in ("image_mean", "image_std"))
         shortest = size = crop = None
         if config.get("do_resize", True):
             shortest, size = _size(config)
@@ -71,6 +71,10 @@ class ImageProcessor:
         if resample not in range(6) or not isinstance(scale, int | float | None):
             raise NotKnownError(f"resample {resample!r} with rescale_factor {scale!r}")
         return cls(pad, shortest, size, int(resample), crop, scale, mean, std)
+
+    def batch(self, images: Sequence[Image.Image]) -> tuple[Array]:
+        """Pictures in RGB -> pixel values [images, 3, height, width] float32."""
+        return (np.stack([self(image) for image in images]),)
 
     def __call__(self, image: Image.Image) -> Array:
         """A picture in RGB -> pixel values [3, height, width] float32."""
@@ -150,28 +154,38 @@ def _cropped(pixels: Array, size: tuple[int, int]) -> Array:
 def _size(config: Mapping[str, Any]) -> tuple[int | None, tuple[int, int] | None]:
     size = config.get("size")
     if isinstance(size, Mapping) and set(_given(size)) == {"shortest_edge"}:
-        return _positive("size", size["shortest_edge"]), None
+        return positive("size", size["shortest_edge"]), None
     return None, _height_width("size", size)
 
 
 def _height_width(name: str, size: Any) -> tuple[int, int]:
     if not isinstance(size, Mapping) or set(_given(size)) != {"height", "width"}:
         raise NotKnownError(f"{name} {size!r}")
-    return _positive(name, size["height"]), _positive(name, size["width"])
+    return positive(name, size["height"]), positive(name, size["width"])
 
 
 def _given(size: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in size.items() if value is not None}
 
 
-def _positive(name: str, number: Any) -> int:
+def positive(name: str, number: Any) -> int:
+    """A length in pixels.
+
+    Raises:
+        NotKnownError: It is none.
+    """
     if not isinstance(number, int) or not 0 < number < 1 << 16:
         raise NotKnownError(f"{name} {number!r}")
     return number
 
 
-def _numbers(config: Mapping[str, Any], name: str) -> tuple[float, ...]:
-    numbers = config.get(name)
-    if not isinstance(numbers, list) or len(numbers) != 3 or not all(isinstance(n, int | float) for n in numbers):
-        raise NotKnownError(f"{name} {numbers!r}")
-    return tuple(map(float, numbers))
+def numbers(config: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    """A number for each channel.
+
+    Raises:
+        NotKnownError: They are none.
+    """
+    given = config.get(name)
+    if not isinstance(given, list) or len(given) != 3 or not all(isinstance(n, int | float) for n in given):
+        raise NotKnownError(f"{name} {given!r}")
+    return tuple(map(float, given))

@@ -17,8 +17,8 @@ from vte_compile.runtime.prompt_value import PromptValue
 
 MANIFEST = "manifest.json"
 FORMAT = "vte_compile engine"
-SCHEMA_VERSION = 2
-"""2: the attentions of decode steps are steps of their own."""
+SCHEMA_VERSION = 3
+"""2: the attentions of decode steps are steps of their own. 3: positions may be multimodal."""
 _REMEDY = "export the model again, or copy the whole folder again"
 T = TypeVar("T")
 
@@ -84,12 +84,33 @@ class PhaseSteps:
 
 
 @dataclass(frozen=True)
+class PatchFacts:
+    """How images of any size go into an encoder (export/patches.py)."""
+
+    numbers: int
+    """Of a patch."""
+    merge_size: int
+    """So many patches, in height and in width, are one token."""
+    window: int | None
+    """So many tokens, in height and in width, attend to each other in some layers; None: all do."""
+
+
+@dataclass(frozen=True)
 class VisionCall:
-    """The image encoder with its projector, for one image: [1, *``image``] -> [visual tokens, C]."""
+    """The image encoder with its projector: one image, or one frame of patches, -> [visual tokens, C]."""
 
     piece: str
     weights: list[str]
     image: list[int]
+    """Channels, height and width; [] of one that takes patches."""
+    patches: PatchFacts | None = None
+    """None: it takes images of one size."""
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> VisionCall:
+        """From what the file has."""
+        patches = fields["patches"]
+        return cls(**(fields | {"patches": None if patches is None else PatchFacts(**patches)}))
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,18 @@ class Built:
 
 
 @dataclass(frozen=True)
+class GridFacts:
+    """How multimodal positions follow from the grids of images and videos (export/grid_positions.py)."""
+
+    image_token_id: int
+    video_token_id: int | None
+    merge_size: int
+    """So many patches, in height and in width, are one token."""
+    tokens_per_second: float | None
+    """By how much the time of a video counts on in a second; None: by one for each step, however long."""
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """The model the engine was made from."""
 
@@ -119,6 +152,16 @@ class ModelFacts:
     visual_token_ids: list[int]
     eos_token_ids: list[int]
     pad_token_id: int
+    position_rows: int
+    """How many numbers make a token's position: 1, or 3 for multimodal rotary ones."""
+    grids: GridFacts | None
+    """None: positions are those of text alone."""
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> ModelFacts:
+        """From what the file has."""
+        grids = fields["grids"]
+        return cls(**(fields | {"grids": None if grids is None else GridFacts(**grids)}))
 
 
 @dataclass(frozen=True)
@@ -219,8 +262,8 @@ def _manifest(fields: dict[str, Any]) -> Manifest:
     vision = fields["vision"]
     nested = {
         "built": Built(**fields["built"]),
-        "model": ModelFacts(**fields["model"]),
-        "vision": None if vision is None else VisionCall(**vision),
+        "model": ModelFacts.of(fields["model"]),
+        "vision": None if vision is None else VisionCall.of(vision),
         "phases": {name: _phase(phase) for name, phase in fields["phases"].items()},
         "files": {path: FileFacts(**facts) for path, facts in fields["files"].items()},
     }

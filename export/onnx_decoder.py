@@ -100,7 +100,9 @@ class OnnxDecoder:
         sizes = {batch: 1, length: tokens}
         shape = [sizes.get(_expression(size), size if isinstance(size, int) else past) for size in example.shape]
         if not example.dtype.is_floating_point:
-            return torch.arange(shape[-1]).expand(shape).to(example.dtype).contiguous()
+            counted = torch.arange(shape[-1]).expand(shape).to(example.dtype)
+            # Rows of multimodal positions differ.
+            return counted + torch.arange(shape[0])[:, None, None] if len(shape) == 3 else counted.contiguous()
         generator = torch.Generator().manual_seed(len(shape))
         return torch.randn(shape, generator=generator).to(example.dtype)
 
@@ -154,7 +156,7 @@ class OnnxDecoder:
         integer = ir.DataType.INT64
         stream = graph.input("inputs_embeds", ["batch", "tokens", hidden])
         visual = graph.input("visual_mask", ["batch", "tokens"], ir.DataType.BOOL)
-        positions = graph.input("position_ids", ["batch", "tokens"], integer)
+        positions = graph.input("position_ids", [*self._position_rows, "batch", "tokens"], integer)
         lengths = graph.input("new_lengths", ["batch"], integer)
         past_lengths = graph.input("past_lengths", [len(self.stages), "batch"], integer)
         exit_layer: ir.Value | None = None
@@ -175,7 +177,8 @@ class OnnxDecoder:
             reached = graph.op("Where", [fire, graph.constant(layer), graph.constant(-1)], prefix)
             exit_layer = reached if exit_layer is None else graph.op("Max", [exit_layer, reached], prefix)
             leaving = graph.op("And", [visual, graph.op("Unsqueeze", [fire, graph.constant([1])], prefix)], prefix)
-            stream, positions, visual, lengths = _compact(graph, prefix, stream, positions, visual, lengths, leaving)
+            compacted = _compact(graph, prefix, stream, positions, visual, lengths, leaving, len(self._position_rows))
+            stream, positions, visual, lengths = compacted
         graph.output("logits", envs[-1][self.lowered.outputs[0]], ["batch", 1, self._vocabulary])
         rows = [graph.op("Unsqueeze", [row, graph.constant([0])], "exits") for row in present_lengths]
         graph.output("present_lengths", graph.op("Concat", rows, "exits", axis=0), [len(self.stages), "batch"], integer)
@@ -300,11 +303,13 @@ def _compact(
     visual: ir.Value,
     lengths: ir.Value,
     leaving: ir.Value,
+    leading: int,
 ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
     """Move each row's staying tokens to its start, in their order, and cut to the longest row.
 
     Args:
         leaving: [B, T] bool.
+        leading: 1 if positions are [3, B, T], 0 if they are [B, T].
     """
 
     def op(kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
@@ -321,7 +326,9 @@ def _compact(
     place = op("Where", stays, index, op("Add", index, tokens))
     order = graph.smallest(place, longest, prefix)
     at = op("Unsqueeze", order, graph.constant([2]))
+    positions = op("Transpose", positions, perm=[1, 2, 0]) if leading else positions
     moved = [op("GatherND", value, at, batch_dims=1) for value in (stream, positions, visual)]
+    moved[1] = op("Transpose", moved[1], perm=[2, 0, 1]) if leading else moved[1]
     # A row that has fewer tokens than the longest is padded with tokens that left: they are no visual ones.
     real = op("Less", op("Range", graph.constant(0), op("Squeeze", longest, graph.constant([0])), graph.constant(1)),
               op("Unsqueeze", kept, graph.constant([1])))  # fmt: skip

@@ -100,8 +100,8 @@ def nested(fields: dict[str, Any]) -> dict[str, Any]:
     vision = fields["vision"]
     objects = {
         "built": Tools(**fields["built"]),
-        "model": ModelFacts(**fields["model"]),
-        "vision": None if vision is None else VisionCall(**vision),
+        "model": ModelFacts.of(fields["model"]),
+        "vision": None if vision is None else VisionCall.of(vision),
         "stages": [_stage(stage) for stage in fields["stages"]],
         "files": {path: FileFacts(**facts) for path, facts in fields["files"].items()},
     }

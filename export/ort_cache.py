@@ -198,7 +198,7 @@ class OnnxCache:
         self.lengths: Array = np.zeros((stages, batch), np.int64)
         """[stages, B]: how many tokens of each row the layers between two exits hold."""
         self.next_positions: Array = np.zeros(batch, np.int64)
-        """[B]: how many tokens each row had so far, which is the next one's position."""
+        """[B]: the position of each row's next token: how many it had so far, or fewer where they are multimodal."""
 
     @property
     def batch(self) -> int:

@@ -34,6 +34,7 @@ class Decoder:
     def __init__(self, graphs: list[Graph], stages: int, may_exit: bool, dtype: Any, in_place: bool) -> None:
         self._graphs, self._stages, self._dtype, self._in_place = graphs, stages, dtype, in_place
         self._layouts = [Layout.of(graph) for graph in graphs]
+        self._position_rows = _position_rows(graphs[0].inputs.get("position_ids", []))
         self.may_exit = may_exit
 
     def new_cache(self, batch: int) -> OnnxCache:
@@ -67,7 +68,7 @@ class Decoder:
         logits = self._run(chunk, cache, lengths, exit_layer, room)
         # Only now: after an error in between, the cache is what it was.
         cache.lengths = lengths
-        cache.next_positions = cache.next_positions + counts
+        cache.next_positions = cache.next_positions + chunk.reach
         return logits, exit_layer
 
     def step(self, embeds: Value, cache: OnnxCache, active: Array) -> Array:
@@ -87,6 +88,12 @@ class Decoder:
         cache.next_positions = cache.next_positions + active
         return logits
 
+    def _position_ids(self, positions: Array) -> Array:
+        """[B, T] or [3, B, T] as graphs take them: text counts all rows of multimodal positions on alike."""
+        if self._position_rows == 1 or positions.ndim == 3:
+            return positions
+        return np.repeat(positions[None], self._position_rows, 0)
+
     def _check(self, cache: OnnxCache) -> None:
         """Refuse the cache of an engine with other exits, skips or adapters, or of the other form."""
         if len(cache.lengths) != self._stages or [memory.layout for memory in cache.memories] != self._layouts:
@@ -98,6 +105,11 @@ class Decoder:
 
     def _step(self, embeds: Value, cache: OnnxCache) -> Array:
         raise NotImplementedError
+
+
+def _position_rows(shape: list[Any]) -> int:
+    """How many numbers make a token's position, from the shape of a graph's input."""
+    return int(shape[0]) if len(shape) == 3 else 1
 
 
 def leaves(gate: Any, stream: Value, visual: Array) -> bool:
@@ -143,14 +155,15 @@ class StagedDecoder(Decoder):
     def _run(self, chunk: Chunk, cache: OnnxCache, lengths: Array, exit_layer: Array, room: int) -> Array:
         rows = [b for b, mask in enumerate(chunk.visual) if len(mask)]
         visual = {b: chunk.visual[b] for b in rows}
-        positions = {b: cache.next_positions[b] + np.arange(len(visual[b])) for b in rows}
+        positions = {b: chunk.positions(b, int(cache.next_positions[b])) for b in rows}
         keep = {b: np.arange(len(visual[b])) for b in rows}
         stream: dict[int, Value] = {b: chunk.row(b) for b in rows}
         for s, (graph, memory) in enumerate(zip(self._graphs, cache.memories, strict=True)):
             counts = {b: len(keep[b]) for b in rows}
             memory.reserve(max(int(lengths[s, b]) + counts[b] for b in rows) + room)
             inputs = {
-                b: self._inputs(s, stream[b], keep[b], positions[b][None], [counts[b]], lengths[s, [b]]) for b in rows
+                b: self._inputs(s, stream[b], keep[b], positions[b][..., None, :], [counts[b]], lengths[s, [b]])
+                for b in rows
             }
             filled = {b: int(lengths[s, b]) for b in rows}
             results = memory.run_rows(graph, inputs, filled, [self._result(s)])
@@ -164,7 +177,7 @@ class StagedDecoder(Decoder):
                 if leaves(self._gates[s], stream[b], visual[b]):
                     exit_layer[b] = exit_.layer
                     keep[b] = np.flatnonzero(~visual[b])
-                    positions[b] = positions[b][keep[b]]
+                    positions[b] = positions[b][..., keep[b]]
         logits = None
         for b in rows:
             row = stream[b].numpy()[0, -1].astype(np.float32)
@@ -182,9 +195,11 @@ class StagedDecoder(Decoder):
             stream = memory.run_all(graph, inputs, [self._result(s)], step=True)[0]
         return np.asarray(stream.numpy()[:, -1].astype(np.float32))
 
-    @staticmethod
-    def _inputs(s: int, stream: Value, keep: Array, positions: Array, new: list[int], past: Array) -> dict[str, Value]:
+    def _inputs(
+        self, s: int, stream: Value, keep: Array, positions: Array, new: list[int], past: Array
+    ) -> dict[str, Value]:
         names = {"hidden_states": stream, "keep": keep} if s else {"inputs_embeds": stream}
+        positions = self._position_ids(positions)
         return {**names, "position_ids": positions, "new_lengths": np.array(new, np.int64), "past_lengths": past}
 
 
@@ -209,16 +224,14 @@ class SingleDecoder(Decoder):
         graph, memory, counts = self._graphs[0], cache.memories[0], chunk.lengths
         memory.reserve(int((lengths.max(0) + counts).max()) + room)
         if cache.is_empty:
-            columns = np.arange(int(counts.max()))
-            positions = np.repeat(columns[None], cache.batch, 0)
-            inputs = self._inputs(chunk.padded(), chunk.padded_mask(), positions, counts, lengths)
+            inputs = self._inputs(chunk.padded(), chunk.padded_mask(), chunk.padded_positions(), counts, lengths)
             given = memory.run_all(graph, inputs, self._RESULTS, step=False)
             logits, lengths[:], exit_layer[:] = (value.numpy() for value in given)
             return np.asarray(logits[:, -1].astype(np.float32))
         # Attention takes several tokens behind a past of one row only.
         rows = {}
         for b in np.flatnonzero(counts).tolist():
-            positions = cache.next_positions[b] + np.arange(counts[b])[None]
+            positions = chunk.positions(b, int(cache.next_positions[b]))[..., None, :]
             mask = chunk.visual[b][None]
             rows[b] = self._inputs(chunk.row(b), mask, positions, counts[[b]], lengths[:, [b]])
         logits = np.zeros((cache.batch, 0), np.float32)
@@ -239,12 +252,11 @@ class SingleDecoder(Decoder):
         given = cache.memories[0].run_all(self._graphs[0], inputs, ["logits"], step=True)
         return np.asarray(given[0].numpy()[:, -1].astype(np.float32))
 
-    @staticmethod
-    def _inputs(embeds: Value, visual: Array, positions: Array, new: Array, past: Array) -> dict[str, Value]:
+    def _inputs(self, embeds: Value, visual: Array, positions: Array, new: Array, past: Array) -> dict[str, Value]:
         return {
             "inputs_embeds": embeds,
             "visual_mask": visual,
-            "position_ids": positions,
+            "position_ids": self._position_ids(positions),
             "new_lengths": new,
             "past_lengths": past,
         }

@@ -12,6 +12,7 @@ import numpy as np
 
 from vte_compile.errors import EngineError, InputError
 from vte_compile.export.generation import Stops, generate_tokens
+from vte_compile.export.grid_positions import IMAGE, VIDEO, Media
 from vte_compile.export.onnx_manifest import OnnxManifest
 from vte_compile.export.ort_cache import OnnxCache
 from vte_compile.export.ort_programs import Parts, load_parts
@@ -124,8 +125,13 @@ class OnnxEngine:
         *,
         image_features: Any = None,
         pixel_values: Any = None,
+        pixel_values_videos: Any = None,
         visual_mask: Any = None,
         attention_mask: Any = None,
+        image_grid_thw: Any = None,
+        video_grid_thw: Any = None,
+        second_per_grid_ts: Any = None,
+        mm_token_type_ids: Any = None,
         cache: OnnxCache | None = None,
         room: int = 0,
     ) -> OnnxOutput:
@@ -136,9 +142,16 @@ class OnnxEngine:
                 lengths, without padding. Either these or ``inputs_embeds``.
             inputs_embeds: [B, T, C], visual features in place; then pass ``visual_mask`` too if there are any.
             image_features: Embeddings of the visual tokens, [n, C] or a list of such, in the order of the placeholders.
-            pixel_values: [images, channels, height, width]; the engine's own encoder makes features of them.
+            pixel_values: [images, channels, height, width]; the engine's own encoder makes features of them. Of models
+                that take images of any size as patches (Qwen2-VL): [patches, numbers of a patch].
+            pixel_values_videos: [patches, numbers of a patch], of videos, of those models.
             visual_mask: [B, T] bool; found from the placeholders if None.
             attention_mask: [B, T] bool or int, of this chunk: 0 at padding, on any side.
+            image_grid_thw: [images, 3]: time, height and width of each image in patches, from which multimodal
+                positions follow; of models that have them.
+            video_grid_thw: [videos, 3], of videos.
+            second_per_grid_ts: [videos], how many seconds a step in time lasts, of models that number them by that.
+            mm_token_type_ids: [B, T], as processors give them; the engine sees them in ``input_ids``, and compares.
             cache: From an earlier call.
             room: How many tokens will follow in each row: their keys and values get memory now. More than that may
                 follow, but the cache has to move then.
@@ -146,11 +159,17 @@ class OnnxEngine:
         Raises:
             InputError: Contradicting or misshaped inputs; the message says which.
         """
-        if image_features is not None and pixel_values is not None:
-            raise InputError("Pass at most one of image_features and pixel_values.")
-        if pixel_values is not None:
-            image_features = self._parts.encoder(np.asarray(pixel_values))
-        chunk = self._parts.inputs.chunk(input_ids, inputs_embeds, image_features, visual_mask, attention_mask)
+        if image_features is not None and not (pixel_values is None and pixel_values_videos is None):
+            raise InputError("Pass at most one of image_features and pixel_values (pixel_values_videos).")
+        if pixel_values is not None or pixel_values_videos is not None:
+            pairs = ((IMAGE, pixel_values, image_grid_thw), (VIDEO, pixel_values_videos, video_grid_thw))
+            image_features = {
+                kind: self._parts.encoder(np.asarray(pixels), grid)
+                for kind, pixels, grid in pairs
+                if pixels is not None
+            }
+        media = Media(image_grid_thw, video_grid_thw, second_per_grid_ts, mm_token_type_ids)
+        chunk = self._parts.inputs.chunk(input_ids, inputs_embeds, image_features, visual_mask, attention_mask, media)
         cache = self._parts.decoder.new_cache(len(chunk.visual)) if cache is None else cache
         logits, exit_layer = self._parts.decoder.run(chunk, cache, room)
         return OnnxOutput(logits, exit_layer, cache)
@@ -195,6 +214,7 @@ class OnnxEngine:
         eos_token_ids: Sequence[int] | None = None,
         stop_strings: str | Sequence[str] = (),
         on_tokens: Callable[[Array], None] | None = None,
+        **media: Any,
     ) -> OnnxGenerated:
         """Answer, for any number of rows. Takes what :meth:`prefill` takes, and:
 
@@ -211,6 +231,7 @@ class OnnxEngine:
             stop_strings: A row ends when its text has one of these; needs the engine's tokenizer.
             on_tokens: Called with each step's tokens [B] as they come, padding in rows that have ended. What it raises
                 ends the generation.
+            media: ``image_grid_thw``, ``pixel_values_videos`` and what else :meth:`prefill` takes of images and videos.
 
         In a later turn, pass the cache, and as input_ids what it does not hold: each row's last token, and the new
         question.
@@ -236,6 +257,7 @@ class OnnxEngine:
             attention_mask=attention_mask,
             cache=cache,
             room=limit - 1,
+            **media,
         )
         batch = output.cache.batch
         tokens, lengths = generate_tokens(
@@ -253,7 +275,7 @@ class OnnxEngine:
         """A question or chat as a row of tokens and the features of its pictures; takes what :meth:`chat` takes.
 
         Several of them make a batch: ``generate([p.ids for p in prompts], image_features=[p.features for p in prompts
-        if p.features is not None])``.
+        if p.features is not None])``; with multimodal positions, also their ``image_grid_thw``, concatenated.
 
         Raises:
             InputError: Messages of another kind.
@@ -309,17 +331,20 @@ class OnnxEngine:
                 on_tokens(tokens)
             show(stream.push(int(tokens[0])))
 
-        result = self.generate([prompt.ids], image_features=prompt.features, on_tokens=follow, **options)
+        grids: dict[str, Any] = {} if prompt.image_grid_thw is None else {"image_grid_thw": prompt.image_grid_thw}
+        result = self.generate([prompt.ids], image_features=prompt.features, on_tokens=follow, **grids, **options)
         show(stream.finish())
         answer = {"role": "assistant", "content": stream.text}
         given = result.tokens[0, : result.lengths[0]].tolist()
         chat = [*(dict(message) for message in messages), answer]
         return Answer(stream.text, given, int(result.exit_layer[0]), len(prompt.ids), chat)
 
-    def encode_images(self, pixel_values: Any) -> Array:
+    def encode_images(self, pixel_values: Any, image_grid_thw: Any = None) -> Array:
         """[images, channels, height, width] -> their visual tokens' embeddings [n, C], image after image.
+
+        Of models that take patches (see :meth:`prefill`): [patches, numbers of a patch], with ``image_grid_thw``.
 
         Raises:
             InputError: The engine has no image encoder (the message says why), or takes images of another size.
         """
-        return np.concatenate(self._parts.encoder(np.asarray(pixel_values)))
+        return np.concatenate(self._parts.encoder(np.asarray(pixel_values), image_grid_thw))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vte_compile.errors import InputError
+from vte_compile.export.grid_positions import TEXT, Media, token_kinds
 from vte_compile.export.manifest import ModelFacts
 from vte_compile.export.ort_sessions import Array, Graph, Value
 
@@ -19,11 +20,30 @@ class Chunk:
 
     visual: list[Array]
     """[n] bool of each row: which tokens are visual."""
+    places: list[Array] | None
+    """[3, n] of each row: multimodal positions, counted from 0; None: tokens are numbered one by one."""
 
     @property
     def lengths(self) -> Array:
         """[B] int64."""
         return np.array([len(row) for row in self.visual], np.int64)
+
+    @property
+    def reach(self) -> Array:
+        """[B] int64: by how much each row's positions go on."""
+        if self.places is None:
+            return self.lengths
+        return np.array([row.max(initial=-1) + 1 for row in self.places], np.int64)
+
+    def positions(self, b: int, start: int) -> Array:
+        """[n] or [3, n] of one row, of which ``start`` is the first that is free."""
+        return start + (np.arange(len(self.visual[b])) if self.places is None else self.places[b])
+
+    def padded_positions(self) -> Array:
+        """[B, T] or [3, B, T] of all rows, counted from 0."""
+        if self.places is None:
+            return np.repeat(np.arange(int(self.lengths.max()))[None], len(self.visual), 0)
+        return np.moveaxis(_padded([row.T for row in self.places], 0), 2, 0)
 
     def padded_mask(self) -> Array:
         """[B, T] bool: the visual tokens of all rows; shorter rows are padded at their end."""
@@ -98,7 +118,8 @@ class Inputs:
         ids = self._checked_ids("tokens", ids)
         none = np.zeros((0, self._facts.hidden_size), self._dtype)
         rows = [ids[b : b + 1] for b in range(len(ids))]
-        return TokenChunk([np.zeros(1, bool)] * len(ids), self._embedding, rows, [none] * len(ids), self._filler)
+        text = [np.zeros(1, bool)] * len(ids)
+        return TokenChunk(text, None, self._embedding, rows, [none] * len(ids), self._filler)
 
     def chunk(
         self,
@@ -107,8 +128,13 @@ class Inputs:
         image_features: Any,
         visual_mask: Any,
         attention_mask: Any,
+        media: Media,
     ) -> Chunk:
         """See :meth:`OnnxEngine.prefill`.
+
+        Args:
+            image_features: In the order of the placeholders; or by kind (grid_positions.py), of each in their order.
+            media: What else is said of images and videos.
 
         Raises:
             InputError: Contradicting or misshaped inputs.
@@ -118,13 +144,13 @@ class Inputs:
         if inputs_embeds is not None:
             if image_features is not None:
                 raise InputError("inputs_embeds hold the visual features already: leave image_features out.")
-            return self._embedded(np.asarray(inputs_embeds), visual_mask, attention_mask)
+            return self._embedded(np.asarray(inputs_embeds), visual_mask, attention_mask, media)
         if _is_ragged(input_ids):
             if attention_mask is not None or visual_mask is not None:
                 raise InputError("input_ids is a list of rows without padding: leave attention_mask, visual_mask out.")
             rows = [self._checked_ids("input_ids", np.asarray(row)) for row in input_ids]
             visual = [np.isin(row, self._facts.visual_token_ids) for row in rows]
-            return self._from_rows(rows, visual, image_features)
+            return self._from_rows(rows, visual, image_features, media)
         ids = np.asarray(input_ids)
         if ids.ndim != 2 or not ids.size:
             raise InputError(f"input_ids: expected shape [batch, tokens], got {list(ids.shape)}.")
@@ -137,10 +163,15 @@ class Inputs:
             raise InputError("visual_mask: marks tokens of input_ids that are no placeholders: pass inputs_embeds.")
         rows = [row[keep] for row, keep in zip(ids, real, strict=True)]
         visual = [row[keep] for row, keep in zip(given, real, strict=True)]
-        return self._from_rows(rows, visual, image_features)
+        media.check_types(token_kinds(self._facts.grids, ids))
+        return self._from_rows(rows, visual, image_features, media)
 
-    def _from_rows(self, rows: list[Array], visual: list[Array], image_features: Any) -> TokenChunk:
+    def _from_rows(self, rows: list[Array], visual: list[Array], image_features: Any, media: Media) -> TokenChunk:
         counts = [int(np.isin(row, self._facts.visual_token_ids).sum()) for row in rows]
+        kinds = [token_kinds(self._facts.grids, row) for row in rows]
+        places = media.places(self._facts, kinds)
+        if isinstance(image_features, Mapping):
+            image_features = _interleaved(kinds, image_features)
         total, hidden = sum(counts), self._facts.hidden_size
         if image_features is None:
             if total:
@@ -155,25 +186,26 @@ class Inputs:
             )
         flat = np.concatenate([p.reshape(-1, hidden) for p in parts]).astype(self._dtype, copy=False)
         features = np.split(flat, np.cumsum(counts)[:-1])
-        return TokenChunk(visual, self._embedding, rows, features, self._filler)
+        return TokenChunk(visual, places, self._embedding, rows, features, self._filler)
 
-    def _embedded(self, embeds: Array, visual_mask: Any, attention_mask: Any) -> EmbeddedChunk:
+    def _embedded(self, embeds: Array, visual_mask: Any, attention_mask: Any, media: Media) -> EmbeddedChunk:
         hidden = self._facts.hidden_size
         if embeds.ndim != 3 or embeds.shape[-1] != hidden or not embeds.size:
             raise InputError(f"inputs_embeds: expected shape [batch, tokens, {hidden}], got {list(embeds.shape)}.")
-        if visual_mask is None and self._may_exit:
+        if visual_mask is None and (self._may_exit or self._facts.grids is not None):
+            why = "exits" if self._may_exit else "multimodal positions"
             raise InputError(
-                "The engine has exits, but which of inputs_embeds are visual is not known: pass visual_mask "
+                f"The engine has {why}, but which of inputs_embeds are visual is not known: pass visual_mask "
                 "([batch, tokens] bool, all False for a text-only prompt)."
             )
         shape = embeds.shape[:2]
         visual = np.zeros(shape, bool) if visual_mask is None else _visual_mask(visual_mask, shape)
         real = _mask("attention_mask", attention_mask, shape, True)
         embeds = embeds.astype(self._dtype, copy=False)
-        return EmbeddedChunk(
-            [row[keep] for row, keep in zip(visual, real, strict=True)],
-            [row[keep] for row, keep in zip(embeds, real, strict=True)],
-        )
+        marked = [row[keep] for row, keep in zip(visual, real, strict=True)]
+        kinds = [np.where(row, media.only_kind(), TEXT) for row in marked]
+        places = media.places(self._facts, kinds)
+        return EmbeddedChunk(marked, places, [row[keep] for row, keep in zip(embeds, real, strict=True)])
 
     def _checked_ids(self, name: str, ids: Array) -> Array:
         if not np.issubdtype(ids.dtype, np.integer):
@@ -183,6 +215,20 @@ class Inputs:
         if (outside & ~np.isin(ids, self._facts.visual_token_ids)).any():
             raise InputError(f"{name}: an id lies outside the vocabulary of {self._facts.vocab_size}.")
         return ids.astype(np.int64, copy=False)
+
+
+def _interleaved(kinds: list[Array], features: Mapping[int, list[Array]]) -> list[Array]:
+    """Features of images and of videos, in the order of the placeholders; as they are where their number is wrong."""
+    there = {kind: parts for kind, parts in features.items() if parts}
+    flat = np.concatenate(kinds)
+    whole = {kind: np.concatenate(parts) for kind, parts in there.items()}
+    if len(there) < 2 or any(len(part) != int((flat == kind).sum()) for kind, part in whole.items()):
+        return [part for parts in there.values() for part in parts]
+    first = next(iter(whole.values()))
+    merged = np.zeros((int((flat != TEXT).sum()), first.shape[1]), first.dtype)
+    for kind, part in whole.items():
+        merged[flat[flat != TEXT] == kind] = part
+    return [merged]
 
 
 def _is_ragged(ids: Any) -> bool:

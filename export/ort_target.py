@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
 from vte_compile.export.folder import check_target_folder, facts_of, whole_folder
-from vte_compile.export.manifest import MANIFEST, VisionCall, encode
+from vte_compile.export.manifest import MANIFEST, GridFacts, VisionCall, encode
 from vte_compile.export.onnx_decoder import OnnxDecoder
 from vte_compile.export.onnx_glue import embedding_function
 from vte_compile.export.onnx_graph import OnnxGraph
@@ -24,7 +24,8 @@ from vte_compile.export.onnx_ops import OPSET, ORT, Operators
 from vte_compile.export.onnx_pieces import check, convert
 from vte_compile.export.onnx_quantize import check_quantize
 from vte_compile.export.onnx_weights import WeightFiles
-from vte_compile.export.staged import check_experts, check_optimized, check_positions, embedding_table, model_facts
+from vte_compile.export.patch_encoder import dynamic_dims, patch_encoder
+from vte_compile.export.staged import check_experts, check_optimized, embedding_table, model_facts
 from vte_compile.export.vision import image_encoder
 from vte_compile.plan import GateExit
 from vte_compile.version import __version__
@@ -41,12 +42,17 @@ def write(
     check_target_folder(path)
     _check(fast, forms)
     check_quantize(quantize)
+    facts = model_facts(fast)
     dtype, decoder, table = DTYPES[fast._vte_spec.dtype], trace_decoder(fast, ORT), embedding_table(fast)
     with whole_folder(path) as folder:
         decoder.convert_all()
         weights = WeightFiles(folder)
         write_embedding(OnnxGraph("embedding", weights, dtype), fast, table, folder / "embedding.onnx")
-        vision, vision_missing = write_vision(OnnxGraph("vision", weights, dtype), fast, folder / "vision.onnx")
+        vision_graph = OnnxGraph("vision", weights, dtype)
+        if facts.grids is None:
+            vision, vision_missing = write_vision(vision_graph, fast, folder / "vision.onnx")
+        else:
+            vision, vision_missing = write_patch_vision(vision_graph, fast, facts.grids, folder / "vision.onnx")
         stages = write_stages(decoder, weights, dtype, quantize, folder) if "staged" in forms else []
         if "single" in forms:
             graph = OnnxGraph("decoder", weights, dtype, quantize)
@@ -59,7 +65,7 @@ def write(
             opset=OPSET,
             provider="cpu",
             precision=quantize or str(fast._vte_spec.dtype).removeprefix("torch."),
-            model=model_facts(fast),
+            model=facts,
             plan=fast.plan.describe(),
             embedding="embedding.onnx",
             vision=vision,
@@ -75,7 +81,6 @@ def _check(fast: Any, forms: tuple[str, ...]) -> None:
     check_optimized(fast)
     if not forms or not set(forms) <= set(FORMS):
         raise InputError(f"forms: expected one or both of {', '.join(map(repr, FORMS))}, got {forms!r}.")
-    check_positions(fast)
     check_experts(fast)
     if (dtype := fast._vte_spec.dtype) not in DTYPES:
         raise UnsupportedModelError(
@@ -146,6 +151,40 @@ def write_vision(graph: OnnxGraph, fast: Any, file: Path) -> tuple[VisionCall | 
     graph.output("image_features", features, ["visual_tokens", fast._vte_spec.hidden_size])
     graph.save(file)
     return VisionCall(file.name, [], image), None
+
+
+def write_patch_vision(
+    graph: OnnxGraph, fast: Any, grids: GridFacts, file: Path
+) -> tuple[VisionCall | None, str | None]:
+    """vision.onnx, for one frame of patches; or why there is none."""
+    try:
+        encoder = patch_encoder(fast, grids)
+    except (CaptureError, UnsupportedModelError) as error:
+        logger.warning("export: the engine has no image encoder and takes image_features: %s", error)
+        return None, str(error)
+    integer, facts = ir.DataType.INT64, encoder.facts
+    inputs = [
+        graph.input("pixel_values", ["patches", facts.numbers]),
+        graph.input("position_ids", ["patches", 2], integer),
+    ]
+    if facts.window is not None:
+        inputs += [
+            graph.input("window_index", ["tokens"], integer),
+            graph.input("windows", ["windows", "longest_window"], integer),
+            graph.input("window_places", ["patches"], integer),
+        ]
+    weights = list(encoder.weights.values())
+    dims = [*dynamic_dims(facts), *(set[int]() for _ in weights)]
+    piece = convert(encoder.function, [*encoder.frames[0], *weights], dims, ["image_features"], graph.operators)
+    for frame in encoder.frames:
+        check(piece, encoder.function, [*frame, *weights])
+    named: list[tuple[str, Callable[[], Tensor]]] = [
+        (f"vision.{name}", partial(_same, tensor)) for name, tensor in encoder.weights.items()
+    ]
+    [features] = graph.add(piece, "vision", [*inputs, *named])
+    graph.output("image_features", features, ["visual_tokens", fast._vte_spec.hidden_size])
+    graph.save(file)
+    return VisionCall(file.name, [], [], facts), None
 
 
 def _same(tensor: Tensor) -> Tensor:

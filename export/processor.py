@@ -1,7 +1,7 @@
 """Text and pictures as an engine takes them, from the files that transformers' ``processor.save_pretrained`` wrote.
 
-LLaVA's processor and language models' tokenizers are done here, with tokenizers, jinja2, Pillow and numpy. Others are
-left to transformers, where it is installed.
+LLaVA's and Qwen2-VL's processors and language models' tokenizers are done here, with tokenizers, jinja2, Pillow and
+numpy. Others are left to transformers, where it is installed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ import numpy as np
 from vte_compile.errors import EngineError, InputError
 from vte_compile.export.chat_template import ChatTemplate
 from vte_compile.export.image_processor import Array, ImageProcessor, NotKnownError, open_picture
+from vte_compile.export.patch_processor import PatchProcessor
 
 _LOGGER = logging.getLogger(__name__)
-_KNOWN = ("LlavaProcessor",)
+_OF_PATCHES, _PATCH_TOKEN = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"), "<|image_pad|>"
+_KNOWN = ("LlavaProcessor", *_OF_PATCHES)
 TOKENIZERS = ("tokenizer.json", "llm/tokenizer.json")
 """Where a processor's tokenizer may be; the second is that of VILA's layout."""
-Encode = Callable[[Array], list[Array]]
-"""Pixel values [images, channels, height, width] -> features [n, C] of each image."""
+Encode = Callable[..., list[Array]]
+"""Pixel values [images, channels, height, width] (or patches [n, numbers], and grids [images, 3]) -> features [n, C] of
+each image."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Prompt:
     ids: list[int]
     features: Array | None
     """[visual tokens, C]; None without pictures."""
+    image_grid_thw: Array | None = None
+    """[pictures, 3], of models that take patches."""
 
 
 class Processor:
@@ -55,8 +60,10 @@ class Processor:
         self._tokenizer = _load_tokenizer(file)
         self._of_tokenizer = file.parent != folder
         self._special = _special_tokens(tokenizer_config)
-        self._image_token = self._special.get("image_token") or config.get("image_token") or "<image>"
-        self._images: ImageProcessor | _FromTransformers | None = None
+        kind, _ = _image_config(folder)
+        default = _PATCH_TOKEN if kind in _OF_PATCHES else "<image>"
+        self._image_token = self._special.get("image_token") or config.get("image_token") or default
+        self._images: ImageProcessor | PatchProcessor | _FromTransformers | None = None
         source = _template_source(file.parent, tokenizer_config)
         self._template = None if source is None else ChatTemplate(source, self._special)
 
@@ -104,13 +111,14 @@ class Processor:
         if not pictures:
             return Prompt(self.encode(text), None)
         images = self._images = self._images or _image_side(self._folder)
-        if not isinstance(images, ImageProcessor):
+        if isinstance(images, _FromTransformers):
             return images.prompt(text, pictures, encode_images)
-        features = encode_images(np.stack([images(picture) for picture in pictures]))
+        batch = images.batch(pictures)
+        features = encode_images(*batch)
         expanded = pieces[0]
         for feature, piece in zip(features, pieces[1:], strict=True):
             expanded += self._image_token * len(feature) + piece
-        return Prompt(self.encode(expanded), np.concatenate(features))
+        return Prompt(self.encode(expanded), np.concatenate(features), *batch[1:])
 
     def _render(self, messages: Sequence[Mapping[str, Any]], images: int) -> str:
         if self._template is not None:
@@ -157,19 +165,25 @@ class _FromTransformers:
             made = self._processor(text=[text], images=pictures, return_tensors="np")
         except (ValueError, TypeError) as error:
             raise InputError(f"messages: the model's processor does not take them: {error}") from error
-        return Prompt(made["input_ids"][0].tolist(), np.concatenate(encode_images(np.asarray(made["pixel_values"]))))
+        batch = [np.asarray(made[name]) for name in ("pixel_values", "image_grid_thw") if name in made]
+        return Prompt(made["input_ids"][0].tolist(), np.concatenate(encode_images(*batch)), *batch[1:])
 
 
-def _image_side(folder: Path) -> ImageProcessor | _FromTransformers:
-    config = _read(folder / "processor_config.json")
-    images = config.get("image_processor") or _read(folder / "preprocessor_config.json")
-    kind = config.get("processor_class") or images.get("processor_class")
+def _image_side(folder: Path) -> ImageProcessor | PatchProcessor | _FromTransformers:
+    kind, images = _image_config(folder)
     try:
         if kind not in _KNOWN:
             raise NotKnownError(f"processor_class {kind!r}")
-        return ImageProcessor.from_config(images)
+        return (PatchProcessor if kind in _OF_PATCHES else ImageProcessor).from_config(images)
     except NotKnownError as error:
         return _FromTransformers(folder, str(error))
+
+
+def _image_config(folder: Path) -> tuple[Any, Mapping[str, Any]]:
+    """The processor's class, and what it is told of images."""
+    config = _read(folder / "processor_config.json")
+    images = config.get("image_processor") or _read(folder / "preprocessor_config.json")
+    return config.get("processor_class") or images.get("processor_class"), images
 
 
 def _pictures(messages: Sequence[Mapping[str, Any]]) -> list[tuple[Any, str]]:

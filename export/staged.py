@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
+from vte_compile.export.grid_facts import grid_facts
 from vte_compile.export.manifest import AttendCall, ExitCall, GateWeights, ModelFacts, PhaseSteps, PieceCall, VisionCall
 from vte_compile.export.vision import image_encoder
 from vte_compile.optimized_model import OptimizedModel
@@ -74,13 +75,12 @@ def stage(fast: Any) -> Staged:
 
     Raises:
         InputError: Not an optimized model with a decoder.
-        UnsupportedModelError: Its tokens are not embedded by a table alone, or not numbered one by one; or its experts
-            run as grouped products.
+        UnsupportedModelError: Its tokens are not embedded by a table alone, or its images are numbered in a way no
+            engine knows; or its experts run as grouped products.
         CaptureError: A phase could not be traced or rewritten.
     """
     check_optimized(fast)
     runner = fast._vte_runner
-    check_positions(fast)
     check_experts(fast)
     staged = Staged(model_facts(fast), "", runner.routed)
     for phase, batched in _PHASES:
@@ -105,18 +105,6 @@ def check_optimized(fast: Any) -> None:
         )
 
 
-def check_positions(fast: Any) -> None:
-    """Refuse models whose tokens are not numbered one by one.
-
-    Raises:
-        UnsupportedModelError: Its positions are multimodal.
-    """
-    if fast._vte_spec.position_rows > 1:
-        raise UnsupportedModelError(
-            f"{type(fast).__name__} has multimodal rotary positions: engines number tokens one by one so far."
-        )
-
-
 def check_experts(fast: Any) -> None:
     """Refuse mixtures whose experts are traced as grouped products, an operator that engines do not have.
 
@@ -133,7 +121,11 @@ def check_experts(fast: Any) -> None:
 
 
 def model_facts(fast: Any) -> ModelFacts:
-    """What a manifest says of a model."""
+    """What a manifest says of a model.
+
+    Raises:
+        UnsupportedModelError: Its multimodal positions are not those an engine knows.
+    """
     spec = fast._vte_spec
     generation = fast.generation_config
     eos = generation.eos_token_id if generation.eos_token_id is not None else spec.config.eos_token_id
@@ -148,6 +140,8 @@ def model_facts(fast: Any) -> ModelFacts:
         visual_token_ids=list(spec.visual_token_ids),
         eos_token_ids=ends,
         pad_token_id=int(pad) if pad is not None else (ends[0] if ends else 0),
+        position_rows=spec.position_rows,
+        grids=grid_facts(fast),
     )
 
 

@@ -18,6 +18,7 @@ import onnx
 import onnx.shape_inference
 import onnx_ir as ir
 
+from vte_compile.export.grid_facts import grid_facts
 from vte_compile.export.onnx_weights import WeightFiles
 from vte_compile.export.tensorrt_operators import CONSTANT_INPUTS, DATA, OPERATORS, OPSETS, SOURCE, TENSOR_TYPES
 from vte_compile.export.tensorrt_profiles import Profiles
@@ -106,8 +107,8 @@ def coverage(
     }
     if not any(stage.exit for stage in stages):
         del host["exit decisions"]
-    if fast._vte_spec.position_rows > 1:
-        host["positions"] = "multimodal rotary positions [3, batch, tokens] come from the model's get_rope_index()"
+    if grid_facts(fast) is not None:
+        host["positions"] = "multimodal rotary positions [3, batch, tokens] follow from the grids of images and videos"
     if vision is None and vision_missing is not None:
         host["image encoder"] = f"stays in PyTorch: {vision_missing}"
     precision = str(fast._vte_spec.dtype).removeprefix("torch.")

@@ -109,6 +109,7 @@ class TensorRTDecoder(Decoder):
         dtype: Of embeddings, keys and values.
         device: Where they lie.
         sizes: Of the manifest: what the engines take.
+        position_rows: How many numbers make a token's position.
 
     Raises:
         EngineError: A graph does not take or give what docs/tensorrt.md says.
@@ -121,6 +122,7 @@ class TensorRTDecoder(Decoder):
         dtype: torch.dtype,
         device: torch.device,
         sizes: Mapping[str, Sequence[int]],
+        position_rows: int,
     ) -> None:
         if not stages or stages[-1].exit is not None or any(stage.exit is None for stage in stages[:-1]):
             raise EngineError("manifest.json: its stages do not end with the only one without exit.")
@@ -129,6 +131,7 @@ class TensorRTDecoder(Decoder):
         self._gates = [graphs[s.exit.gate] if s.exit is not None and s.exit.gate is not None else None for s in stages]
         self._exit_layers = [None if stage.exit is None else stage.exit.layer for stage in stages]
         self.may_exit = len(stages) > 1
+        self._position_rows = position_rows
         memories: list[Any] = self.new_cache(1).memories
         self._stages, self._layouts = len(stages), [memory.layout for memory in memories]
         for s, (graph, memory) in enumerate(zip(self._engines, memories, strict=True)):
@@ -157,7 +160,7 @@ class TensorRTDecoder(Decoder):
             )
         rows = np.flatnonzero(counts).tolist()
         visual = {b: chunk.visual[b] for b in rows}
-        positions = {b: cache.next_positions[b] + np.arange(counts[b]) for b in rows}
+        positions = {b: chunk.positions(b, int(cache.next_positions[b])) for b in rows}
         keep = {b: np.arange(counts[b]) for b in rows}
         stream: dict[int, Any] = {b: chunk.row(b) for b in rows}
         for s, graph in enumerate(self._engines):
@@ -167,7 +170,7 @@ class TensorRTDecoder(Decoder):
                 past = int(lengths[s, b])
                 inputs = {
                     **({"hidden_states": stream[b], "keep": keep[b]} if s else {"inputs_embeds": stream[b]}),
-                    "position_ids": positions[b][None],
+                    "position_ids": self._position_ids(positions[b][..., None, :]),
                     "new_lengths": np.array([len(keep[b])], np.int64),
                     "past_lengths": lengths[s, [b]],
                     **memory.row(b, empty=not past),
@@ -182,7 +185,7 @@ class TensorRTDecoder(Decoder):
                 if leaves(self._gates[s], stream[b], visual[b]):  # the one place where the host waits for the GPU
                     exit_layer[b] = layer
                     keep[b] = np.flatnonzero(~visual[b])
-                    positions[b] = positions[b][keep[b]]
+                    positions[b] = positions[b][..., keep[b]]
         last = {b: stream[b].numpy()[0, -1].astype(np.float32) for b in rows}
         logits = np.zeros((cache.batch, len(last[rows[0]])), np.float32)
         for b in rows:
@@ -193,7 +196,7 @@ class TensorRTDecoder(Decoder):
         batch, stream = cache.batch, embeds
         lengths = as_tensor(cache.lengths, self._device)
         fixed = {
-            "position_ids": as_tensor(cache.next_positions[:, None], self._device),
+            "position_ids": as_tensor(self._position_ids(cache.next_positions[:, None]), self._device),
             "new_lengths": torch.ones(batch, dtype=torch.int64, device=self._device),
             "keep": torch.zeros(1, dtype=torch.int64, device=self._device),
         }

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from vte_compile.errors import EngineError, InputError, UnsupportedModelError
+from vte_compile.errors import EngineError, InputError
 from vte_compile.export.folder import check_files
 from vte_compile.export.generation import GenerationDefaults
 from vte_compile.export.manifest import MANIFEST
@@ -41,7 +41,10 @@ class TensorRTEngine(OnnxEngine):
         self, folder: Path, manifest: TensorRTManifest, graphs: Mapping[str, Any], device: torch.device
     ) -> None:
         dtype = np.dtype(_NUMPY[manifest.model.dtype])
-        decoder = TensorRTDecoder(graphs, manifest.stages, getattr(torch, manifest.model.dtype), device, manifest.sizes)
+        facts = manifest.model
+        decoder = TensorRTDecoder(
+            graphs, manifest.stages, getattr(torch, facts.dtype), device, manifest.sizes, facts.position_rows
+        )
         vision = None if manifest.vision is None else graphs[manifest.vision.piece]
         parts = Parts(
             manifest,
@@ -112,7 +115,6 @@ def check_manifest(folder: Path, manifest: TensorRTManifest) -> None:
 
     Raises:
         EngineError: It is not.
-        UnsupportedModelError: The runner cannot number the model's tokens.
     """
     named = [manifest.embedding, *(stage.file for stage in manifest.stages)]
     named += [s.exit.gate for s in manifest.stages if s.exit is not None and s.exit.gate is not None]
@@ -122,8 +124,3 @@ def check_manifest(folder: Path, manifest: TensorRTManifest) -> None:
         raise EngineError(f"{folder / MANIFEST}: {lost[0]} is not among its files and engines: export the model again.")
     if manifest.model.dtype not in _NUMPY:
         raise EngineError(f"{folder / MANIFEST}: dtype {manifest.model.dtype!r} is unknown: export the model again.")
-    if manifest.position_rows > 1:
-        raise UnsupportedModelError(
-            f"{manifest.model.name} has multimodal rotary positions, which the runner cannot make: run the engines "
-            "yourself, with position_ids [3, batch, tokens] as the model's get_rope_index() gives them."
-        )

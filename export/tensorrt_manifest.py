@@ -39,8 +39,6 @@ class TensorRTManifest(OnnxManifest):
     ONNX graphs; ``engines`` has one entry for each of them. ``decoder`` is None.
     """
 
-    position_rows: int
-    """How many numbers make a token's position: 1, or 3 for multimodal rotary ones."""
     sizes: dict[str, list[int]]
     """Which profiles the engines were made for (tensorrt_profiles.py): smallest, usual and largest of each size."""
     engines: list[EngineFacts]

@@ -62,6 +62,7 @@ def write(
     fast = in_precision(fast, precision)
     package = _package(build)
     trt = None if package is None else import_tensorrt(package)
+    facts = model_facts(fast)
     if strip_weights and package == "tensorrt_rtx" and not torch.cuda.is_available():
         raise InputError(
             "strip_weights: TensorRT for RTX builds engines without weights only where a GPU is: build them there "
@@ -84,7 +85,7 @@ def write(
             opset=TENSORRT.opsets[""],
             provider="cuda",
             precision=str(fast._vte_spec.dtype).removeprefix("torch."),
-            model=model_facts(fast),
+            model=facts,
             plan=fast.plan.describe(),
             embedding="embedding.onnx",
             vision=parts[1],
@@ -92,7 +93,6 @@ def write(
             stages=parts[0],
             decoder=None,
             files=files,
-            position_rows=fast._vte_spec.position_rows,
             sizes={name: list(triple) for name, triple in asdict(sizes).items()},
             engines=engines,
             builder=None if trt is None or package is None else BuilderFacts(package, trt.__version__),

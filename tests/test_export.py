@@ -9,7 +9,6 @@ import pytest
 import torch
 from test_cli import _restore_log_level, llava, plan, run  # noqa: F401
 from test_packaging import modules_after
-from tiny_families import tiny_family
 from tiny_models import gate, one_thread, tiny, tiny_llava  # noqa: F401
 from tiny_models import plan as exits
 from torch import fx
@@ -147,7 +146,7 @@ def test_command(llava: Path, plan: Path, tmp_path: Path, monkeypatch) -> None: 
     def write(model, path):
         seen.append(model.plan)
         path.mkdir()
-        facts = ModelFacts("LlamaForCausalLM", "float32", 4, 32, 61, [], [2], 0)
+        facts = ModelFacts("LlamaForCausalLM", "float32", 4, 32, 61, [], [2], 0, 1, None)
         built = Built("0", "2", "cpu", "Linux", "x86_64", "AVX2")
         manifest = Manifest("aoti", built, facts, [], False, "table", None, None, {}, [], {})
         (path / MANIFEST).write_bytes(encode(manifest))
@@ -162,9 +161,3 @@ def test_command(llava: Path, plan: Path, tmp_path: Path, monkeypatch) -> None: 
     (tmp_path / "full" / "file").touch()
     refused = run("export", llava, "--out", tmp_path / "full", code=1)
     assert "something else than an engine" in refused.stderr
-
-
-def test_multimodal_positions_are_refused() -> None:
-    fast = optimize(tiny_family("qwen2_vl"), Plan(), compile=False)
-    with pytest.raises(UnsupportedModelError, match="has multimodal rotary positions: engines number tokens"):
-        staged.stage(fast)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from fake_tensorrt import CPU, build_fake, fake, load_fake
+from fake_tensorrt import CPU, load_fake
 from tiny_families import family_inputs, tiny_family
 from tiny_models import (
     chunk,
@@ -24,7 +23,6 @@ from tiny_models import (
 import vte_compile
 from vte_compile import SkippedAttention, StaticExit, optimize
 from vte_compile.adapters import PIA
-from vte_compile.export.tensorrt_graph import TensorRTGraph
 from vte_compile.export.tensorrt_profiles import DECODE, PREFILL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -162,51 +160,24 @@ def test_half_precision(llava, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.as_tensor(got.logits), want.logits[:, -1], rtol=3e-2, atol=3e-2)
 
 
-def qwen_caches(layers: tuple[int, ...], columns: int) -> dict[str, torch.Tensor]:
-    names = [f"past_key_values.{i}.{kind}" for i in layers for kind in ("key", "value")]
-    return {name: torch.zeros(1, 2, columns, 8) for name in names}
-
-
-def run_stage(graph, entering, positions, past: int, caches, keep=None):
-    """All outputs of a stage by name."""
-    given = {"position_ids": positions, "past_lengths": np.array([past]), "new_lengths": np.array([positions.shape[2]])}
-    given |= caches | ({"inputs_embeds": entering} if keep is None else {"hidden_states": entering, "keep": keep})
-    return {name: value.tensor for name, value in zip(graph.outputs, graph.run(given, graph.outputs), strict=True)}
-
-
 def test_multimodal_rotary_positions(tmp_path: Path) -> None:
-    """Qwen2-VL's stages, with the positions its own code computes: an exit in between, and a decode step."""
+    """Qwen2-VL: an exit for rows with images, decode steps, a second turn."""
     model = tiny_family("qwen2_vl")
     fast = optimize(model, plan(StaticExit(1)), compile=False)
     vte_compile.export(fast, tmp_path / "engine", target="tensorrt", build=False, profiles=SIZES)
-    manifest = build_fake(tmp_path / "engine")
-    assert manifest.position_rows == 3
-    facts = [engine for engine in manifest.engines if engine.graph.startswith("stage")]
-    first, second = (TensorRTGraph(fake, tmp_path / "engine", f, CPU) for f in facts)
-    inputs = family_inputs("qwen2_vl")
-    ids, visual = inputs["input_ids"], inputs["input_ids"] == 60
-    grid, pixels = inputs["image_grid_thw"], inputs["pixel_values"]
-    positions, _ = model.model.get_rope_index(
-        ids, image_grid_thw=grid, attention_mask=inputs["attention_mask"], mm_token_type_ids=inputs["mm_token_type_ids"]
-    )
-    with torch.no_grad():
-        features = torch.cat(list(model.get_image_features(pixels, grid).pooler_output))
-        embeds = model.get_input_embeddings()(ids).masked_scatter(visual[..., None], features)
-        keep = (~visual[0]).nonzero()[:, 0]
-        n, kept = ids.shape[1], len(keep)
-        want = fast(**inputs, logits_to_keep=1)
-        lower = run_stage(first, embeds, positions, 0, qwen_caches((0, 1), 1))
-        upper = run_stage(second, lower["next_hidden_states"], positions[:, :, keep], 0, qwen_caches((2, 3), 1), keep)
-        close(upper["logits"][:, 0], want.logits[:, -1])
-        # The cache, with room behind it, then one more token.
-        caches = [qwen_caches((0, 1), n + 3), qwen_caches((2, 3), kept + 3)]
-        for stage, given in zip(caches, (lower, upper), strict=True):
-            for name, value in stage.items():
-                new = given[name.replace("past_key_values", "new")]
-                value[:, :, : new.shape[2]] = new
-        token = want.logits[:, -1:].argmax(-1)
-        at = torch.full((3, 1, 1), int(positions.max()) + 1)
-        lower = run_stage(first, model.get_input_embeddings()(token), at, n, caches[0])
-        upper = run_stage(second, lower["next_hidden_states"], at, kept, caches[1], np.zeros(1, np.int64))
-        want = fast(input_ids=token, past_key_values=want.past_key_values)
-        close(upper["logits"][:, 0], want.logits[:, -1])
+    engine, _ = load_fake(tmp_path / "engine")
+    assert engine.manifest.model.position_rows == 3
+    first, second = family_inputs("qwen2_vl", [1, 0, 2]), family_inputs("qwen2_vl", [1, 1, 0], seed=1)
+    features = [torch.cat(model.get_image_features(turn.pop("pixel_values"), turn["image_grid_thw"]).pooler_output)
+                for turn in (dict(first), dict(second))]  # fmt: skip
+    ours = [{k: v for k, v in turn.items() if k != "pixel_values"} for turn in (first, second)]
+    answer = engine.generate(**ours[0], image_features=features[0].detach(), max_new_tokens=4, eos_token_ids=[])
+    known = fast.generate(**first, do_sample=False, max_new_tokens=4, pad_token_id=0, eos_token_id=None)
+    assert answer.tokens.tolist() == known[:, first["input_ids"].shape[1] :].tolist()
+    assert answer.exit_layer.tolist() == known.exit_layer.tolist() == [1, -1, 1]
+    want, got = fast(**first), engine.prefill(**ours[0], image_features=features[0].detach())
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+    want = fast(**(second | {"attention_mask": mask}), past_key_values=want.past_key_values, logits_to_keep=1)
+    got = engine.prefill(**ours[1], image_features=features[1].detach(), cache=got.cache)
+    close(torch.as_tensor(got.logits), want.logits[:, -1])
+    assert got.cache.next_positions.tolist() == want.past_key_values.next_positions.tolist()

@@ -261,9 +261,6 @@ def test_manifest_that_names_other_graphs(folder: Path) -> None:
     (folder / MANIFEST).write_bytes(encode(replace(facts, engines=facts.engines[1:])))
     with pytest.raises(EngineError, match=r"vision\.onnx is not among"):
         load_engine(folder)
-    (folder / MANIFEST).write_bytes(encode(replace(facts, position_rows=3)))
-    with pytest.raises(vte_compile.errors.UnsupportedModelError, match="multimodal rotary positions"):
-        load_engine(folder)
     (folder / MANIFEST).write_bytes(encode(facts))
     (folder / "stage_1.onnx").unlink()
     with pytest.raises(EngineError, match=r"stage_1\.onnx: is missing"):

@@ -1,0 +1,170 @@
+"""The encoder of images of any size, cut into patches (Qwen2-VL, Qwen2.5-VL), as a function of one frame.
+
+Its own code cuts attention at lengths that it reads from tensors, which cannot be traced. Here one frame is one run, so
+that all of it attends to itself; windows are gathered into rows of one length, and masked behind their last patch. What
+depends on the grid, transformers' encoders take ready made (transformers.vision_utils); export/patches.py makes it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from vte_compile.capture import attention_implementation, evaluating
+from vte_compile.errors import CaptureError, UnsupportedModelError, VTEError
+from vte_compile.export.manifest import GridFacts, PatchFacts
+from vte_compile.export.patches import encoder_inputs, frame_inputs
+from vte_compile.families.inputs import decoder_inputs
+
+# Named so that encoders hand over the bounds of what attends to each other, instead of cutting by themselves.
+_ATTENTION = "vte_flash_attention_patches"
+_EXAMPLE, _TRIED = (6, 10), ((2, 2), (4, 10), (10, 4))
+"""Height and width of frames, in tokens of the merged size: the traced one, and those that are compared."""
+
+_places: contextvars.ContextVar[Tensor] = contextvars.ContextVar("vte_window_places")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """[1, heads, n, size] each -> [1, n, heads, size]; ``cu_seq_lens_q`` [W, L]: windows, else all attend to all."""
+    if cu_seq_lens_q is None or cu_seq_lens_q.ndim != 2:
+        return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+    windows, heads, size = cu_seq_lens_q, query.shape[1], query.shape[3]
+    index = windows.clamp(min=0).flatten()
+    query, key, value = (
+        x[0].index_select(1, index).unflatten(1, windows.shape).transpose(0, 1) for x in (query, key, value)
+    )
+    # ONNX Runtime wants a row of the mask for each query.
+    mask = (windows >= 0)[:, None, None].expand(-1, -1, windows.shape[1], -1)
+    given = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    flat = given.transpose(1, 2).reshape(-1, heads, size)
+    return flat.index_select(0, _places.get())[None], None
+
+
+AttentionInterface.register(_ATTENTION, _attention)
+
+
+@dataclass
+class PatchEncoder:
+    """A function that torch.export can trace.
+
+    Patches of a frame, what :func:`frame_inputs` gives, and weights in; features [tokens, C] out.
+    """
+
+    function: Callable[..., tuple[Tensor]]
+    facts: PatchFacts
+    weights: dict[str, Tensor]
+    """By name, in the order of the last arguments."""
+    frames: list[list[Tensor]]
+    """Arguments without the weights, for frames of different sizes."""
+
+
+class _Encoder(nn.Module):
+    def __init__(self, visual: nn.Module, facts: PatchFacts) -> None:
+        super().__init__()
+        self.visual, self._windowed = visual, facts.window is not None
+
+    def forward(self, pixel_values: Tensor, position_ids: Tensor, *windows: Tensor) -> tuple[Tensor]:
+        whole = position_ids[:, 0]  # no numbers are read from it
+        given: dict[str, Any] = {"position_ids": position_ids, "cu_seqlens": whole, "max_seqlen": 1}
+        if self._windowed:
+            index, bounds, places = windows
+            given |= {"window_index": index, "cu_window_seqlens": bounds, "max_window_seqlen": 1}
+            token = _places.set(places)
+        try:
+            grid = torch.ones(1, 3, dtype=torch.long)
+            return (self.visual(pixel_values, grid_thw=grid, **given).pooler_output,)
+        finally:
+            if self._windowed:
+                _places.reset(token)
+
+
+@torch.no_grad()
+def patch_encoder(fast: Any, grids: GridFacts) -> PatchEncoder:
+    """The function that does for one frame what the model's own code does.
+
+    Raises:
+        UnsupportedModelError: The model's encoder is none of this kind, or computes something else.
+        CaptureError: It does not take what it is given ready made.
+    """
+    name, spec = type(fast).__name__, fast._vte_spec
+    visual: Any = getattr(fast.get_submodule(spec.path.rpartition(".")[0]), "visual", None)
+    embed = getattr(visual, "patch_embed", None)
+    sizes: list[Any] = [getattr(embed, size, None) for size in ("in_channels", "temporal_patch_size", "patch_size")]
+    if not all(isinstance(size, int) for size in sizes):
+        raise UnsupportedModelError(f"{name} has no encoder of patches with channels, frames and size (visual).")
+    channels, frames, patch = sizes
+    window = getattr(visual, "window_size", None)
+    window = None if window is None else window // grids.merge_size // patch
+    facts = PatchFacts(channels * frames * patch**2, grids.merge_size, window)
+    encoder = _Encoder(visual, facts)
+    sizes_tried = (_EXAMPLE, *_TRIED)
+    examples = [_frame(fast, facts, *size) for size in sizes_tried]
+    weights = {key: weight.detach() for key, weight in encoder.named_parameters()}
+
+    def function(*values: Tensor) -> tuple[Tensor]:
+        frame, own = values[: len(examples[0])], dict(zip(weights, values[len(examples[0]) :], strict=True))
+        with evaluating(encoder), attention_implementation(visual.config, _ATTENTION):
+            features: tuple[Tensor] = torch.func.functional_call(encoder, own, frame)
+            return features
+
+    for size, example in zip(sizes_tried, examples, strict=True):
+        with evaluating(visual):
+            want = _own(fast, grids, facts, example[0], size)
+        try:
+            [got] = function(*example, *weights.values())
+        except Exception as error:  # whatever code of the model's author raises on what it does not know
+            raise CaptureError(f"{name}: its image encoder does not take its frames' layouts: {error}") from error
+        if got.shape != want.shape or not torch.allclose(got, want.to(got.dtype), rtol=1e-3, atol=1e-3):
+            raise UnsupportedModelError(f"{name}: its encoder does more than attend within frames and windows.")
+    return PatchEncoder(function, facts, {key.removeprefix("visual."): w for key, w in weights.items()}, examples)
+
+
+def dynamic_dims(facts: PatchFacts) -> list[set[int]]:
+    """Of the inputs, in order: which dims are of any size."""
+    return [{0}, {0}, {0}, {0, 1}, {0}][: len(encoder_inputs(facts))]
+
+
+def _frame(fast: Any, facts: PatchFacts, height: int, width: int) -> list[Tensor]:
+    spec = fast._vte_spec
+    rows, columns = height * facts.merge_size, width * facts.merge_size
+    generator = torch.Generator().manual_seed(rows)
+    pixels = torch.randn(rows * columns, facts.numbers, generator=generator).to(spec.device, spec.dtype)
+    known = frame_inputs(facts, rows, columns)
+    return [
+        pixels,
+        *(torch.from_numpy(np.ascontiguousarray(known[n])).to(spec.device) for n in encoder_inputs(facts)[1:]),
+    ]
+
+
+def _own(fast: Any, grids: GridFacts, facts: PatchFacts, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """What the model's own code puts where the placeholders are."""
+    spec = fast._vte_spec
+    grid = torch.tensor([[1, size[0] * facts.merge_size, size[1] * facts.merge_size]], device=spec.device)
+    ids = torch.full((1, size[0] * size[1]), grids.image_token_id, device=spec.device)
+    given = {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": torch.ones_like(ids)}
+    options: dict[str, Any] = {"inputs_embeds": None, "visual_mask": None, "may_exit": False}
+    try:
+        return decoder_inputs(fast, spec, input_ids=ids, multimodal=given, **options).embeds[0]
+    except VTEError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        raise UnsupportedModelError(
+            f"{type(fast).__name__} cannot encode an image from its patches and grid alone: {error}"
+        ) from error

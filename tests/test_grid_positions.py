@@ -1,0 +1,171 @@
+"""What engines compute of images' grids with numpy: positions, layouts of frames, patches; all as transformers does."""
+
+from __future__ import annotations
+
+import copy
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_families import IMAGE_TOKEN, MROPE, VIDEO_TOKEN, family_inputs, shared_family, video_inputs
+from transformers import Qwen2VLImageProcessor
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
+from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.export.grid_facts import grid_facts
+from vte_compile.export.grid_positions import Grids, Media, token_kinds
+from vte_compile.export.image_processor import NotKnownError
+from vte_compile.export.manifest import GridFacts, ModelFacts, PatchFacts
+from vte_compile.export.patch_processor import PatchProcessor
+from vte_compile.export.patches import frame_inputs, split_frames
+from vte_compile.families.decoder import describe
+
+FACTS = GridFacts(IMAGE_TOKEN, VIDEO_TOKEN, 2, 4)
+MODEL = ModelFacts("Tiny", "float32", 1, 8, 64, [VIDEO_TOKEN, IMAGE_TOKEN], [], 0, 3, FACTS)
+
+
+def described(name: str) -> Any:
+    """A model, with what optimize() would know of it."""
+    model: Any = copy.copy(shared_family(name))
+    model._vte_spec = describe(model)
+    return model
+
+
+@pytest.fixture(scope="module", params=MROPE)
+def known(request):
+    """A model, and how it numbers tokens."""
+    model = described(request.param)
+    return request.param, model, grid_facts(model)
+
+
+def test_positions_are_those_of_the_model(known) -> None:
+    """Rows with two images, one and none, padding on both sides; a video, whose seconds count where the family's do."""
+    name, model, facts = known
+    batches = [family_inputs(name, [2, 0, 1], side=side) for side in ("left", "right")]
+    for inputs in [*batches, family_inputs(name, 0), video_inputs(name), video_inputs(name, frames=8)]:
+        ids, real = inputs["input_ids"], inputs["attention_mask"].bool().numpy()
+        grids = {key: inputs.get(key) for key in ("image_grid_thw", "video_grid_thw")}
+        timed = {"second_per_grid_ts": [1.3]} if grids["video_grid_thw"] is not None else {}
+        theirs, deltas = model.model.get_rope_index(
+            ids, inputs["mm_token_type_ids"], attention_mask=inputs["attention_mask"], **grids, **timed
+        )
+        kinds = token_kinds(facts, ids.numpy())
+        assert np.array_equal(kinds, inputs["mm_token_type_ids"].numpy())
+        rows = [row[mask] for row, mask in zip(kinds, real, strict=True)]
+        ours = Grids.of(facts, *grids.values(), **timed).positions(facts, rows)
+        for b, row in enumerate(ours):
+            assert np.array_equal(row, theirs[:, b, real[b]].numpy())
+            assert row.max() + 1 - len(rows[b]) == deltas[b].item()
+
+
+def test_a_model_that_numbers_images_in_another_way(monkeypatch) -> None:
+    fast = described("qwen2_vl")
+    before = type(fast.model).get_rope_index
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(fast.model), "get_rope_index", lambda *a, **k: (before(*a, **k)[0].flip(0), before(*a, **k)[1])
+        )
+        with pytest.raises(UnsupportedModelError, match=r"as Qwen2-VL does: its own code, .* gives others"):
+            grid_facts(fast)
+    monkeypatch.setattr(fast, "config", SimpleNamespace(image_token_id=IMAGE_TOKEN, vision_config=SimpleNamespace()))
+    with pytest.raises(UnsupportedModelError, match=r"no vision_config\.spatial_merge_size"):
+        grid_facts(fast)
+
+
+@pytest.mark.parametrize(
+    ("media", "ids", "message"),
+    [
+        ({"image_grid_thw": [[1, 4, 4]]}, [5, *[60] * 3, 5], "3 placeholders in a row, where image_grid_thw says 4"),
+        ({"image_grid_thw": [[1, 4, 4]]}, [5, *[60] * 5, 5], "image_grid_thw: has fewer entries"),
+        ({"image_grid_thw": [[1, 4, 4]] * 2}, [5, *[60] * 4, 5], "image_grid_thw: has more entries"),
+        ({"image_grid_thw": [[1, 4, 4]]}, [5, *[59] * 4, 5], "video_grid_thw: has fewer entries"),
+        ({}, [5, 60], "image_grid_thw .or video_grid_thw.: is missing"),
+        ({"image_grid_thw": [1, 4, 4]}, [60], "image_grid_thw: expected integers of shape"),
+        ({"image_grid_thw": [[1.0, 4, 4]]}, [60], "image_grid_thw: expected integers of shape"),
+        ({"image_grid_thw": [[1, 3, 4]]}, [60], "in multiples of 2"),
+        ({"video_grid_thw": [[1, 2, 2]], "second_per_grid_ts": [1, 1]}, [59], "second_per_grid_ts: expected 1 numbers"),
+    ],
+)
+def test_grids_that_do_not_fit(media, ids, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Media(**media).places(MODEL, [token_kinds(FACTS, np.array(ids))])
+
+
+def test_what_is_said_of_tokens() -> None:
+    grids = {"image_grid_thw": [[1, 2, 2]], "video_grid_thw": [[1, 2, 2]]}
+    with pytest.raises(InputError, match="which visual tokens are of images and which of videos"):
+        Media(**grids).only_kind()
+    kinds = np.array([[0, 1]])
+    Media(mm_token_type_ids=torch.tensor([[0, 1]])).check_types(kinds)
+    with pytest.raises(InputError, match="mm_token_type_ids: are not those of input_ids"):
+        Media(mm_token_type_ids=[[0, 2]]).check_types(kinds)
+    text = ModelFacts("Tiny", "float32", 1, 8, 64, [], [], 0, 1, None)
+    with pytest.raises(InputError, match="knows no image_grid_thw"):
+        Media(image_grid_thw=[[1, 2, 2]]).places(text, [kinds[0]])
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (2, 2), (10, 6), (8, 14), (2, 18)])
+@pytest.mark.parametrize("window", [2, 3])
+def test_layouts_of_frames(height: int, width: int, window: int) -> None:
+    grid = torch.tensor([[1, height, width]])
+    ours = frame_inputs(PatchFacts(12, 2, window), height, width)
+    assert np.array_equal(ours["position_ids"], get_vision_position_ids(grid, 2).numpy())
+    index, bounds = get_vision_window_index(grid, 2, window * 2 * 4, 4)
+    assert np.array_equal(ours["window_index"], index.numpy())
+    own = [row[row >= 0].tolist() for row in ours["windows"]]
+    assert own == [list(range(a, b)) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
+    assert ours["windows"].ravel()[ours["window_places"]].tolist() == list(range(height * width))
+    assert list(frame_inputs(PatchFacts(12, 2, None), height, width)) == ["position_ids"]
+
+
+def test_frames_of_images_and_videos() -> None:
+    facts, pixels = PatchFacts(3, 2, None), np.arange(60.0).reshape(20, 3)
+    split = split_frames(facts, pixels, torch.tensor([[1, 2, 2], [2, 2, 4]]))
+    assert [([len(frame) for frame in frames], size) for frames, size in split] == [([4], (2, 2)), ([8, 8], (2, 4))]
+    assert np.array_equal(np.concatenate([frame for frames, _ in split for frame in frames]), pixels)
+    for grid, message in [
+        (None, r"expected a grid \[n, 3\] for them .*got none"),
+        ([1, 2, 2], "got .3."),
+        ([[1, 2, 3]], "in multiples of 2"),
+        ([[1, 2, 2]], r"expected \[4, 3\], as the grids say, got \[20, 3\]"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            split_frames(facts, pixels, grid)
+
+
+PROCESSOR = {"size": {"shortest_edge": 256, "longest_edge": 2560}, "patch_size": 4, "merge_size": 2}
+
+
+@pytest.mark.parametrize("size", [(50, 37), (8, 8), (3, 90), (200, 100), (33, 64)])
+def test_patches_are_those_of_transformers(size: tuple[int, int]) -> None:
+    theirs = Qwen2VLImageProcessor(**PROCESSOR)
+    ours = PatchProcessor.from_config(json.loads(theirs.to_json_string()))
+    pictures = [
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)) for seed in (0, 1)
+    ]
+    expected = theirs(pictures, return_tensors="np")
+    patches, grids = ours.batch(pictures)
+    assert np.array_equal(grids, expected["image_grid_thw"])
+    np.testing.assert_allclose(patches, expected["pixel_values"], atol=1e-5)
+
+
+def test_configurations_of_patches() -> None:
+    config = json.loads(Qwen2VLImageProcessor(**PROCESSOR).to_json_string())
+    old = {key: value for key, value in config.items() if key != "size"} | {"min_pixels": 256, "max_pixels": 2560}
+    assert PatchProcessor.from_config(old) == PatchProcessor.from_config(config)
+    for changes in (
+        {"image_processor_type": "CLIPImageProcessor"},
+        {"do_resize": False},
+        {"size": {"shortest_edge": 9, "longest_edge": 8}},
+        {"resample": 9},
+        {"patch_size": 0},
+        {"image_mean": [0.5]},
+    ):
+        with pytest.raises(NotKnownError, match=next(iter(changes))):
+            PatchProcessor.from_config(config | changes)
+    with pytest.raises(InputError, match="more than 200 times as long"):
+        PatchProcessor.from_config(config).fitted(1, 201)
