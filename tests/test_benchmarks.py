@@ -3,7 +3,9 @@
 import sys
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -171,3 +173,119 @@ def test_shipped_table_names_a_reason_for_each_missing_time(monkeypatch):
     assert shipped.row_of(found, shipped.BASELINE, times)["total_flops"] == 1.0
     for name in ("shipped", "common"):
         sys.modules.pop(name)
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """benchmarks/engines.py, with a clock that only what is timed moves on."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = __import__("engines")
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("vte_compile.timing.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    module.clock = clock
+    yield module
+    sys.modules.pop("engines")
+
+
+class CountedEngine:
+    """In the place of an engine: a prompt takes as many seconds as its path says, a step a tenth of that."""
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds, self.longest = clock, seconds, 0
+
+    def prefill(self, inputs_embeds, visual_mask, room):
+        self.clock.now += self.seconds
+        count = np.array([inputs_embeds.shape[1]])
+        assert int(visual_mask.sum()) == 3
+        return SimpleNamespace(cache=SimpleNamespace(lengths=np.stack([count, count - 3]), next_positions=count.copy()))
+
+    def decode(self, tokens, cache):
+        self.clock.now += self.seconds / 10
+        cache.lengths += 1
+        cache.next_positions += 1
+        self.longest = max(self.longest, int(cache.lengths[0, 0]))
+
+
+def test_engines_beside_their_peers(engines, monkeypatch, capsys):
+    """Ratios, times of a token, and caches that are as long in each round."""
+    made = {}
+
+    def load(path, threads):
+        made[path] = CountedEngine(engines.clock, float(path))
+        return made[path]
+
+    def peer(name, path, hidden, seq, visual, threads, decode_tokens):
+        def run(seconds):
+            engines.clock.now += seconds
+
+        return lambda: run(float(path)), lambda: run(decode_tokens * float(path) / 10), lambda: None
+
+    runnable = engines.runnable
+    monkeypatch.setattr("vte_compile.load_engine", load)
+    monkeypatch.setattr(engines, "runnable", lambda name, *a: (peer if name == engines.PUBLIC else runnable)(name, *a))
+    monkeypatch.setattr(engines, "runnable_apart", peer)
+    early = "engine, exit after 0"
+    paths = {engines.PUBLIC: ("8", 100), engines.OPENVINO: ("6", 100), engines.OURS: ("4", 100), early: ("3", 50)}
+    cases = {name: {"path": path, "exit_layer": -1, "flops": flops} for name, (path, flops) in paths.items()}
+    rows = {row["case"]: row for row in engines.time_cases(cases, 8, 41, 3, 1, 2, 3, decode_tokens=5)}
+    assert list(rows) == list(paths)
+    assert [row["prefill"]["median_s"] for row in rows.values()] == pytest.approx([8.0, 6.0, 4.0, 3.0])
+    assert [row["prefill"]["to_public"] for row in rows.values()] == pytest.approx([1.0, 0.75, 0.5, 0.375])
+    assert [row["decode"]["median_s"] for row in rows.values()] == pytest.approx([0.8, 0.6, 0.4, 0.3])
+    assert [len(row["decode"]["runs_s"]) for row in rows.values()] == [3] * 4
+    assert rows[early]["prefill"]["over_flops"] == pytest.approx(0.75 / 0.5)
+    assert {engine.longest for engine in made.values()} == {41 + 5}
+    assert sorted(made) == ["3", "4"]
+    monkeypatch.setenv("COLUMNS", "200")
+    engines.show([row | {"load_s": 1.0, "peak_mb": 2.0} for row in rows.values()], {"runs": 2})
+    shown = [line.split("│") for line in capsys.readouterr().out.splitlines() if early in line or "transf" in line]
+    assert [row[-2].strip() for row in shown] == ["", "1.500", "2", "2"]
+
+
+def test_the_public_export_hands_its_cache_on(engines):
+    """Presents become pasts, in order; an input that nobody knows is an error."""
+    own = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name=n) for n in ("inputs_embeds", "cache_0", "cache_1")])
+    feeds = engines.Public._feeds(own, np.ones((1, 1, 2), np.float32), ["key", "value"])
+    assert feeds["inputs_embeds"].numpy().shape == (1, 1, 2)
+    assert (feeds["cache_0"], feeds["cache_1"]) == ("key", "value")
+    other = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name="position_ids")])
+    with pytest.raises(RuntimeError, match="takes position_ids, which this benchmark does not know"):
+        engines.Public._feeds(other, np.ones((1, 1, 2), np.float32), [])
+
+
+def test_what_decode_steps_did_to_openvinos_state_is_undone(engines, monkeypatch, tmp_path):
+    class State:
+        def __init__(self):
+            self.state = SimpleNamespace(data=np.zeros(2))
+
+    state = State()
+
+    class Request:
+        model_inputs = (SimpleNamespace(names={"beam_idx"}),)
+
+        def infer(self, inputs):
+            assert "beam_idx" in inputs or len(inputs["inputs_embeds"]) == 1
+            state.state.data += 1
+
+        def query_state(self):
+            return [state]
+
+    class Core:
+        def read_model(self, file):
+            return file
+
+        def compile_model(self, model, device, options):
+            assert options == {"INFERENCE_NUM_THREADS": 2}
+            return SimpleNamespace(create_infer_request=Request)
+
+    module = SimpleNamespace(Core=Core, Tensor=lambda data: SimpleNamespace(data=data.copy()))
+    monkeypatch.setitem(sys.modules, "openvino", module)
+    for part in ("prefill", "decode"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "model.xml").touch()
+    _, decode, rewind = engines.runnable(engines.OPENVINO, str(tmp_path), 8, 41, 3, 2, 4)
+    assert state.state.data.tolist() == [1, 1]  # the prompt
+    decode()
+    assert state.state.data.tolist() == [5, 5]
+    rewind()
+    assert state.state.data.tolist() == [1, 1]
