@@ -51,8 +51,8 @@ def gates():
     ("family", "cache"),
     # A StaticCache is another graph, but the same one in all families of one kind of positions.
     [
-        # VipLLaVA and Mistral3 merge images as LLaVA does, SmolVLM as Idefics3.
-        *((family, "dynamic") for family in (*FAMILIES, "idefics3")),
+        # VipLLaVA and Mistral3 merge images as LLaVA does, SmolVLM as Idefics3; Qwen3-VL has a test of its own.
+        *((family, "dynamic") for family in (*FAMILIES, "idefics3") if family != "qwen3_vl"),
         ("llava", "static"),
         ("qwen2_vl", "static"),
     ],
@@ -75,6 +75,27 @@ def test_families(family, cache):
     assert len(seen) >= 2
 
 
+@pytest.mark.slow
+def test_features_behind_layers():
+    """Rows with an image and without, which leave between the layers that have features, behind them, or never."""
+    inputs = family_inputs("qwen3_vl", [1, 0, 1])
+    planned = plan(gate(0, seed=3), StaticExit(2))
+    expected = generate(optimize(shared_family("qwen3_vl"), planned, compile=False), inputs)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        got = generate(compiled(tiny_family("qwen3_vl"), planned), inputs)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert torch.equal(exit_layers(got.past_key_values), expected.past_key_values.exit_layer)
+    assert set(expected.past_key_values.exit_layer.tolist()) == {0, -1, 2}
+
+
+def test_features_behind_layers_need_a_setting(caplog):
+    """Without it Dynamo would split the decoder, of prompts with images alone: so text is refused, too."""
+    inputs = family_inputs("qwen3_vl", 0)
+    got = generate(compiled(tiny_family("qwen3_vl"), gates()), inputs).sequences
+    assert torch.equal(got, generate(shared_family("qwen3_vl"), inputs).sequences)
+    assert "set torch._dynamo.config.capture_dynamic_output_shape_ops = True before the first call" in caplog.text
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2, None])
 def test_exits(layer):
     """Against the oracle: exits at the first layer, in the middle, at the last and never; text only beside it."""
@@ -82,7 +103,7 @@ def test_exits(layer):
     inputs = family_inputs("llava", [1, 0], 2)
     got = generate(compiled(tiny_family("llava"), planned), inputs)
     oracle = Oracle(shared_family("llava"), planned)
-    expected = oracle.generate(*handed_over("llava", inputs), max_new_tokens=TOKENS)
+    expected = oracle.generate(**handed_over("llava", inputs), max_new_tokens=TOKENS)
     assert got.sequences[:, -TOKENS:].tolist() == expected.tokens
     assert exit_layers(got.past_key_values).tolist() == [-1 if layer is None else layer, -1]
 

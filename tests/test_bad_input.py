@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from tiny_families import tiny_family
 from tiny_models import (
     LAYERS,
     TINY,
@@ -29,8 +30,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
     StaticCache,
 )
 
@@ -116,16 +115,17 @@ def test_positions_the_graph_would_get_wrong():
 
 
 def test_multimodal_positions_with_more_than_embeddings():
-    """Qwen3-VL adds visual features behind several layers."""
-    text = dict(
-        TINY, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-    )
-    vision = dict(
-        depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=32, deepstack_visual_indexes=[0]
-    )
-    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
+    """What a decoder takes besides is not known."""
+    model = tiny_family("qwen2_vl")
+    decoder = model.model.language_model
+
+    class Other(type(decoder)):
+        def forward(self, inputs_embeds=None, position_ids=None, audio_embeds=None, **kwargs):
+            raise NotImplementedError
+
+    decoder.__class__ = Other
     for use in (Oracle, lambda model, plan: optimize(model, plan, compile=False)):
-        with pytest.raises(UnsupportedModelError, match="visual_pos_masks, deepstack_visual_embeds besides embeddings"):
+        with pytest.raises(UnsupportedModelError, match="rotary positions and takes audio_embeds besides embeddings"):
             use(model, Plan())
 
 

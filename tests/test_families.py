@@ -87,19 +87,25 @@ def decode_positions(name, mask, images):
 
 
 def handed_over(name, inputs):
-    """What the model's own code hands to its decoder, as arguments of the oracle: embeds, visual, mask, positions."""
+    """What the model's own code hands to its decoder, as arguments of the oracle, by name."""
     seen = []
 
     def note(module, args, kwargs):
-        seen.append((kwargs["inputs_embeds"], kwargs["position_ids"] if name in MROPE else None))
+        seen.append(kwargs)
 
     model = shared_family(name)
     handle = find_decoder(model).register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
         model(**inputs)
     handle.remove()
-    ids = inputs["input_ids"]
-    return seen[0][0], (ids == IMAGE_TOKEN) | (ids == VIDEO_TOKEN), inputs["attention_mask"], seen[0][1]
+    [kwargs], ids = seen, inputs["input_ids"]
+    return {
+        "inputs_embeds": kwargs["inputs_embeds"],
+        "visual_mask": (ids == IMAGE_TOKEN) | (ids == VIDEO_TOKEN),
+        "attention_mask": inputs["attention_mask"],
+        "position_ids": kwargs["position_ids"] if name in MROPE else None,
+        "deepstack": kwargs.get("deepstack_visual_embeds"),
+    }
 
 
 def assert_same(out, want, tolerance=1e-5):
@@ -179,7 +185,7 @@ def test_exits_equal_the_oracle(name, exits):
     """A batch of several images, none and one, padded; then a decode step."""
     inputs = family_inputs(name, images=[2, 0, 1])
     fast, oracle = optimized(name, exits), oracle_of(name, exits)
-    out, want = fast(**inputs), oracle.forward(*handed_over(name, inputs))
+    out, want = fast(**inputs), oracle.forward(**handed_over(name, inputs))
     forced = {"never": -1, "first": 0, "middle": 1, "last": LAYERS - 1}
     if exits in forced:
         assert out.exit_layer.tolist() == [forced[exits], -1, forced[exits]]
@@ -193,7 +199,7 @@ def test_exits_equal_the_oracle(name, exits):
 def test_generate_with_exits_equals_the_oracle(name, prompt):
     inputs = family_inputs(name, **PROMPTS[prompt], seed=1)
     tokens = optimized(name, "natural").generate(**inputs, **GREEDY)
-    want = oracle_of(name, "natural").generate(*handed_over(name, inputs), max_new_tokens=16)
+    want = oracle_of(name, "natural").generate(**handed_over(name, inputs), max_new_tokens=16)
     assert tokens[:, -16:].tolist() == want.tokens
     assert tokens.exit_layer.tolist() == want.exit_layer.tolist()
 
@@ -202,10 +208,10 @@ def test_generate_with_exits_equals_the_oracle(name, prompt):
 def test_embed_is_the_models_own(name):
     """What the oracle's users call to make its inputs."""
     inputs = family_inputs(name, images=[2, 0, 1])
-    embeds, visual, _, _ = handed_over(name, inputs)
+    own = handed_over(name, inputs)
     ours, mask = embed(shared_family(name), **inputs)
-    assert torch.equal(mask, visual)
-    assert_relative(ours[inputs["attention_mask"].bool()], embeds[inputs["attention_mask"].bool()])
+    assert torch.equal(mask, own["visual_mask"])
+    assert_relative(ours[inputs["attention_mask"].bool()], own["inputs_embeds"][inputs["attention_mask"].bool()])
 
 
 # ---------------------------------------------------------------- further turns
@@ -226,12 +232,18 @@ def test_second_turn(name, images):
 
     fast, oracle = optimized(name, "middle"), oracle_of(name, "middle")
     out = fast(**second, past_key_values=fast(**first).past_key_values)
-    *prompt, positions = handed_over(name, whole)
-    turns = []
+    prompt = handed_over(name, whole)
+    features = prompt.pop("deepstack")
+    cache, seen = None, 0
     for columns in (slice(0, length), slice(length, None)):
-        given = None if positions is None else positions[..., columns]
-        turns.append((*(part[:, columns] for part in prompt), given))
-    assert_same(out, oracle.forward(*turns[1], cache=oracle.forward(*turns[0]).cache))
+        turn = {key: None if value is None else value[..., columns] for key, value in prompt.items()}
+        turn["inputs_embeds"] = prompt["inputs_embeds"][:, columns]
+        count = int(turn["visual_mask"].sum())
+        if features is not None:
+            turn["deepstack"] = [of_layer[seen : seen + count] for of_layer in features]
+        want = oracle.forward(**turn, cache=cache)
+        cache, seen = want.cache, seen + count
+    assert_same(out, want)
 
 
 @pytest.mark.parametrize("images", [0, 1], ids=["text", "image"])
@@ -272,7 +284,7 @@ def test_video(name, frames):
         want = model(input_ids=token, position_ids=positions, past_key_values=want.past_key_values)
         assert_relative(fast(input_ids=token, past_key_values=out.past_key_values).logits, want.logits)
     out = optimized(name, "middle")(**inputs)
-    assert_same(out, oracle_of(name, "middle").forward(*handed_over(name, inputs)))
+    assert_same(out, oracle_of(name, "middle").forward(**handed_over(name, inputs)))
 
 
 # ---------------------------------------------------------------- multimodal positions
@@ -301,7 +313,7 @@ def test_nothing_of_a_request_is_kept(name):
 def test_position_ids_given(name):
     """As three rows, or as four of which the first numbers the tokens; or two-dimensional ones, as of text."""
     inputs, fast = family_inputs(name, images=[1, 2]), optimized(name, "middle")
-    want, positions = fast(**inputs), handed_over(name, inputs)[3]
+    want, positions = fast(**inputs), handed_over(name, inputs)["position_ids"]
     text = text_positions(inputs["attention_mask"])
     for given in (positions, torch.cat([text[None], positions])):
         out = fast(**inputs, position_ids=given)
@@ -329,7 +341,7 @@ def test_position_ids_that_do_not_fit():
 def test_images_without_their_places(name):
     """Their positions would be taken for those of text."""
     inputs, fast = family_inputs(name, images=1), optimized(name, "middle")
-    positions = handed_over(name, inputs)[3]
+    positions = handed_over(name, inputs)["position_ids"]
     types = inputs.pop("mm_token_type_ids")
     for call in (fast, functools.partial(fast.generate, **GREEDY)):
         with pytest.raises((InputError, ValueError), match="mm_token_type_ids"):
@@ -350,9 +362,9 @@ def test_skips_and_adapters(name):
     fast = optimize(tiny_family(name), plan(*parts), compile=False)
     out, oracle = fast(**inputs), Oracle(shared_family(name), plan(*parts))
     prompt = handed_over(name, inputs)
-    assert_same(out, oracle.forward(*prompt))
+    assert_same(out, oracle.forward(**prompt))
     tokens = fast.generate(**inputs, do_sample=False, max_new_tokens=6)
-    assert tokens[:, -6:].tolist() == oracle.generate(*prompt, max_new_tokens=6).tokens
+    assert tokens[:, -6:].tolist() == oracle.generate(**prompt, max_new_tokens=6).tokens
 
 
 def test_samples_are_not_examined():
@@ -362,10 +374,10 @@ def test_samples_are_not_examined():
 
 
 def test_compiled_multimodal_positions():
-    """Through Inductor: prefill with an exit, a second turn, decode."""
-    name = "qwen2_5_vl"
-    fast = optimize(shared_family(name), plan(*EXITS["middle"]), compile=True)
-    plain = optimized(name, "middle")
+    """Through Inductor: prefill with an exit, a second turn, decode; behind the exit, features would be added."""
+    name = "qwen3_vl"
+    fast = optimize(shared_family(name), plan(*EXITS["first"]), compile=True)
+    plain = optimized(name, "first")
     first, second = family_inputs(name, images=[1, 2]), family_inputs(name, images=[1, 2], seed=1)
     runs = []
     for model in (fast, plain):
@@ -375,4 +387,4 @@ def test_compiled_multimodal_positions():
     for ours, theirs in zip(*runs, strict=True):
         assert ours.exit_layer.tolist() == theirs.exit_layer.tolist()
         assert_relative(ours.logits, theirs.logits)
-    assert runs[0][0].exit_layer.tolist() == runs[0][1].exit_layer.tolist() == [1, 1]
+    assert runs[0][0].exit_layer.tolist() == runs[0][1].exit_layer.tolist() == [0, 0]

@@ -29,8 +29,6 @@ from transformers import (
     MllamaForConditionalGeneration,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -117,16 +115,6 @@ def _deepseek_v3() -> Any:
     return DeepseekV3ForCausalLM(DeepseekV3Config(**(TINY | sizes | experts | {"num_key_value_heads": 4})))
 
 
-def _qwen3_vl() -> Any:
-    """Visual features are added behind several layers, also where positions are what Qwen2-VL has."""
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-    vision = dict(
-        depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=32, deepstack_visual_indexes=[0]
-    )
-    text = dict(TINY, head_dim=8, rope_parameters=rope)
-    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision))
-
-
 REFUSED = {
     "t5": (_t5, r"^T5ForConditionalGeneration is an encoder-decoder: .* cross-attention, and no visual token"),
     "bart": (_bart, r"^BartForConditionalGeneration is an encoder-decoder"),
@@ -138,7 +126,6 @@ REFUSED = {
     "gemma3": (_gemma3, r"sliding_attention|differ per layer type"),
     "gemma3, full attention": (lambda: _gemma3(layer_types=FULL), r"takes token_type_ids|differ per layer type"),
     "gpt_oss": (_gpt_oss, r"^GptOssForCausalLM: decoder layer 0 \(GptOssDecoderLayer\) has attention sinks"),
-    "qwen3_vl": (_qwen3_vl, r"^Qwen3VLTextModel takes visual_pos_masks, deepstack_visual_embeds .*\(DeepStack\).*exit"),
 }
 
 

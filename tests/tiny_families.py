@@ -36,6 +36,8 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -45,12 +47,13 @@ from transformers import (
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
-FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl")
+FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FURTHER = ("vipllava", "mistral3", "idefics3", "smolvlm", "llava_mixtral")
 """Families whose decoders are as those of FAMILIES, or nearly so: they take part in some tests of each kind."""
-MROPE = ("qwen2_vl", "qwen2_5_vl")
+MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families whose positions have three rows."""
 BY_ROW = ("idefics3", "smolvlm")
 """Families whose images are [rows, images of a row, ...], filled up with images of zeros."""
@@ -224,6 +227,22 @@ def _qwen2_5_vl() -> Any:
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**_qwen_options(Qwen2_5_VLTextConfig, vision)))
 
 
+def _qwen3_vl() -> Any:
+    """Its image encoder has features for the stream behind the decoder's first two layers."""
+    vision = Qwen3VLVisionConfig(
+        depth=3,
+        hidden_size=16,
+        intermediate_size=24,
+        num_heads=2,
+        patch_size=_PATCH,
+        out_hidden_size=TINY["hidden_size"],
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[0, 1],
+    )
+    options = _qwen_options(functools.partial(Qwen3VLTextConfig, head_dim=8), vision)
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**options))
+
+
 _BUILDERS = {
     "llava": _llava,
     "llava_next": _llava_next,
@@ -231,6 +250,7 @@ _BUILDERS = {
     "internvl": _internvl,
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
     "vipllava": _vipllava,
     "mistral3": _mistral3,
     "idefics3": _idefics3,
@@ -302,6 +322,11 @@ def video_inputs(name: str, *, frames: int = 4, seed: int = 0) -> dict[str, Tens
             "video_grid_thw": grid,
         }
         length = int(grid.prod()) // 4
+        if name == "qwen3_vl":  # frames stand apart, each behind its time
+            row = _text(3, generator)
+            for _ in range(frames // 2):
+                row += [*_text(1, generator), START_TOKEN, *[VIDEO_TOKEN] * 4, END_TOKEN]
+            return _padded(name, [row + _text(4, generator)], "left") | pixels
     else:
         pixels = {"pixel_values_videos": torch.randn(1, frames, 3, _TILE, _TILE, generator=generator)}
         length = frames + 1  # each frame pooled to one token, and the newline's embedding behind them

@@ -2,10 +2,11 @@
 
 Each graph has flat tensors in and out, with lengths that stay symbolic:
 
-    prefill  (inputs_embeds [1, S, C], position_ids [1, S])                         -> logits, key_0, value_0, key_1 ...
-    extend   (inputs_embeds [1, T, C], position_ids [1, T], past ...)               -> the same, keys and values grown
+    prefill  (inputs_embeds [1, S, C], position_ids [1, S], more ...)               -> logits, key_0, value_0, key_1 ...
+    extend   (inputs_embeds [1, T, C], position_ids [1, T], more ..., past ...)     -> the same, keys and values grown
     decode   (inputs_embeds [B, 1, C], position_ids [B, 1], past ..., kv_start ...) -> the same
 
+``more`` is what else a decoder is told of each token of a prompt (``DecoderSpec.token_inputs``); mostly nothing.
 Where positions are multimodal, position_ids have a leading dim of 3 rows: [3, 1, S], [3, B, 1].
 A layer's keys and values are [B, key/value heads, length of that layer, head size]; lengths differ from layer to layer.
 Prefill and extend take one row at a time (rows leave at different layers); decode takes the batch, with rows aligned at
@@ -32,6 +33,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from vte_compile.errors import CaptureError
 from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
+from vte_compile.families.deepstack import adding, given
 from vte_compile.kernels.append_attention import append_attention
 from vte_compile.module_tree import with_stand_ins
 from vte_compile.repeated_layers import (
@@ -94,7 +96,7 @@ class DecoderGraph:
 
     def rebound(self, spec: DecoderSpec) -> DecoderGraph:
         """A copy that refers to the weights of `spec`: the same decoder, of which some weights were freed."""
-        wrapper = _DecoderWithHead(spec)
+        wrapper = _DecoderWithHead(spec, self.phase)
         other = replace(self.clone(), spec=spec)
         other.parameters = {target: _reader(wrapper, other.module, target) for target in self.parameters}
         for target, read in other.parameters.items():
@@ -253,21 +255,29 @@ def decoder_module(spec: DecoderSpec) -> nn.Module:
 class _DecoderWithHead(nn.Module):
     """The part of the model that becomes one graph."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, phase: Phase) -> None:
         super().__init__()
         self.decoder, self.lm_head = decoder_module(spec), spec.lm_head
+        if spec.deepstack and phase != "decode":  # decode steps are of text
+            self.decoder = adding(self.decoder, spec.deepstack)
         self.cache_name = cache_name(spec.decoder.forward)
 
     def forward(
-        self, inputs_embeds: Tensor, position_ids: Tensor, past: list[Tensor], kv_start: list[Tensor]
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        token_inputs: list[Tensor],
+        past: list[Tensor],
+        kv_start: list[Tensor],
     ) -> tuple[Tensor, ...]:
         decode = bool(past) and isinstance(inputs_embeds.shape[1], int)  # else the number of tokens is symbolic
         cache = _trace_cache(past, _DecodeLayer if decode else _TraceLayer)
         token = _decode_step.set(_DecodeStep(cache.layers, kv_start) if decode else None)
         try:
-            hidden = self.decoder(
-                inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=True, **{self.cache_name: cache}
-            ).last_hidden_state
+            with given(token_inputs):
+                hidden = self.decoder(
+                    inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=True, **{self.cache_name: cache}
+                ).last_hidden_state
         finally:
             _decode_step.reset(token)
         return self.lm_head(hidden), *[t for layer in cache.layers for t in (layer.keys, layer.values)]
@@ -290,8 +300,8 @@ def capture(spec: DecoderSpec, phase: Phase, *, batched: bool = False) -> Decode
         raise ValueError("prefill and extend run one row at a time")
     # In prefill the model masks by itself, and plain_causal proves what the mask is.
     implementation = "sdpa" if phase == "prefill" else _ATTENTION
-    names = ("inputs_embeds", "position_ids")
-    wrapper = _DecoderWithHead(spec)
+    names = ("inputs_embeds", "position_ids", *(() if phase == "decode" else spec.token_inputs))
+    wrapper = _DecoderWithHead(spec, phase)
     return trace(spec, wrapper, phase, batched, implementation, names, partial(_examples, spec, phase, batched))
 
 
@@ -410,5 +420,6 @@ def _examples(spec: DecoderSpec, phase: Phase, batched: bool, layers: int) -> tu
             if batched:
                 kv_start.append(torch.zeros(batch, dtype=torch.long, device=spec.device))
     past_dims = ({0: Dim.AUTO} if batched else {}) | {2: Dim.AUTO}
-    shapes = (dims, position_dims, [past_dims] * len(past), [{0: Dim.AUTO}] * len(kv_start))
-    return (embeds, positions, past, kv_start), shapes
+    more = [] if phase == "decode" else [torch.zeros_like(embeds) for _ in spec.token_inputs]
+    shapes = (dims, position_dims, [dims] * len(more), [past_dims] * len(past), [{0: Dim.AUTO}] * len(kv_start))
+    return (embeds, positions, more, past, kv_start), shapes

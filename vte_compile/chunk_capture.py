@@ -29,6 +29,7 @@ from vte_compile.capture import (
 )
 from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
+from vte_compile.families.refusals import refuse_token_inputs
 from vte_compile.kernels.cached_attention import cached_attention
 
 _ATTENTION = "vte_chunk"
@@ -117,7 +118,9 @@ def capture_chunk(spec: DecoderSpec) -> DecoderGraph:
 
     Raises:
         CaptureError: torch.export could not trace the decoder.
+        UnsupportedModelError: It takes more than embeddings and positions.
     """
+    refuse_token_inputs(spec)
     names = ("inputs_embeds", "position_ids", "new_lengths", "past_lengths")
     return trace(spec, _ChunkDecoder(spec), "chunk", True, _ATTENTION, names, partial(_examples, spec))
 

@@ -157,7 +157,15 @@ class OptimizedModel:
                 positions = _counted_on(inputs.position_ids, cache)
             keep = given("logits_to_keep", 0)
             last = isinstance(keep, int) and keep == 1
-            output = self._vte_runner.run(inputs.embeds, inputs.visual_mask, mask, positions, cache, last=last)
+            output = self._vte_runner.run(
+                inputs.embeds,
+                inputs.visual_mask,
+                mask,
+                positions,
+                cache,
+                last=last,
+                token_inputs=inputs.token_inputs,
+            )
         record = _generation_exits.get()
         if record is not None and not record:
             record.append(output.exit_layer)

@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import find_decoder, position_rows
+from vte_compile.families.deepstack import deepstack_layers, rows_of
 from vte_compile.families.refusals import refuse_other_architectures
 from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, PromptStatistics, planned_blocks
 from vte_compile.plan import GateExit, Plan, StaticExit
@@ -110,13 +111,18 @@ class RowRun:
     positions: Tensor  # int64 [1, n], or [3, 1, n] if positions are multimodal
     columns: Tensor  # int64 [n], where the tokens stand in the chunk
     statistics: dict[int, PromptStatistics]  # by layer, of the row's prompt
+    deepstack: Sequence[Tensor] = ()  # [visual tokens, C], added to them behind layers 0, 1 ..
     exit_layer: int = -1
     lens: list[int] = field(default_factory=list)
     features: dict[int, Tensor] = field(default_factory=dict)
     gate_logits: dict[int, Tensor] = field(default_factory=dict)
 
     def keep(self, keep: Tensor) -> None:
-        """Remove all tokens but those of the mask [n]. Their positions keep their numbers."""
+        """Remove all tokens but those of the mask [n]. Their positions keep their numbers.
+
+        What would still be added to removed tokens goes with them.
+        """
+        self.deepstack = [features[keep[self.visual]] for features in self.deepstack]
         self.hidden, self.positions = self.hidden[:, keep], self.positions[..., keep]
         self.columns, self.visual = self.columns[keep], self.visual[keep]
 
@@ -149,6 +155,7 @@ class Oracle:
             )
         self.config = self.decoder.config
         self.position_rows = position_rows(self.decoder)
+        self.deepstack = deepstack_layers(model, self.decoder)
         self.layers: Sequence[nn.Module] = list(self.decoder.layers)[: self.config.num_hidden_layers]
         self.lm_head: Any = self.model.get_output_embeddings()
         if self.lm_head is None:
@@ -172,14 +179,16 @@ class Oracle:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: OracleCache | None = None,
+        deepstack: Sequence[Tensor] | None = None,
     ) -> OracleOutput:
         """Run one chunk.
 
         inputs_embeds [B, T, C]; visual_mask bool [B, T], True at visual tokens (None: there are none); attention_mask
         [B, T] of THIS chunk, nonzero = real token, padding anywhere (None: all real); position_ids int [B, T], or
         [3, B, T] if the decoder's positions are multimodal (None: each row counts its real tokens on from its cache, as
-        of text); cache: of the earlier chunks, not modified. A row without a real token does nothing. Raises InputError
-        on shapes that do not fit.
+        of text); cache: of the earlier chunks, not modified; deepstack: of a decoder with DeepStack, features that are
+        added to the visual tokens behind its first layers, of each of those [visual tokens of all rows, C]. A row
+        without a real token does nothing. Raises InputError on shapes that do not fit.
         """
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[0] == 0:
             raise InputError(f"inputs_embeds must be [B, T, C] with at least one row, got {list(inputs_embeds.shape)}")
@@ -197,6 +206,7 @@ class Oracle:
         if len(cache.rows) != batch:
             raise InputError(f"the cache holds {len(cache.rows)} rows, the chunk has {batch}")
 
+        features = self._features(visual, deepstack)
         runs, rows = [], []
         for b in range(batch):
             columns = real[b].nonzero().squeeze(-1)
@@ -206,7 +216,8 @@ class Oracle:
             else:
                 positions = position_ids[..., b, columns]
             embeds = inputs_embeds[b : b + 1, columns]
-            run = RowRun(embeds, visual[b, columns], self._positions(positions), columns, dict(past.statistics))
+            statistics = dict(past.statistics)
+            run = RowRun(embeds, visual[b, columns], self._positions(positions), columns, statistics, features[b])
             rows.append(self._run_row(run, past))
             runs.append(run)
         return self._collect(runs, tuple(rows), length)
@@ -221,6 +232,7 @@ class Oracle:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: OracleCache | None = None,
+        deepstack: Sequence[Tensor] | None = None,
         *,
         input_ids: Tensor | None = None,
         max_new_tokens: int,
@@ -243,7 +255,7 @@ class Oracle:
             raise InputError(f"rows {empty} of the prompt have no real token to generate from")
         ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
 
-        output = self.forward(inputs_embeds, visual_mask, attention_mask, position_ids, cache)
+        output = self.forward(inputs_embeds, visual_mask, attention_mask, position_ids, cache, deepstack)
         exit_layer = output.exit_layer
         # The last real token of a row is never removed: without a question token there is no exit.
         last = [int(row.nonzero().max()) for row in real]
@@ -263,6 +275,18 @@ class Oracle:
             last = [0] * len(tokens)
         return OracleGeneration(tokens, exit_layer, output.cache)
 
+    def _features(self, visual: Tensor, deepstack: Sequence[Tensor] | None) -> list[list[Tensor]]:
+        """Of each row, what is added to its visual tokens."""
+        if deepstack is None and not (self.deepstack and bool(visual.any())):
+            return [[]] * len(visual)
+        given = 0 if deepstack is None else len(deepstack)
+        if deepstack is None or given != self.deepstack:
+            raise InputError(
+                f"deepstack: {type(self.decoder).__name__} adds features to visual tokens behind {self.deepstack} "
+                f"layers, and {given} are given"
+            )
+        return rows_of(visual, deepstack)
+
     def _positions(self, positions: Tensor) -> Tensor:
         """A row's positions [n] or [3, n] as the rotary embedding takes them: [1, n], or [3, 1, n]."""
         lead = (self.position_rows, 1) if self.position_rows > 1 else (1,)
@@ -279,6 +303,9 @@ class Oracle:
         for index in range(len(self.layers)):
             run.lens.append(run.hidden.shape[1])
             layers.append(self._run_layer(index, self.blocks[index], run, past.layers[index]))
+            if index < len(run.deepstack):
+                run.hidden = run.hidden.clone()
+                run.hidden[:, run.visual] += run.deepstack[index].to(run.hidden)
             self._maybe_exit(index, run)
         run.lens.append(run.hidden.shape[1])
         run.hidden = self.decoder.norm(run.hidden)
@@ -414,8 +441,9 @@ def embed(
     `model` has `get_image_features` and `config.image_token_id`; input_ids [B, T] is already expanded to one
     placeholder per visual token. Of the other outputs of the processor those named image_* or pixel_*, and those that
     `get_image_features` names, go there; the rest (attention_mask, ...) is ignored. Returns inputs_embeds [B, T, C] and
-    visual_mask bool [B, T]; multimodal positions are the model's own business (`get_rope_index`). Raises InputError if
-    the placeholders and the image features do not match in number.
+    visual_mask bool [B, T]; multimodal positions are the model's own business (`get_rope_index`), and so is what it
+    adds behind layers (`deepstack_features` of what `get_image_features` gives). Raises InputError if the placeholders
+    and the image features do not match in number.
     """
     mllm = cast(Any, model)
     image_token_id = getattr(mllm.config, "image_token_id", None)

@@ -97,7 +97,9 @@ def vte(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
         _refuse_training(model)
         spec = describe(model)
         _refuse_experts(model, spec)
+        _refuse_unseen_features(spec)
         region = find_region(gm.graph, weights, spec.num_layers)
+        _refuse_other_features(spec, region)
     except UnsupportedModelError as error:
         logger.warning("backend='vte': no pass applies to this graph, it runs as Inductor compiles it: %s", error)
         report.refusal = str(error)
@@ -139,6 +141,25 @@ def _refuse_experts(model: nn.Module, spec: DecoderSpec) -> None:
     if spec.has_experts:
         raise UnsupportedModelError(
             f"{type(model).__name__} has a mixture of experts, which only vte_compile.optimize() takes so far."
+        )
+
+
+def _refuse_unseen_features(spec: DecoderSpec) -> None:
+    """Also decode steps: their cache would have been filled by a prefill that Dynamo left uncompiled."""
+    if spec.deepstack and not torch._dynamo.config.capture_dynamic_output_shape_ops:
+        raise UnsupportedModelError(
+            f"{type(spec.decoder).__name__} adds features to visual tokens behind layers, whose number depends on "
+            "data: set torch._dynamo.config.capture_dynamic_output_shape_ops = True before the first call, or Dynamo "
+            "splits the decoder."
+        )
+
+
+def _refuse_other_features(spec: DecoderSpec, region: Region) -> None:
+    given = max(len(region.deepstack) - 1, 0)
+    if given not in (0, spec.deepstack):
+        raise UnsupportedModelError(
+            f"features are added behind {given} layers, where the config of {type(spec.decoder).__name__} says "
+            f"{spec.deepstack}."
         )
 
 

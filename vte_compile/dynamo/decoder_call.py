@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from vte_compile.dynamo.handles import attach, cache_behind, cache_of, make_handle
 from vte_compile.dynamo.visual import visual_mask_of
+from vte_compile.families.deepstack import spread
 from vte_compile.runtime.decoder_runner import DecoderRunner
 from vte_compile.runtime.exit_cache import ExitCache
 
@@ -33,6 +34,8 @@ class CallLayout:
     """Whether keys and values of earlier calls are given, those of all layers in turn."""
     counted: bool
     """Whether how many tokens a StaticCache holds, these included, is given."""
+    deepstack: int
+    """Behind how many layers features are given; before them, where in [B, T] the visual tokens are."""
     kv: tuple[tuple[int, ...] | None, ...]
     """Of keys and values in turn, what of them is returned: the shape where it is fixed and -1 elsewhere ([B, heads,
     tokens, size]); None of buffers that are given and stay."""
@@ -59,6 +62,7 @@ class DecoderCall:
         ids = next(given) if layout.ids else None
         visual = next(given) if layout.visual else None
         counted = next(given) if layout.counted else None
+        added = [next(given) for _ in range(layout.deepstack + 1)] if layout.deepstack else []
         past = tuple(given) if layout.past else ()
         batch, tokens = embeds.shape[:2]
         seen = 0
@@ -74,8 +78,13 @@ class DecoderCall:
         visual_mask = torch.zeros(batch, tokens, dtype=torch.bool, device=embeds.device)
         if runner.plan.exits and not decoding:
             visual_mask = visual_mask_of(embeds, ids, visual, runner.spec.visual_token_ids)
+        if added:
+            token_inputs = spread(added[0], added[1:], embeds)
+        else:
+            token_inputs = [torch.zeros_like(embeds) for _ in runner.spec.token_inputs]
+        chunk = _chunk(mask, batch, tokens, seen, embeds)
         output = runner.run(
-            embeds, visual_mask, _chunk(mask, batch, tokens, seen, embeds), position_ids, cache, last=layout.last
+            embeds, visual_mask, chunk, position_ids, cache, last=layout.last, token_inputs=token_inputs
         )
         columns = seen + tokens
         handles = [

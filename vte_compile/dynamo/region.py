@@ -46,6 +46,8 @@ class Region:
     """Keys and values of all layers in turn that the graph returns; None of buffers that are changed in place."""
     counted: fx.Node | None
     """How many tokens a StaticCache holds."""
+    deepstack: list[fx.Node]
+    """Where visual tokens are, and what is added to them behind layers 0, 1 ..; empty where nothing is."""
     nodes: list[fx.Node] = field(repr=False)
 
 
@@ -90,6 +92,7 @@ def find_region(graph: fx.Graph, weights: Sequence[fx.Node], num_layers: int) ->
         [p for p in past if p is not None],
         [node if node in returned else None for node in kv],
         _counted(graph, nodes),
+        _deepstack(nodes, path),
         nodes,
     )
     _refuse_other_outputs(region, set(nodes) | {hidden}, set(kv))
@@ -214,6 +217,35 @@ def _counted(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node | None:
     return None
 
 
+def _deepstack(nodes: list[fx.Node], path: str) -> list[fx.Node]:
+    """The mask and features of what is written between layers: ``stream[mask, :] = stream[mask, :] + features``."""
+    inside = set(nodes)
+    masks: dict[fx.Node, None] = {}
+    features: list[fx.Node] = []
+    for node in nodes:
+        if node.target is not operator.setitem or _layer(node, path) is not None or _is_rotary(node, path):
+            continue
+        stream, index, value = node.args
+        added: Any = value.args if isinstance(value, fx.Node) and value.target is operator.add else (None, None)
+        read = getattr(added[0], "args", None)
+        if not isinstance(index, tuple) or read != (stream, index) or index[1:] != (slice(None),):
+            raise UnsupportedModelError(f"{node.name} writes into the stream between layers in an unknown way.")
+        masks[_given(index[0], inside)] = None
+        features.append(_given(added[1], inside))
+    if len(masks) > 1:
+        raise UnsupportedModelError("features are added behind layers to different tokens.")
+    return [*masks, *features]
+
+
+def _given(node: Any, inside: set[fx.Node]) -> fx.Node:
+    """What enters the decoder as this value, which at most another dtype or device was asked of."""
+    while node in inside and node.op == "call_method" and node.target == "to":
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node in inside:
+        raise UnsupportedModelError(f"{node} is computed between layers, where features were expected.")
+    return node
+
+
 def _refuse_other_outputs(region: Region, inside: set[fx.Node], kv: set[fx.Node]) -> None:
     for node in region.nodes:
         value = node.meta.get("example_value")
@@ -239,6 +271,7 @@ def replace_region(gm: fx.GraphModule, region: Region) -> CallLayout:
     ids = None if visual is not None else looked_up(region.embeds)
     named = [region.embeds, region.positions]
     named += [n for n in (region.mask, ids, visual, region.counted) if n is not None]
+    named += region.deepstack
     after = region.hidden if region.last else region.nodes[-1]
     with graph.inserting_after(after):
         node = graph.call_function(decoder_call, tuple(named + region.past))
@@ -259,6 +292,7 @@ def replace_region(gm: fx.GraphModule, region: Region) -> CallLayout:
         visual=visual is not None,
         past=bool(region.past),
         counted=region.counted is not None,
+        deepstack=max(len(region.deepstack) - 1, 0),
         kv=tuple(None if n is None else _fixed_sizes(n, region) for n in region.kv),
         last=region.last,
     )

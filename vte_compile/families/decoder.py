@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from vte_compile.errors import UnsupportedModelError
+from vte_compile.families.deepstack import FEATURES, MASK, deepstack_layers
 from vte_compile.families.refusals import refuse_other_architectures
 
 # What a decoder with multimodal rotary positions may take; others are given more than embeddings.
 _KNOWN_ARGUMENTS = frozenset(
     "input_ids inputs_embeds attention_mask position_ids cache past_key_values use_cache cache_position return_dict "
     "output_attentions output_hidden_states".split()
-)
+) | {MASK, FEATURES}
 # The config fields in which transformers' multimodal families keep the ids of their placeholder tokens.
 VISUAL_TOKEN_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -37,6 +38,8 @@ class DecoderSpec:
     """Placeholder ids whose embeddings are replaced by visual features; empty for a language model alone."""
     position_rows: int = 1
     """How many numbers make a token's position, see :func:`position_rows`."""
+    deepstack: int = 0
+    """Behind how many of the first layers visual features are added (vte_compile/families/deepstack.py)."""
     freed: Mapping[str, torch.Size] = field(default_factory=dict)
     """Shapes of the weights, by their name in the decoder, that it has no more, because no graph reads them."""
 
@@ -57,6 +60,11 @@ class DecoderSpec:
     @property
     def _head_weight(self) -> Tensor:
         return self.lm_head.get_parameter("weight")
+
+    @property
+    def token_inputs(self) -> tuple[str, ...]:
+        """What graphs of prompts take of each token besides embedding and position: inputs [1, S, ...], by name."""
+        return tuple(f"deepstack_{layer}" for layer in range(self.deepstack))
 
     @property
     def is_multimodal(self) -> bool:
@@ -159,7 +167,8 @@ def describe(model: nn.Module) -> DecoderSpec:
     _refuse_unknown_layout(model, decoder)
     _refuse_without_embeddings(model)
     path, ids = _path_of(model, decoder), _visual_token_ids(model)
-    return DecoderSpec(decoder, lm_head, path, decoder.config, ids, position_rows(decoder))
+    rows, deepstack = position_rows(decoder), deepstack_layers(model, decoder)
+    return DecoderSpec(decoder, lm_head, path, decoder.config, ids, rows, deepstack)
 
 
 def _path_of(model: nn.Module, decoder: nn.Module) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec
+from vte_compile.families.deepstack import FEATURES, MASK, spread
 
 # What a merger may hand to its decoder and the runner decides itself; anything else would be lost.
 _DECODER_ARGUMENTS = frozenset(
-    "attention_mask position_ids cache past_key_values use_cache cache_position return_dict output_attentions "
-    "output_hidden_states logits_to_keep".split()
+    "input_ids attention_mask position_ids cache past_key_values use_cache cache_position return_dict "
+    "output_attentions output_hidden_states logits_to_keep".split()
 )
 # Inputs that only say of images and videos where they are and how large: without any of those they change nothing.
 _PLACES = frozenset("mm_token_type_ids image_grid_thw video_grid_thw second_per_grid_ts".split())
@@ -34,6 +35,19 @@ class DecoderInputs:
     """The projected visual features, if the family returns them."""
     position_ids: Tensor | None = None
     """[3, B, T] of a chunk with images, where positions are multimodal: counted from 0 in each row. None: as text."""
+    token_inputs: list[Tensor] = field(default_factory=list)
+    """[B, T, ...] each, as ``DecoderSpec.token_inputs`` names them."""
+
+
+@dataclass
+class _HandedOver:
+    """What a model's merging code handed to its decoder, and what it returned."""
+
+    embeds: Tensor
+    positions: Tensor | None
+    deepstack: tuple[Tensor, list[Tensor]] | None
+    """Where the visual tokens are, and what is added to them behind layers."""
+    output: Any
 
 
 def chunk_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -48,11 +62,14 @@ def chunk_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tens
     return tokens
 
 
-def _recorder(decoder: nn.Module, recorded: list[tuple[Tensor, Tensor | None]]) -> nn.Module:
+def _recorder(spec: DecoderSpec, recorded: list[dict[str, Any]]) -> nn.Module:
     """A stand-in for the decoder while the model's own code merges text and images: same attributes, no layers run."""
 
-    def forward(inputs_embeds: Tensor, position_ids: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
-        if extra := sorted(k for k, v in kwargs.items() if k not in _DECODER_ARGUMENTS and v is not None):
+    decoder = spec.decoder
+    known = _DECODER_ARGUMENTS | ({MASK, FEATURES} if spec.deepstack else set())
+
+    def forward(inputs_embeds: Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        if extra := sorted(k for k, v in kwargs.items() if k not in known and v is not None):
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} is given {', '.join(extra)} besides embeddings: not supported so far."
             )
@@ -62,7 +79,7 @@ def _recorder(decoder: nn.Module, recorded: list[tuple[Tensor, Tensor | None]]) 
                 f"{type(decoder).__name__} is given a mask of its model's own making: only causal attention is "
                 "supported so far."
             )
-        recorded.append((inputs_embeds, position_ids))
+        recorded.append({"inputs_embeds": inputs_embeds, **kwargs})
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
     stand_in = copy.copy(decoder)
@@ -70,17 +87,20 @@ def _recorder(decoder: nn.Module, recorded: list[tuple[Tensor, Tensor | None]]) 
     return stand_in
 
 
-def _merge(model: nn.Module, spec: DecoderSpec, **inputs: Any) -> tuple[Tensor, Tensor | None, Any]:
-    """Run the model's merging code: what it hands to the decoder (embeddings, positions), and what it returns.
+def _merge(model: nn.Module, spec: DecoderSpec, **inputs: Any) -> _HandedOver:
+    """Run the model's merging code.
 
     What that code keeps on its module (Qwen2-VL its rope_deltas) is kept on a copy, and so forgotten.
     """
     parent, _, attribute = spec.path.rpartition(".")
-    recorded: list[tuple[Tensor, Tensor | None]] = []
+    recorded: list[dict[str, Any]] = []
     merger = copy.copy(model.get_submodule(parent))
-    merger._modules = {**merger._modules, attribute: _recorder(spec.decoder, recorded)}
+    merger._modules = {**merger._modules, attribute: _recorder(spec, recorded)}
     output = merger(**inputs)
-    return *recorded[0], output
+    [given] = recorded
+    features = given.get(FEATURES)
+    deepstack = None if features is None else (given[MASK], list(features))
+    return _HandedOver(given["inputs_embeds"], given.get("position_ids"), deepstack, output)
 
 
 def image_positions(
@@ -103,7 +123,8 @@ def image_positions(
     if types is None or len(places) == 1:
         return None
     places["mm_token_type_ids"] = types[:, -input_ids.shape[1] :]
-    _, positions, _ = _merge(model, spec, input_ids=input_ids, attention_mask=attention_mask.long(), **places)
+    merged = _merge(model, spec, input_ids=input_ids, attention_mask=attention_mask.long(), **places)
+    positions = merged.positions
     return None if positions is None else positions[-spec.position_rows :]
 
 
@@ -151,13 +172,13 @@ def decoder_inputs(
                 "inputs_embeds and visual_mask, or call its generate() if that makes embeddings."
             )
         embeds = inputs_embeds if inputs_embeds is not None else model.get_input_embeddings()(input_ids)  # type: ignore[operator]
-        return DecoderInputs(embeds, mask, None)
+        return DecoderInputs(embeds, mask, None, None, _token_inputs(spec, embeds, None))
     inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **multimodal}
     if spec.position_rows == 1:
-        embeds, _, output = _merge(model, spec, **inputs)
-        return DecoderInputs(embeds, mask, getattr(output, "image_hidden_states", None))
+        return _decoder_inputs(spec, _merge(model, spec, **inputs), mask, None)
     real = None if attention_mask is None else attention_mask.long()
-    embeds, positions, output = _merge(model, spec, **inputs, attention_mask=real, position_ids=position_ids)
+    merged = _merge(model, spec, **inputs, attention_mask=real, position_ids=position_ids)
+    positions = merged.positions
     if position_ids is not None:
         positions = None
     elif _has_images(multimodal) and (positions is None or input_ids is None):
@@ -165,8 +186,27 @@ def decoder_inputs(
             f"{type(model).__name__} cannot tell the positions of its images from these inputs: pass input_ids, "
             "mm_token_type_ids and image_grid_thw (or video_grid_thw), as the processor gives them, or position_ids."
         )
-    positions = None if positions is None else positions[-spec.position_rows :]
-    return DecoderInputs(embeds, mask, getattr(output, "image_hidden_states", None), positions)
+    return _decoder_inputs(spec, merged, mask, None if positions is None else positions[-spec.position_rows :])
+
+
+def _decoder_inputs(
+    spec: DecoderSpec, merged: _HandedOver, visual_mask: Tensor, positions: Tensor | None
+) -> DecoderInputs:
+    features = getattr(merged.output, "image_hidden_states", None)
+    token_inputs = _token_inputs(spec, merged.embeds, merged.deepstack)
+    return DecoderInputs(merged.embeds, visual_mask, features, positions, token_inputs)
+
+
+def _token_inputs(spec: DecoderSpec, embeds: Tensor, deepstack: tuple[Tensor, list[Tensor]] | None) -> list[Tensor]:
+    if deepstack is None:
+        return [torch.zeros_like(embeds) for _ in range(spec.deepstack)]
+    mask, features = deepstack
+    if len(features) != spec.deepstack:
+        raise UnsupportedModelError(
+            f"{type(spec.decoder).__name__} is given {FEATURES} for {len(features)} layers, where its config says "
+            f"{spec.deepstack}."
+        )
+    return spread(mask, features, embeds)
 
 
 def _has_images(multimodal: dict[str, Any]) -> bool:

@@ -5,12 +5,14 @@ Some of them would pass any comparison on a short text prompt, so this is not le
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from vte_compile.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from vte_compile.families.decoder import DecoderSpec
 
 # Of layers: how state-space models call the matrix of their recurrence, GPT-OSS its sinks, and others what attends to
 # another sequence.
@@ -28,7 +30,7 @@ def refuse_other_architectures(model: nn.Module, decoder: nn.Module) -> None:
         decoder: What it names as its decoder.
 
     Raises:
-        UnsupportedModelError: An encoder-decoder, cross-attention, recurrent layers, or DeepStack.
+        UnsupportedModelError: An encoder-decoder, cross-attention, or recurrent layers.
     """
     name = type(model).__name__
     for config in (getattr(model, "config", None), getattr(decoder, "config", None)):
@@ -59,15 +61,16 @@ def refuse_other_architectures(model: nn.Module, decoder: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{name}: decoder layer {index} is of type {kind}: only layers that attend are supported."
             )
-    _refuse_deepstack(decoder)
 
 
-def _refuse_deepstack(decoder: Any) -> None:
-    names = list(inspect.signature(decoder.forward).parameters)
-    if any("deepstack" in name for name in names):
-        given = [name for name in names if "deepstack" in name or name in ("visual_pos_masks", "vision_mask")]
+def refuse_token_inputs(spec: DecoderSpec) -> None:
+    """Refuse, where graphs get embeddings and positions alone, a decoder that takes more of each token.
+
+    Raises:
+        UnsupportedModelError: It does.
+    """
+    if spec.token_inputs:
         raise UnsupportedModelError(
-            f"{type(decoder).__name__} takes {', '.join(given)} besides embeddings: it adds visual features to the "
-            "hidden states behind several layers (DeepStack), and an exit before the last of them would lose some: not "
-            "supported so far."
+            f"{type(spec.decoder).__name__} takes {', '.join(spec.token_inputs)} besides embeddings and positions: "
+            "only vte_compile.optimize() gives that so far."
         )

@@ -5,6 +5,7 @@ Where the programs come from is a subclass's business. Nothing here needs transf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -18,8 +19,9 @@ from vte_compile.runtime.prompt_value import PromptValue
 from vte_compile.runtime.steps import Phase, StepProgram
 from vte_compile.runtime.visual_tokens import PackedRows, VisualTokens
 
-_RowInput = tuple[Tensor, Tensor, Tensor]
-"""One row without padding: embeddings [n, C], visual mask [n], positions [n] or, multimodal ones, [3, n]."""
+_RowInput = tuple[Tensor, ...]
+"""One row without padding: embeddings [n, C], visual mask [n], positions [n] or, multimodal ones, [3, n], and what else
+graphs of prompts take, each [n, ...]."""
 
 
 @dataclass
@@ -87,6 +89,7 @@ class RowRunner:
         cache: RowsCache,
         *,
         last: bool,
+        token_inputs: Sequence[Tensor] = (),
     ) -> RunnerOutput:
         """Run one chunk and extend the cache.
 
@@ -97,13 +100,14 @@ class RowRunner:
             position_ids: [B, T], or [3, B, T] if positions are multimodal; None to count each row's tokens.
             cache: Of the same rows; empty in prefill.
             last: Return the logits of each row's last token only.
+            token_inputs: What else graphs of prompts take of each token, each [B, T, ...]; decode steps do not.
         """
         batch, tokens = embeds.shape[:2]
         if not cache.is_empty and cache.starts.shape[1] != batch:
             raise InputError(f"The cache holds {cache.starts.shape[1]} rows, the inputs {batch}.")
         if tokens == 1 and not cache.is_empty and bool(attention_mask.all()):
             return self._decode(embeds, position_ids, cache)
-        return self._rows(embeds, visual_mask, attention_mask, position_ids, cache, last)
+        return self._rows(embeds, visual_mask, attention_mask, position_ids, cache, last, token_inputs)
 
     def _decode(self, embeds: Tensor, position_ids: Tensor | None, cache: RowsCache) -> RunnerOutput:
         batch = embeds.shape[0]
@@ -135,6 +139,7 @@ class RowRunner:
         position_ids: Tensor | None,
         cache: RowsCache,
         last: bool,
+        token_inputs: Sequence[Tensor],
     ) -> RunnerOutput:
         batch, tokens = embeds.shape[:2]
         real = [row.nonzero()[:, 0] for row in attention_mask]
@@ -142,7 +147,7 @@ class RowRunner:
             raise InputError(f"attention_mask: row {empty[0]} has no token.")
         if not any(len(columns) for columns in real):
             raise InputError("attention_mask: no row has a token.")
-        inputs: list[tuple[Tensor, Tensor, Tensor] | None] = []
+        inputs: list[_RowInput | None] = []
         next_positions = []
         for b in range(batch):
             start = 0 if cache.is_empty else int(cache.next_positions[b])
@@ -156,7 +161,8 @@ class RowRunner:
             else:
                 positions = self._expanded(position_ids, batch)[..., b, real[b]]
             next_positions.append(int(positions.max()) + 1)
-            inputs.append((embeds[b, real[b]], visual_mask[b, real[b]], positions))
+            more = (value[b, real[b]] for value in token_inputs)
+            inputs.append((embeds[b, real[b]], visual_mask[b, real[b]], positions, *more))
         buffers = None
         if cache.is_empty:
             rows, buffers = self._prompts(inputs, cache, last)
@@ -194,12 +200,15 @@ class RowRunner:
 
     def _packed(self, program: StepProgram, inputs: list[_RowInput]) -> tuple[list[_RowOutput], RowKV | None]:
         """Prefill of different rows at once; and what their keys are views of, if it is a cache."""
-        lengths = [len(embeds) for embeds, _, _ in inputs]
-        visual = [VisualTokens.find(mask.cpu()) if self.may_exit else None for _, mask, _ in inputs]
+        lengths = [len(row[0]) for row in inputs]
+        visual = [VisualTokens.find(row[1].cpu()) if self.may_exit else None for row in inputs]
         rows = PackedRows(list(lengths), visual)
-        embeds, positions = (torch.cat([row[i] for row in inputs], dim=-1 if i else 0) for i in (0, 2))
+        embeds, _, positions, *more = (
+            torch.cat(values, dim=-1 if i == 2 else 0) for i, values in enumerate(zip(*inputs, strict=True))
+        )
         bounds = rows.cu_seqlens(embeds.device)
-        output = program.run([embeds[None], positions.unsqueeze(-2).contiguous(), bounds], rows)
+        packed = [embeds[None], positions.unsqueeze(-2).contiguous(), bounds, *(value[None] for value in more)]
+        output = program.run(packed, rows)
         device = embeds.device
         whole = [torch.arange(length, device=device) for length in lengths]
         kept = [
@@ -237,9 +246,10 @@ class RowRunner:
         return rows
 
     def _row(self, program: StepProgram, row: _RowInput, past: list[Tensor]) -> _RowOutput:
-        embeds, visual_mask, positions = row
+        embeds, visual_mask, positions, *more = row
         visual = VisualTokens.find(visual_mask) if self.may_exit else None
-        output = program.run([embeds[None], positions.unsqueeze(-2).contiguous(), *past], visual)
+        inputs = [embeds[None], positions.unsqueeze(-2).contiguous(), *(value[None] for value in more), *past]
+        output = program.run(inputs, visual)
         if visual is None or visual.exit_layer < 0:
             kept, exit_layer = torch.arange(len(embeds), device=embeds.device), -1
         else:

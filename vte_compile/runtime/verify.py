@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vte_compile.capture import evaluating
 from vte_compile.errors import CaptureError
+from vte_compile.families.deepstack import FEATURES, MASK, spread
 from vte_compile.plan import Plan
 from vte_compile.runtime.visual_tokens import PackedRows
 
@@ -30,12 +31,16 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2, to
 def verify_prefill(model: PreTrainedModel, runner: DecoderRunner) -> None:
     """Compare the last logits of a short text prompt, with nothing planned, with the model's own.
 
-    This finds what a model does outside its decoder and lm_head (scaling logits, say), which the graph lacks.
+    This finds what a model does outside its decoder and lm_head (scaling logits, say), which the graph lacks. Where
+    the decoder takes visual features behind layers, a prompt with some is compared, too.
 
     Raises:
         CaptureError: They differ.
     """
     _compare(model, runner, lambda **inputs: model(**inputs, use_cache=False).logits)
+    if runner.spec.deepstack:
+        decoder, head = runner.spec.decoder, runner.spec.lm_head
+        _compare(model, runner, lambda **inputs: head(decoder(**inputs, use_cache=False).last_hidden_state), True)
 
 
 def verify_hidden(model: PreTrainedModel, runner: DecoderRunner) -> None:
@@ -45,7 +50,13 @@ def verify_hidden(model: PreTrainedModel, runner: DecoderRunner) -> None:
         CaptureError: They differ.
     """
     decoder: Any = runner.spec.decoder
-    _compare(model, runner, lambda **inputs: decoder(**inputs, use_cache=False).last_hidden_state)
+
+    def hidden(**inputs: Any) -> Tensor:
+        return decoder(**inputs, use_cache=False).last_hidden_state
+
+    _compare(model, runner, hidden)
+    if runner.spec.deepstack:
+        _compare(model, runner, hidden, with_features=True)
 
 
 @torch.no_grad()
@@ -55,7 +66,7 @@ def packing_error(spec: DecoderSpec, packed: StepProgram, alone: StepProgram) ->
     None if it is as small as rounding makes it.
     """
     rows = _rows(spec)
-    expected = torch.cat([alone.run([e, p.contiguous()]).logits[0] for e, p in rows])
+    expected = torch.cat([alone.run(row).logits[0] for row in rows])
     return _excess(_run_packed(spec, packed, rows)[0], expected)
 
 
@@ -86,22 +97,23 @@ def fusing_error(spec: DecoderSpec, fused: StepProgram, own: StepProgram, inputs
     return _excess(*logits)
 
 
-def _rows(spec: DecoderSpec) -> list[tuple[Tensor, Tensor]]:
-    """Embeddings and positions of two rows."""
+def _rows(spec: DecoderSpec) -> list[tuple[Tensor, ...]]:
+    """Embeddings, positions and further inputs of two rows."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for tokens in _ROWS:
         # As large as a norm leaves them, and so not what an embedding gives; the difference is what is asked.
         embeds = torch.randn(1, tokens, spec.hidden_size, generator=generator).to(spec.device, spec.dtype)
         positions = torch.arange(tokens, device=spec.device)
-        rows.append((embeds, positions.expand(*([spec.position_rows] if spec.position_rows > 1 else []), 1, -1)))
+        positions = positions.expand(*([spec.position_rows] if spec.position_rows > 1 else []), 1, -1)
+        rows.append((embeds, positions.contiguous(), *(embeds for _ in spec.token_inputs)))
     return rows
 
 
-def _run_packed(spec: DecoderSpec, program: StepProgram, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
-    inputs = [torch.cat(parts, dim=-2 if i == 0 else -1) for i, parts in enumerate(zip(*rows, strict=True))]
+def _run_packed(spec: DecoderSpec, program: StepProgram, rows: list[tuple[Tensor, ...]]) -> Tensor:
+    inputs = [torch.cat(parts, dim=-1 if i == 1 else 1) for i, parts in enumerate(zip(*rows, strict=True))]
     packed = PackedRows(list(_ROWS), [None] * len(rows))
-    return program.run([*inputs, packed.cu_seqlens(spec.device)], packed).logits
+    return program.run([*inputs[:2], packed.cu_seqlens(spec.device), *inputs[2:]], packed).logits
 
 
 def _excess(got: Tensor, expected: Tensor) -> float | None:
@@ -110,7 +122,9 @@ def _excess(got: Tensor, expected: Tensor) -> float | None:
     return None if error <= _TOLERANCE.get(expected.dtype, 5e-2) else error
 
 
-def _compare(model: PreTrainedModel, runner: DecoderRunner, forward: Callable[..., Tensor]) -> None:
+def _compare(
+    model: PreTrainedModel, runner: DecoderRunner, forward: Callable[..., Tensor], with_features: bool = False
+) -> None:
     # Skipped attentions and adapters change the numbers on purpose; exits do not, on text.
     reference = runner.with_plan(Plan()) if runner.plan.skips or runner.plan.adapters else runner
     embeddings: Any = model.get_input_embeddings()
@@ -123,12 +137,24 @@ def _compare(model: PreTrainedModel, runner: DecoderRunner, forward: Callable[..
         if (rows := runner.spec.position_rows) > 1:
             # As of an image: each row counts in its own way.
             positions = positions // torch.arange(1, rows + 1, device=device)[:, None, None]
-        expected = forward(inputs_embeds=embeds, position_ids=positions)[:, -1]
-        got = reference.uncompiled_prefill().run([embeds, positions]).logits[:, -1]
+        given, token_inputs = {}, [torch.zeros_like(embeds) for _ in range(runner.spec.deepstack)]
+        if with_features:
+            # The first token is none: what is added to the wrong ones should show.
+            visual = torch.arange(_TOKENS, device=device)[None] % 3 == 1
+            count = int(visual.sum())
+            features = [embeds[0, :count] * (layer + 1) for layer in range(runner.spec.deepstack)]
+            given, token_inputs = {MASK: visual, FEATURES: features}, spread(visual, features, embeds)
+        expected = forward(inputs_embeds=embeds, position_ids=positions, **given)[:, -1]
+        got = reference.uncompiled_prefill().run([embeds, positions, *token_inputs]).logits[:, -1]
     error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     tolerance = _TOLERANCE.get(expected.dtype, 5e-2)
     if not error <= tolerance:
         raise CaptureError(
             f"the traced decoder of {type(model).__name__} does not give the model's logits (relative error "
-            f"{error:.1e}, allowed {tolerance:.0e}): the model computes something outside its decoder and lm_head."
+            f"{error:.1e}, allowed {tolerance:.0e})"
+            + (
+                f": it does not add {FEATURES} behind its first {runner.spec.deepstack} layers, and there alone."
+                if with_features
+                else ": the model computes something outside its decoder and lm_head."
+            )
         )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import describe
+from vte_compile.families.refusals import refuse_token_inputs
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
 from vte_compile.oracle_blocks import Block, OwnBlock
@@ -88,8 +89,9 @@ class Examiner:
     be run one by one is tried out once. `base`: skips and adapters that the exits come on top of; the answers that are
     to stay are still those of the model without them.
 
-    Raises UnsupportedModelError if they cannot, or if its positions are multimodal; InputError for an optimized model
-    or a base with exits; PlanMismatchError if the base is for another model.
+    Raises UnsupportedModelError if they cannot, if its positions are multimodal, or if its decoder takes more than
+    embeddings; InputError for an optimized model or a base with exits; PlanMismatchError if the base is for another
+    model.
     """
 
     def __init__(self, model: nn.Module, base: Plan | None = None) -> None:
@@ -102,6 +104,7 @@ class Examiner:
                 f"{type(model).__name__} has multimodal (3-D) rotary positions: samples of such models cannot be "
                 "examined so far. Plans made by hand work."
             )
+        refuse_token_inputs(self.spec)
         base = base or Plan()
         if base.exits:
             raise InputError("base: has exits, which are what is to be found: pass a plan of skips and adapters only.")
