@@ -86,7 +86,8 @@ def fusing_error(spec: DecoderSpec, fused: StepProgram, own: StepProgram, inputs
     generator = torch.Generator().manual_seed(0)
 
     def real(fake: Tensor) -> Tensor:
-        shape = [int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in fake.shape]
+        sizes: list[Any] = list(fake.shape)
+        shape = [int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in sizes]
         if fake.is_floating_point():
             return torch.randn(shape, generator=generator).to(spec.device, fake.dtype)
         # Positions, and where rows begin.
