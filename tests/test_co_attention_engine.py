@@ -56,6 +56,8 @@ def inputs(kind: str, *sizes: int, padded: int = 0) -> dict[str, torch.Tensor]:
     return tiny_meter.inputs(*sizes, padded=padded)
 
 
+@pytest.mark.shows("ONNX Runtime", "meter")
+@pytest.mark.shows("ONNX Runtime", "bridgetower")
 def test_logits_are_the_oracles(exported: tuple[str, Any, Any, Path], tmp_path: Path) -> None:
     kind, model, fast, folder = exported
     engine: Any = load_engine(folder.rename(tmp_path / "moved"), threads=1)

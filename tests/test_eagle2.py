@@ -158,6 +158,7 @@ def test_logits_and_tokens_are_the_authors(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZED)
+@pytest.mark.shows("images", "eagle2")
 def test_optimized_logits_and_tokens_are_the_authors(name: str) -> None:
     fast, inputs = optimized(name), golden_rows(name)
     assert_relative(fast(**inputs).logits[:, -3:], of(name, "logits"))
@@ -190,6 +191,7 @@ def test_grids_of_tiles_are_the_authors() -> None:
 
 @pytest.mark.parametrize("exits", EXITS)
 @pytest.mark.parametrize("name", OPTIMIZED)
+@pytest.mark.shows("exits", "eagle2")
 def test_optimized_equals_the_oracle(name: str, exits: str) -> None:
     model, fast = loaded(name)[0], optimized(name, exits)
     oracle = Oracle(model, plan(*EXITS[exits]))
@@ -208,6 +210,7 @@ def test_optimized_equals_the_oracle(name: str, exits: str) -> None:
 
 @pytest.mark.parametrize("exits", EXITS)
 @pytest.mark.parametrize("name", OPTIMIZED)
+@pytest.mark.shows("generate", "eagle2")
 def test_generated_tokens_are_the_oracles(name: str, exits: str) -> None:
     model, inputs = loaded(name)[0], mixed_rows(name)
     tokens = optimized(name, exits).generate(**inputs, do_sample=False, max_new_tokens=16, eos_token_id=-1)
@@ -227,6 +230,7 @@ def test_without_exits_equals_the_model(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.shows("skips", "eagle2")
 def test_skips_and_adapters() -> None:
     model, inputs = loaded(QWEN2)[0], mixed_rows(QWEN2)
     parts = [SkippedAttention(2, random_adapter(PIA)), SkippedAttention(3), StaticExit(1)]
@@ -280,6 +284,7 @@ def test_the_authors_live_object() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.shows('backend="vte"', "eagle2")
 def test_backend() -> None:
     """The same through torch.compile(backend="vte")."""
     torch._dynamo.reset()
@@ -294,6 +299,7 @@ def test_backend() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.shows("ONNX Runtime", "eagle2")
 def test_engine(tmp_path: Path) -> None:
     """The same in ONNX Runtime: a tile is an image to it."""
     pytest.importorskip("onnxruntime")
@@ -524,6 +530,7 @@ def test_chats_of_old_checkpoints() -> None:
     assert int((chat["input_ids"] == IMAGE).sum()) == 4 * tiles
 
 
+@pytest.mark.shows("videos", "eagle2")
 def test_videos() -> None:
     processor = loaded(QWEN2)[1]
     frame = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>"

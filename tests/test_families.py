@@ -136,6 +136,7 @@ def joined(name, first, second):
 
 
 @pytest.mark.parametrize(("name", "prompt"), cases(PROMPTS, ["mixed, padded right"]))
+@pytest.mark.shows("images")
 def test_without_exits_equals_the_model(name, prompt):
     """Prefill, and then decode steps."""
     model, fast, inputs = shared_family(name), optimized(name), family_inputs(name, **PROMPTS[prompt])
@@ -181,6 +182,7 @@ def test_beams_without_exits_equal_the_models(name):
 
 @pytest.mark.parametrize("exits", list(EXITS))
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.shows("exits")
 def test_exits_equal_the_oracle(name, exits):
     """A batch of several images, none and one, padded; then a decode step."""
     inputs = family_inputs(name, images=[2, 0, 1])
@@ -196,6 +198,7 @@ def test_exits_equal_the_oracle(name, exits):
 
 
 @pytest.mark.parametrize(("name", "prompt"), cases(PROMPTS, ["text", "mixed, padded left"]))
+@pytest.mark.shows("generate")
 def test_generate_with_exits_equals_the_oracle(name, prompt):
     inputs = family_inputs(name, **PROMPTS[prompt], seed=1)
     tokens = optimized(name, "natural").generate(**inputs, **GREEDY)
@@ -219,6 +222,7 @@ def test_embed_is_the_models_own(name):
 
 @pytest.mark.parametrize("images", [0, 1], ids=["text", "image"])
 @pytest.mark.parametrize("name", [*FAMILIES, "idefics3"])
+@pytest.mark.shows("second turn")
 def test_second_turn(name, images):
     """Without exits it is the rest of one long prompt, new images included; with exits it is the oracle's."""
     first, second = family_inputs(name, images=1), family_inputs(name, images=images, seed=1)
@@ -272,6 +276,7 @@ def test_second_turn_of_generate(name, images):
 
 @pytest.mark.parametrize("frames", [4, 24])
 @pytest.mark.parametrize("name", VIDEO)
+@pytest.mark.shows("videos")
 def test_video(name, frames):
     """Long ones: their last frame's position lies behind that of the question."""
     model, fast, inputs = shared_family(name), optimized(name), video_inputs(name, frames=frames)
@@ -351,6 +356,7 @@ def test_images_without_their_places(name):
 
 
 @pytest.mark.parametrize("name", MROPE)
+@pytest.mark.shows("skips")
 def test_skips_and_adapters(name):
     parts = [
         StaticExit(2),

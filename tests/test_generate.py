@@ -100,6 +100,7 @@ def test_text_only_equals_the_model_whatever_the_plan(name):
 @pytest.mark.parametrize(
     ("name", "exits"), [*[(name, exits) for name in ("llama", "llava") for exits in PLANS], ("qwen2", "gates")]
 )
+@pytest.mark.shows("generate")
 def test_greedy_equals_the_oracle(name, exits):
     """Left, right and no padding, several images, none, an image last."""
     inputs, prompt = prompt_of(name, "...titt...", "tiitttt", "ittt......", ".titi..")

@@ -49,6 +49,7 @@ def of(name: str, key: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.shows("images", "internvl_chat")
 def test_numbers_are_the_authors(name: str) -> None:
     model, given = loaded(name), inputs()
     real = given["attention_mask"].bool()
@@ -69,6 +70,9 @@ def gate(layer: int, threshold: float) -> GateExit:
 
 
 @pytest.mark.parametrize("parts", ["first", "middle, skip", "never"])
+@pytest.mark.shows("exits", "internvl_chat")
+@pytest.mark.shows("generate", "internvl_chat")
+@pytest.mark.shows("skips", "internvl_chat")
 def test_optimized_internlm2_gives_the_oracles_numbers_and_tokens(parts: str) -> None:
     skip = SkippedAttention(LAYERS - 1, random_adapter(PIA, hidden_size=C))
     planned, layer = {

@@ -93,6 +93,7 @@ def test_visual_tokens_are_the_authors() -> None:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.shows("images", "lavin")
 def test_logits_are_the_authors(name: str) -> None:
     model, checkpoint = loaded()
     plan = lavin_plan(model, checkpoint, image=name == "image")
@@ -207,6 +208,9 @@ EXITS: dict[str, tuple[int, list[GateExit | StaticExit]]] = {
 
 
 @pytest.mark.parametrize(("eas", "exits"), [(False, "never"), (False, "first"), (True, "middle"), (True, "last")])
+@pytest.mark.shows("exits", "lavin")
+@pytest.mark.shows("generate", "lavin")
+@pytest.mark.shows("skips", "lavin")
 def test_optimized_model_gives_the_oracles_numbers_and_tokens(eas: bool, exits: str) -> None:
     layer, candidates = EXITS[exits]
     model = loaded()[0]  # the visual tokens of LaVIN-EAS would be others, but as many

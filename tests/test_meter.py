@@ -37,6 +37,7 @@ LABELS = {"vqa_classifier": 7, "nlvr2_classifier": 2, "snli_classifier": 3, "ran
 
 
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.shows("images", "meter")
 def test_logits_are_the_authors(head: str, tmp_path: Path) -> None:
     model = load_meter(save(tmp_path / "meter.ckpt", weights(head, LABELS[head])))
     given = inputs(batch=3, images=2 if head == "nlvr2_classifier" else 1)
@@ -55,6 +56,7 @@ def test_logits_are_the_authors(head: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.shows("skips", "meter")
 def test_optimized_model_gives_the_oracles_numbers(head: str, tmp_path: Path) -> None:
     model = load_meter(save(tmp_path / "meter.ckpt", weights(head)))
     assert type(model) is HEADS[head]

@@ -56,6 +56,7 @@ def optimized(name):
 
 @pytest.mark.parametrize("exits", list(EXITS))
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.shows("exits", "mixtral")
 def test_exits_equal_the_oracle(name, exits):
     """A row with an image, one without, one with two; then decode steps."""
     embeds, visual, real = chunk("..tvvvvttt", "tttttttttt", ".tvvttvvtt")
@@ -73,6 +74,7 @@ def test_exits_equal_the_oracle(name, exits):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.shows("generate", "mixtral")
 def test_generate_without_exits_equals_the_model(name):
     for ids in (torch.tensor([[3, 4, 5, 6, 7]]), torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 6, 5]])):
         assert torch.equal(optimized(name).generate(ids, **GREEDY), mixture(name).generate(ids, **GREEDY))
@@ -99,6 +101,7 @@ def test_engines_have_no_grouped_products(target, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.shows("ONNX Runtime", "mixtral")
 def test_onnx_engine(tmp_path):
     """Each token with the weights of its own experts: that converts."""
     torch.manual_seed(0)

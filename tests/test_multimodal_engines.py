@@ -102,11 +102,12 @@ def prompts() -> list[dict[str, torch.Tensor]]:
     return [*batches, *(family_inputs(NAME, [1, 2], seed=seed) for seed in (1, 2, 5)), video_inputs(NAME)]
 
 
+@pytest.mark.shows("ONNX Runtime", "qwen2_5_vl")
 def test_prompts_and_answers(fast, engine: OnnxEngine) -> None:
     oracle, seen = Oracle(shared_family(NAME), plan(*EXITS)), set()
     for i, inputs in enumerate(prompts()):
         got = engine.prefill(**inputs)
-        want = oracle.forward(*handed_over(NAME, inputs))
+        want = oracle.forward(**handed_over(NAME, inputs))
         last = inputs["attention_mask"].shape[1] - 1 - inputs["attention_mask"].flip(1).argmax(1)
         close(got.logits, want.logits[torch.arange(len(last)), last])
         assert got.exit_layer.tolist() == want.exit_layer.tolist()

@@ -90,6 +90,7 @@ def last(logits, real):
 
 @pytest.mark.parametrize("layouts", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", PLANS)
+@pytest.mark.shows("ONNX Runtime", "llama")
 def test_single_graph_is_the_oracle(folders, name: str, layouts) -> None:
     """A prompt, and three tokens more of each row."""
     oracle, graph = Oracle(tiny(), PLANS[name]), SingleGraph(folders(name))
@@ -118,6 +119,7 @@ def test_single_graph_goes_on_with_another_chunk(folders, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2", "mistral"])
+@pytest.mark.shows("ONNX Runtime")
 def test_other_decoders(name: str, tmp_path: Path) -> None:
     """Biases, and a head size that is not hidden size / heads."""
     model = tiny(name, **({"head_dim": 16} if name == "mistral" else {}))

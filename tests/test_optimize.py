@@ -90,6 +90,7 @@ def assert_decided(exits, want):
 
 @pytest.mark.parametrize("batch", list(BATCHES))
 @pytest.mark.parametrize("exits", list(FORCED))
+@pytest.mark.shows("exits", "llama")
 def test_language_model_equals_the_oracle(exits, batch):
     args = chunk(*BATCHES[batch], seed=3)
     fast, oracle = fast_for("llama", exits), Oracle(shared_model("llama"), plan(*FORCED[exits]))
@@ -118,8 +119,15 @@ def test_the_plans_do_what_they_are_for():
     assert len(set(layers["natural"])) > 2
 
 
-@pytest.mark.parametrize("exits", ["natural", "gate 2", "static 0", "none"])
-@pytest.mark.parametrize("name", ["qwen2", "llava"])
+@pytest.mark.parametrize(
+    ("name", "exits"),
+    [
+        *((name, exits) for name in ("qwen2", "llava") for exits in ("natural", "gate 2", "static 0", "none")),
+        ("mistral", "natural"),
+        ("gemma", "natural"),
+    ],
+)
+@pytest.mark.shows("exits")
 def test_other_families_equal_the_oracle(name, exits):
     if name == "llava":
         ids, pixels, mask = image_prompt("..titt....", "tiittt.", "itit...", "t" * 13)
@@ -170,6 +178,7 @@ def test_position_ids():
 @pytest.mark.parametrize(
     "turn", [["ttt", "ttt", "ttt"], ["tvvtt", "vvttt", "ttttt"], ["vtt..", "..ttt", "....."], ["t", "t", "t"]]
 )
+@pytest.mark.shows("second turn", "llama")
 def test_second_turn(exits, turn):
     """With text, with new images, with padding, with nothing at all in a row; then a decode step on top."""
     fast, oracle = fast_for("llama", exits), Oracle(shared_model("llama"), plan(*FORCED[exits]))

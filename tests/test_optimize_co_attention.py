@@ -127,6 +127,8 @@ def test_layers_give_the_oracles_numbers(side: str, flags: tuple[bool, ...], siz
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.shows("images", "bridgetower")
+@pytest.mark.shows("skips", "bridgetower")
 def test_models_give_the_oracles_numbers(kind: Any) -> None:
     hidden_size = 64 if kind is BridgeTowerForContrastiveLearning else C  # its heads need that of the vision tower
     model, plan = shared(kind, hidden_size), mixed(hidden_size)

@@ -11,7 +11,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from tiny_families import family_inputs, tiny_family
 from tiny_models import (
     IMAGE,
     C,
@@ -88,6 +87,7 @@ def image_inputs(*layouts: str, seed: int = 0) -> dict:
 # ---------------------------------------------------------------- what the model gives
 
 
+@pytest.mark.shows("ONNX Runtime", "llava")
 def test_llava_prompts_and_answers(llava) -> None:
     """Rows of a batch leave behind different layers; text alone, padding, one token, several images, four rows."""
     fast, engine = llava
@@ -176,27 +176,18 @@ def test_llama_with_skips_and_adapters(llama) -> None:
     assert seen == {-1, 0, 1}
 
 
-@pytest.mark.parametrize("kind", ["internvl", "float16"])
-def test_other_models(kind: str, tmp_path: Path) -> None:
-    """A decoder with biases (Qwen2) whose images are several runs of the encoder; half precision."""
-    if kind == "internvl":
-        fast = optimize(tiny_family(kind), plan(gate(0), gate(2)), compile=False)
-        batches = [family_inputs(kind, [1, 2], seed=seed) for seed in range(3)]
-    else:
-        fast = optimize(tiny_llava().half(), plan(gate(0), gate(2)), compile=False)
-        batches = [image_inputs("titt", "ittt", seed=seed) for seed in range(3)]
-    tolerance = 1e-4 if kind == "internvl" else 5e-2
+def test_half_precision(tmp_path: Path) -> None:
+    fast = optimize(tiny_llava().half(), plan(gate(0), gate(2)), compile=False)
     vte_compile.export(fast, tmp_path / "engine", target="onnxruntime")
     for form in ("staged", "single"):
         engine = load_engine(tmp_path / "engine", threads=1, form=form)
         assert isinstance(engine, OnnxEngine)
-        for inputs in batches:
-            theirs = inputs | {"pixel_values": inputs["pixel_values"].to(fast.dtype)}
-            answer, known = engine.generate(**inputs, **OURS), fast.generate(**theirs, **GREEDY)
-            assert answer.exit_layer.tolist() == known.exit_layer.tolist()
-            close(engine.prefill(**inputs).logits, fast(**theirs, logits_to_keep=1).logits[:, -1], tolerance)
-            if kind == "internvl":  # in half precision, two tokens may be equally likely
-                assert answer.tokens.tolist() == known[:, inputs["input_ids"].shape[1] :].tolist()
+        for seed in range(3):
+            inputs = image_inputs("titt", "ittt", seed=seed)
+            theirs = inputs | {"pixel_values": inputs["pixel_values"].half()}
+            # Tokens are not compared: in half precision, two may be equally likely.
+            assert engine.generate(**inputs, **OURS).exit_layer.tolist() == fast(**theirs).exit_layer.tolist()
+            close(engine.prefill(**inputs).logits, fast(**theirs, logits_to_keep=1).logits[:, -1], 5e-2)
 
 
 # ---------------------------------------------------------------- batches, caches, ends

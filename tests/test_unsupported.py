@@ -129,14 +129,16 @@ REFUSED = {
 }
 
 
+@pytest.mark.shows("refused")
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_refused(name):
+def test_refused(name, record_property):
     build, reason = REFUSED[name]
     torch.manual_seed(0)
     model = build().eval()
     for use in (Oracle, lambda model, plan: optimize(model, plan, compile=False)):
-        with pytest.raises(UnsupportedModelError, match=reason):
+        with pytest.raises(UnsupportedModelError, match=reason) as refusal:
             use(model, Plan([StaticExit(0)]))
+    record_property("refused", [name, str(refusal.value)])
 
 
 def test_soft_capping():

@@ -127,6 +127,7 @@ def test_images_and_embeddings_are_the_authors(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.shows("images", "vila")
 def test_logits_and_tokens_are_the_authors(name: str) -> None:
     (model, _), inputs = loaded(name), two_rows(name)
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -142,6 +143,7 @@ def test_logits_and_tokens_are_the_authors(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.shows("videos", "vila")
 def test_chats_and_videos_are_the_authors(name: str) -> None:
     """The chat template, the tiles of a single picture, where answers stop; frames behind each other."""
     model, processor = loaded(name)
@@ -374,6 +376,7 @@ def test_images_as_embeddings() -> None:
 
 @pytest.mark.parametrize("exits", EXITS)
 @pytest.mark.parametrize("name", OPTIMIZED)
+@pytest.mark.shows("exits", "vila")
 def test_exits_equal_the_oracle(name: str, exits: str) -> None:
     """A padded batch of several images, none and one; then a decode step."""
     (model, _), inputs, fast = loaded(name), mixed_rows(name), optimized(name, exits)
@@ -390,6 +393,7 @@ def test_exits_equal_the_oracle(name: str, exits: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "exits"), [*((SIGLIP, exits) for exits in EXITS), (TILED, "natural")])
+@pytest.mark.shows("generate", "vila")
 def test_generate_equals_the_oracle(name: str, exits: str) -> None:
     (model, _), inputs = loaded(name), mixed_rows(name)
     never_ends = dict(do_sample=False, max_new_tokens=16, eos_token_id=-1)
@@ -408,6 +412,7 @@ def test_text_alone_equals_the_model() -> None:
     assert tokens.exit_layer.tolist() == [-1, -1]
 
 
+@pytest.mark.shows("skips", "vila")
 def test_skips_and_adapters() -> None:
     """Beside an exit, in a decoder whose embeddings are its last layer too."""
     parts = [StaticExit(2), SkippedAttention(0), SkippedAttention(2, random_adapter(PIA, 1))]
@@ -419,6 +424,7 @@ def test_skips_and_adapters() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.shows('backend="vte"', "vila")
 def test_backend() -> None:
     """The same through torch.compile(backend="vte")."""
     torch._dynamo.reset()
@@ -452,6 +458,7 @@ def test_the_command_line_loads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.shows("ONNX Runtime", "vila")
 def test_onnx_engine(tmp_path: Path) -> None:
     """Tokens of the oracle, by pixels and by chat()."""
     model, processor = loaded(SIGLIP)

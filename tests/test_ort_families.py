@@ -1,0 +1,57 @@
+"""An ONNX engine of each multimodal family gives the numbers and tokens of the oracle: the staged form, all pieces.
+
+LLaVA-1.5's in both forms, and all else, is in test_ort_engine.py, Qwen2.5-VL's in test_multimodal_engines.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_families import handed_over, optimized, oracle_of
+from tiny_families import family_inputs
+from tiny_models import one_thread  # noqa: F401
+
+import vte_compile
+from vte_compile import load_engine
+from vte_compile.export.ort_engine import OnnxEngine
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+NAMES = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "internvl",
+    "qwen2_vl",
+    "vipllava",
+    "mistral3",
+    "idefics3",
+    "smolvlm",
+)
+TOKENS = 16
+
+
+@pytest.mark.shows("ONNX Runtime")
+@pytest.mark.parametrize("name", NAMES)
+def test_engine_is_the_oracle(name: str, tmp_path: Path, record_property: Any) -> None:
+    """Two images, none and one in a batch that leaves behind different layers."""
+    folder = vte_compile.export(optimized(name, "natural"), tmp_path / "e", target="onnxruntime", forms=("staged",))
+    engine = load_engine(folder, threads=1)
+    assert isinstance(engine, OnnxEngine)
+    inputs = family_inputs(name, images=[2, 0, 1], seed=1)
+    prompt = handed_over(name, inputs)
+    given = {key: value for key, value in inputs.items() if key in ("input_ids", "attention_mask", "image_grid_thw")}
+    if (why := engine.manifest.vision_missing) is None:
+        given["pixel_values"] = inputs["pixel_values"]
+    else:
+        record_property("note", f"visual tokens given as `image_features`: {why}")
+        given["image_features"] = prompt["inputs_embeds"][prompt["visual_mask"]]
+    oracle = oracle_of(name, "natural")
+    want, got = oracle.forward(**prompt), engine.prefill(**given)
+    np.testing.assert_allclose(got.logits, want.logits[:, -1], rtol=1e-4, atol=1e-4)
+    answer = engine.generate(**given, max_new_tokens=TOKENS, eos_token_ids=[])
+    known = oracle.generate(**prompt, max_new_tokens=TOKENS)
+    assert answer.tokens.tolist() == known.tokens
+    assert answer.exit_layer.tolist() == known.exit_layer.tolist() == want.exit_layer.tolist()
