@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint models-table clean
 
 demo: $(STAMP)
 	$(BIN)/vte-compile demo
@@ -23,6 +23,10 @@ lint: $(STAMP)
 	mkdir -p build/typing/vte_compile
 	ln -s $(CURDIR)/vte_compile/* $(CURDIR)/passes $(CURDIR)/kernels $(CURDIR)/export build/typing/vte_compile/
 	$(BIN)/mypy
+
+# The tables of docs/models.md, from the tests that fill them.
+models-table: $(STAMP)
+	$(BIN)/python -m pytest -m shows -q --models-table docs/models.md
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
