@@ -31,7 +31,9 @@ class OwnFamily:
 
 _VILA = OwnFamily("vte_compile.families.vila", "VilaForConditionalGeneration", "VilaProcessor", "llm_cfg")
 _EAGLE2 = ("vte_compile.families.eagle2", "Eagle2ForConditionalGeneration", "Eagle2Processor")
+_LAVIN = ("vte_compile.families.lavin", "LavinForConditionalGeneration", "LavinProcessor")
 _FAMILIES = {
+    "lavin": OwnFamily(*_LAVIN, "feature_layers"),
     "llava_llama": _VILA,
     "vila": _VILA,
     "eagle_2_5_vl": OwnFamily(*_EAGLE2, "text_config"),

@@ -9,12 +9,14 @@ from vte_compile.families.lavin.checkpoint import (
 from vte_compile.families.lavin.configuration import LavinConfig
 from vte_compile.families.lavin.meta_llama import load_meta_llama
 from vte_compile.families.lavin.modeling import LavinForConditionalGeneration, LavinModel
+from vte_compile.families.lavin.processor import LavinProcessor
 
 __all__ = [
     "LavinCheckpoint",
     "LavinConfig",
     "LavinForConditionalGeneration",
     "LavinModel",
+    "LavinProcessor",
     "lavin_plan",
     "load_lavin",
     "load_meta_llama",
