@@ -69,6 +69,9 @@ class MeterModel(MeterPreTrainedModel):
         super().__init__(config)
         cross_modal = config.cross_modal_config
         size = cross_modal.hidden_size
+        for part in (config.vision_config, cross_modal):  # whose modules are no models, which would see to it
+            if part._attn_implementation is None:
+                part._attn_implementation = self.config._attn_implementation
         self.text_transformer = RobertaModel(config.text_config, add_pooling_layer=False)
         self.vit_model = MeterVisionModel(config.vision_config)
         self.cross_modal_text_transform = nn.Linear(config.text_config.hidden_size, size)
