@@ -28,7 +28,10 @@ setup(
     python_requires=">=3.10",
     packages=packages,
     package_dir={f"vte_compile.{name}": name for name in SUBPACKAGES},
-    package_data={"vte_compile": ["py.typed", "demo/assets/**"]},
+    package_data={
+        "vte_compile": ["py.typed", "demo/assets/**"],
+        "vte_compile.kernels": ["triton_settings.json"],
+    },
     include_package_data=False,
     install_requires=[
         "torch>=2.11",

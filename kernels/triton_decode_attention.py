@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vte_compile.kernels.triton_settings import settings_for
+from vte_compile.kernels.triton_settings import Settings, settings_for
 
 _SPLIT_LEAST = 128
 """Columns of a split, at least: below, writing parts costs more than it gains."""
@@ -182,10 +182,11 @@ def launch(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     processors: int | None = None,
+    settings: Settings | None = None,
 ) -> Tensor:
     """See :func:`vte_compile.kernels.decode_attention.decode_attention`.
 
-    ``processors``: how many to keep busy; None: those of the device.
+    ``processors``: how many to keep busy; None: those of the device. ``settings``: other than the shipped ones.
     """
     batch, heads, size = query.shape
     kv_heads = key_cache.shape[1]
@@ -198,7 +199,7 @@ def launch(
         raise ValueError("decode_attention: pass key and value together, and cos and sin.")
     if cos is not None and sin is not None and cos.stride() != sin.stride():
         raise ValueError("decode_attention: cos and sin must be laid out alike.")
-    chosen = settings_for("decode_attention", query)
+    chosen = settings or settings_for("decode_attention", query)
     processors = _processors(query.device) if processors is None else processors
     splits, per_split = split_columns(longest, batch * kv_heads, processors, chosen.block_n)
     parts = torch.empty(batch, heads, splits, size, dtype=torch.float32, device=query.device)

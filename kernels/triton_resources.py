@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,13 @@ class Resources:
     """Bytes of a block."""
 
 
-def resources(chip: int, size: int, dtype: torch.dtype, windows: bool = True) -> Iterator[Resources]:
+def resources(
+    chip: int,
+    size: int,
+    dtype: torch.dtype,
+    windows: bool = True,
+    settings: Mapping[str, Settings] | None = None,
+) -> Iterator[Resources]:
     """Of all kernels, for one head size and dtype.
 
     Args:
@@ -63,11 +69,14 @@ def resources(chip: int, size: int, dtype: torch.dtype, windows: bool = True) ->
         size: Of a head.
         dtype: Of queries and caches.
         windows: Also those with a window and soft-capping, and pages.
+        settings: By the name of an attention: other settings than the shipped ones, and of no other kernels.
     """
     half, padded = triton.next_power_of_2(size // 2), triton.next_power_of_2(size)
     name = str(dtype).removeprefix("torch.")
-    varlen = table("varlen_attention", size, dtype, chip)
-    decode = table("decode_attention", size, dtype, chip)
+    varlen, decode = (
+        (settings or {}).get(kernel) or table(kernel, size, dtype, chip)
+        for kernel in ("varlen_attention", "decode_attention")
+    )
     extras = [(False, 0)] + ([(True, 16)] if windows else [])
     launches: list[tuple[Any, Settings, str, dict[str, Any]]] = []
     own: dict[str, Any] = {"HALF": half, "BLOCK": triton_varlen_attention.APPEND_BLOCK, "PAST": True, "POSITIONS": True}
@@ -90,6 +99,8 @@ def resources(chip: int, size: int, dtype: torch.dtype, windows: bool = True) ->
     own |= {"SCAN": triton_packed_exit.SCAN, "HALF_PADDED": half}
     launches.append((triton_packed_exit.compact_kernel, _DEFAULTS, "", own))
     for kernel, chosen, variant, constants in launches:
+        if settings is not None and chosen not in settings.values():
+            continue
         if "SIZE" in kernel.arg_names:
             constants["SIZE"] = size
         compiled = _compiled(kernel, constants, dtype, chip, chosen)

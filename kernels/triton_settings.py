@@ -1,13 +1,17 @@
 """Block sizes, warps and stages of the Triton kernels, per chip, head size and dtype.
 
-Nothing is searched at run time: a first call takes what stands here. ``benchmarks/triton_kernels.py --check`` compiles
-all of it ahead of time, and tests do for a part: no spilled registers, and shared memory that the chip has.
+They stand in ``triton_settings.json``, and nothing is searched at run time: a first call takes what stands there.
+``benchmarks/triton_kernels.py --check`` compiles all of it ahead of time, and tests do for a part: no spilled
+registers, and shared memory that the chip has. ``benchmarks/tune_triton.py`` searches, on a GPU, and writes the file
+anew.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +24,9 @@ CHIPS = (80, 90, 100)
 """Compute capabilities that have settings of their own; others take those of the nearest below."""
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes one block may use (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+FILE = Path(__file__).with_name("triton_settings.json")
+Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
+"""Kernel -> chip -> head size -> dtype -> the numbers of ``Settings``, in their order."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +63,20 @@ def table(kernel: str, size: int, dtype: torch.dtype, chip: int) -> Settings:
     """
     if reason := unsupported(size, dtype):
         raise ValueError(f"{kernel}: {reason}")
-    wide = dtype == torch.float32
-    compute = _COMPUTE[dtype]
-    if kernel == "decode_attention":
-        if wide:  # products in float32 take registers, and no tensor cores
-            return Settings(16, 32 if size <= 64 else 16, 4 if size <= 64 else 8, 1, compute)
-        return Settings(16, 32 if size == 256 else 64, 4, 2, compute)
-    if wide:
-        if size == 256:
-            return Settings(16, 16, 8, 1, compute)
-        return Settings(32, 32, 4 if chip < 100 else 8, 2, compute)
-    if size == 256:
-        return Settings(64, 32, 8, 2, compute)
-    if chip >= 90:
-        return Settings(128, 64, 8, 3 if size == 64 else 2, compute)
-    return Settings(64, 64, 4, 3 if size == 64 else 2, compute)
+    block_m, block_n, num_warps, num_stages = shipped()[kernel][str(chip)][str(size)][dtype_name(dtype)]
+    return Settings(block_m, block_n, num_warps, num_stages, _COMPUTE[dtype])
+
+
+@functools.cache
+def shipped() -> Table:
+    """What ``triton_settings.json`` says."""
+    read: Table = json.loads(FILE.read_text(encoding="utf-8"))["settings"]
+    return read
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the file calls it."""
+    return str(dtype).removeprefix("torch.")
 
 
 _COMPUTE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

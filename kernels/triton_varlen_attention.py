@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vte_compile.kernels.triton_settings import settings_for
+from vte_compile.kernels.triton_settings import Settings, settings_for
 
 APPEND_BLOCK = 32
 """Tokens of a program that writes into the cache."""
@@ -156,8 +156,12 @@ def launch(
     window: int,
     softcap: float,
     cu_queries: Tensor | None = None,
+    settings: Settings | None = None,
 ) -> Tensor:
-    """See :func:`vte_compile.kernels.varlen_attention.varlen_attention`."""
+    """See :func:`vte_compile.kernels.varlen_attention.varlen_attention`.
+
+    ``settings``: other than the shipped ones.
+    """
     heads, size = query.shape[1:]
     kv_heads, batch = key.shape[1], len(starts)
     positioned = positions is not None and cache_positions is not None
@@ -170,7 +174,7 @@ def launch(
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if longest == 0:
         return output
-    chosen = settings_for("varlen_attention", query)
+    chosen = settings or settings_for("varlen_attention", query)
     half, padded = triton.next_power_of_2(size // 2), triton.next_power_of_2(size)
     past = starts if past_lengths is None else past_lengths
     position_stride = cached_at.stride(0) if positioned else 0
