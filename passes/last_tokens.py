@@ -1,4 +1,4 @@
-"""The last token of a graph's row, or those of the rows of a packed graph: how passes keep nothing else."""
+"""The last token of a graph's row, or those of the rows of a packed graph or a chunk: how passes keep nothing else."""
 
 from __future__ import annotations
 
@@ -26,16 +26,23 @@ class LastTokens:
     graph: DecoderGraph
     layer: int
     index: fx.Node | None
-    """[B] int32, of packed rows; None of one row: a slice will do."""
+    """[B] int32, of packed rows; [B, 1, 1] int64, of rows with padding behind; None of one row: a slice will do."""
     count: fx.Node | int
-    """How many they are."""
+    """How many they are, along the dim of the tokens."""
 
     def of(self, source: fx.Node, dim: int, before: fx.Node) -> fx.Node:
-        """What is left of a value, computed in front of a node of the layer."""
+        """What is left of a value, computed in front of a node of the layer; in chunks, of a value [B, T, C]."""
         graph = self.graph
         with graph.graph.inserting_before(before):
             if self.index is None:
                 last = graph.graph.call_function(aten.slice.Tensor, (source, dim, -1, sys.maxsize))
+            elif graph.phase == "chunk":
+                width = source.meta["val"].shape[2]
+                index = graph.graph.call_function(aten.expand.default, (self.index, [-1, -1, width]))
+                with torch.no_grad():
+                    index.meta["val"] = self.index.meta["val"].expand(-1, -1, width)
+                index.meta[_OF_LAST], graph.layer_of[index] = True, self.layer
+                last = graph.graph.call_function(aten.gather.default, (source, dim, index))
             else:
                 last = graph.graph.call_function(aten.index_select.default, (source, dim, self.index))
         last.meta["val"] = self.example(source.meta["val"], dim)
@@ -44,7 +51,7 @@ class LastTokens:
 
     def example(self, value: Tensor, dim: int) -> Tensor:
         """The fake tensor of what is left of another one."""
-        if self.index is None:
+        if self.index is None or self.graph.phase == "chunk":
             return value.narrow(dim, 0, 1)
         with torch.no_grad():
             return value.index_select(dim, self.index.meta["val"])
@@ -69,7 +76,7 @@ class LastTokens:
         """Whether :meth:`of` made a node, of the residual stream."""
         if node.target is aten.slice.Tensor:
             return node.args[1:] == (1, -1, sys.maxsize)
-        index = node.args[2] if node.target is aten.index_select.default else None
+        index = node.args[2] if node.target in (aten.index_select.default, aten.gather.default) else None
         return isinstance(index, fx.Node) and bool(index.meta.get(_OF_LAST))
 
 
@@ -78,7 +85,7 @@ _OF_LAST = "vte_last_tokens"
 
 def last_tokens(graph: DecoderGraph, layer: int, before: fx.Node) -> LastTokens:
     """Those of a layer, of which ``before`` is a node that reads none of them."""
-    if graph.phase != "packed":
+    if graph.phase not in ("packed", "chunk"):
         return LastTokens(graph, layer, None, 1)
 
     def call(target: Any, *args: Any) -> fx.Node:
@@ -88,6 +95,12 @@ def last_tokens(graph: DecoderGraph, layer: int, before: fx.Node) -> LastTokens:
         graph.layer_of[node] = layer
         return node
 
+    if graph.phase == "chunk":
+        with graph.graph.inserting_before(before):
+            index = call(aten.sub.Tensor, graph.placeholder("new_lengths"), 1)
+            for _ in range(2):
+                index = call(aten.unsqueeze.default, index, -1)
+        return LastTokens(graph, layer, index, 1)
     with graph.graph.inserting_before(before):
         bounds = bounds_in(graph, layer)
         index = call(aten.sub.Tensor, call(aten.slice.Tensor, bounds, 0, 1, sys.maxsize), 1)

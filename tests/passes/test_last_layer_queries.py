@@ -12,6 +12,7 @@ from helpers import (
     C,
     assert_close,
     captured,
+    chunk_inputs,
     embeddings,
     gate,
     layout,
@@ -157,3 +158,61 @@ def test_an_exit_before_a_skipped_layer_is_asked_with_all_tokens():
     got, want = run_graph(graph, *inputs), run_graph(whole, *inputs)
     assert want[0].shape[1] == 4
     assert_close(got[0], want[0][:, -1:])
+
+
+# ---------------------------------------------------------------- chunks of engines
+
+
+def of_last(logits, lengths):
+    return torch.stack([row[length - 1 :][:1] for row, length in zip(logits, lengths, strict=True)])
+
+
+@pytest.mark.parametrize("lengths", [[5, 3], [1, 1]])
+def test_chunks_whose_rows_have_padding(lengths):
+    """All tokens ask, since the cache's operators want that; behind the attention there is each row's last token."""
+    graph, whole = captured("chunk"), captured("chunk")
+    results = {r.name: r for r in run_passes(PASSES, graph, PassSettings(plan()))}
+    assert (results["last_layer_queries"].applied, results["last_layer_queries"].refusals) == (1, [])
+    inputs = chunk_inputs(lengths, [2, 0])
+    got, want = run_graph(graph, *inputs), run_graph(whole, *inputs)
+    assert_close(got[0], of_last(want[0], lengths))
+    assert_close(got[1:], want[1:])
+    linears = [n for n in nodes_of(graph, torch.ops.aten.linear.default) if graph.layer_of[n] == LAYERS - 1]
+    widths = [n.meta["val"].shape[1] for n in linears]
+    assert [isinstance(w, int) and w == 1 for w in widths] == [False] * 3 + [True] * 4  # q, k, v; o, gate, up, down
+    assert len(nodes_of(graph, torch.ops.aten.gather.default)) == 2  # of the attention's result, and of the stream
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("layers", [(2,), (1, 2)])
+def test_skipped_layers_at_the_end_of_chunks(adapter, layers):
+    """Rows with a past and without one, whose adapters hear of this chunk's tokens."""
+    graph, whole = captured("chunk"), captured("chunk")
+    settings = PassSettings(skipping(*layers, adapter=adapter), one_prompt=False)
+    results = {r.name: r for r in run_passes(PASSES, graph, settings)}
+    assert results["last_layer_queries"].refusals == []
+    assert results["last_layer_queries"].applied == (1 if adapter else len(layers) + 1)
+    options = {"last_token_logits": False, "one_prompt": False, "folded": settings.folded}
+    run_passes(PASSES, whole, PassSettings(settings.plan, **options))
+    lengths = [5, 3, 4]
+    inputs = chunk_inputs(lengths, [2, 0, 0])
+    known = [n for n in graph.graph.nodes if n.op == "placeholder" and n.name.startswith("prompt_")]
+    generator = torch.Generator().manual_seed(3)
+    given = [torch.rand(3, *n.meta["val"].shape[1:], generator=generator) for n in known]
+    inputs = [*inputs[: 4 + 2 * (LAYERS - len(layers))], *given]
+    got, want = run_graph(graph, *inputs), run_graph(whole, *inputs)
+    assert_close(got[0], of_last(want[0], lengths))
+    assert_close(got[1:], want[1:])
+    ends = [n for n in nodes_of(graph, torch.ops.aten.linear.default) if graph.layer_of[n] == LAYERS - 1]
+    assert 1 in [n.meta["val"].shape[1] for n in ends if n.meta["val"].ndim == 3]
+
+
+@pytest.mark.parametrize(("layer", "applied"), [(LAYERS - 1, 0), (LAYERS - 2, 1)])
+def test_chunks_are_whole_where_an_exit_is(layer, applied):
+    graph = captured("chunk")
+    skips = [SkippedAttention(LAYERS - 1)]
+    results = {r.name: r for r in run_passes(PASSES, graph, PassSettings(Plan([StaticExit(layer)], skips=skips)))}
+    assert results["last_layer_queries"].applied == applied
+    tokens = graph.placeholder("inputs_embeds").meta["val"].shape[1]
+    assert graph.streams[layer].meta["val"].shape[1] == tokens
+    assert next(n for n in graph.graph.nodes if n.op == "output").args[0][0].meta["val"].shape[1] == 1
