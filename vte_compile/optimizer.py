@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,17 +23,29 @@ from vte_compile.plan import Plan
 from vte_compile.plan_files import JSON_NAME
 from vte_compile.runtime.decoder_runner import DecoderRunner
 from vte_compile.runtime.inductor import PieceCompiler, find_backend
+from vte_compile.runtime.tensorrt_pieces import TensorRTCompiler, find_torch_tensorrt
 from vte_compile.runtime.verify import verify_prefill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from vte_compile.runtime.program import Compiler
+
 logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound="PreTrainedModel")
 
 
+BACKENDS = ("inductor", "tensorrt")
+
+
 def optimize(
-    model: ModelT, plan: Plan | None = None, *, compile: bool | None = None, fold: bool | None = None
+    model: ModelT,
+    plan: Plan | None = None,
+    *,
+    compile: bool | None = None,
+    fold: bool | None = None,
+    backend: str | None = None,
+    backend_options: Mapping[str, Any] | None = None,
 ) -> ModelT:
     """Let a model's visual tokens leave its decoder, and skip attentions, where a plan says so.
 
@@ -50,6 +63,10 @@ def optimize(
         plan: What to do. None: the plan saved beside the model's checkpoint if there is one, else only what is
             lossless (a log message says which).
         compile: Whether the graphs run through Inductor. None: if its compiler is there (a warning says if it is not).
+        backend: What compiles the graphs: ``inductor`` (None: this), or ``tensorrt``, through torch_tensorrt on an
+            NVIDIA GPU (docs/tensorrt.md; it has never been run). An optimized model keeps its own.
+        backend_options: Of ``tensorrt``: ``profiles``, the sizes engines take, and some of torch_tensorrt's settings
+            (``min_block_size``, ``torch_executed_ops`` ...).
         fold: Fold adapters into the weights behind them (None: yes). False: apply them unfolded, which costs time at
             every token, but no second copy of weights and no rounding of folded ones.
 
@@ -61,22 +78,43 @@ def optimize(
         PlanError: The plan is invalid, or (PlanMismatchError) made for another model.
         UnsupportedModelError: No decoder was found in the model, or one that cannot be rewritten soundly.
         CaptureError: The decoder could not be traced, the traced graph does not compute what the model does, or
-            ``compile=True`` without a working compiler.
+            ``compile=True`` without a working compiler, or ``backend="tensorrt"`` without torch_tensorrt or a GPU.
+        InputError: An unknown backend, or options it does not have.
     """
+    _check_backend(compile, backend, backend_options)
     plan = _find_plan(model) if plan is None else plan
     if find_co_attention(model) is not None:
         _check_placement(model)
+        if backend == "tensorrt":
+            raise InputError(
+                f"backend: 'tensorrt' is for decoders, and {type(model).__name__} has co-attention layers."
+            )
         return optimize_co_attention(model, plan, compile, fold)
     if issubclass(type(model), OptimizedModel):
+        if backend is not None:
+            raise InputError("backend: a new plan cannot change that: optimize the original model.")
         return _replan(model, plan, compile, fold)
     spec = describe(model)
     _check_placement(model)
     plan.check(model)
+    compiler: Compiler | None
+    if backend == "tensorrt":
+        compiler = TensorRTCompiler(find_torch_tensorrt(spec.device), backend_options)
+    else:
+        compiler = PieceCompiler() if find_backend(spec.device, compile) else None
     check_independence(model, spec)
-    compiler = PieceCompiler() if find_backend(spec.device, compile) else None
     runner = DecoderRunner(spec, plan, compiler, FoldedWeights(fold is not False))
     verify_prefill(model, runner)
     return _free(wrap(model, spec, runner))
+
+
+def _check_backend(compile: bool | None, backend: str | None, options: Mapping[str, Any] | None) -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(f"backend: {backend!r} is unknown; there are {', '.join(map(repr, BACKENDS))}.")
+    if options is not None and backend != "tensorrt":
+        raise InputError("backend_options: are of backend='tensorrt' alone: leave them out.")
+    if backend == "tensorrt" and compile is False:
+        raise InputError("compile=False: backend='tensorrt' compiles: leave one of them out.")
 
 
 def _replan(model: Any, plan: Plan, compile: bool | None, fold: bool | None) -> Any:

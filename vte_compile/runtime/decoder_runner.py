@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,11 +19,13 @@ from vte_compile.folded_weights import FoldedWeights
 from vte_compile.passes import PASSES, PassResult, PassSettings, run_passes
 from vte_compile.passes.lower_piecewise import PiecewiseGraph, lower_piecewise
 from vte_compile.plan import Plan
-from vte_compile.runtime.inductor import PieceCompiler
 from vte_compile.runtime.program import Program
 from vte_compile.runtime.runner import RowRunner
 from vte_compile.runtime.steps import Phase
 from vte_compile.runtime.verify import fusing_error, packing_error
+
+if TYPE_CHECKING:
+    from vte_compile.runtime.program import Compiler
 
 logger = logging.getLogger(__name__)
 # What these refuse is something the user asked for.
@@ -47,7 +49,7 @@ class DecoderRunner(RowRunner):
         self,
         spec: DecoderSpec,
         plan: Plan,
-        compiler: PieceCompiler | None,
+        compiler: Compiler | None,
         folded: FoldedWeights | None = None,
         fuse_attention: bool | None = None,
     ) -> None:
@@ -84,15 +86,14 @@ class DecoderRunner(RowRunner):
         return {
             "spec": self.spec,
             "plan": self.plan,
-            "compile": self.compiler is not None,
+            "compiler": self.compiler,  # which leaves what it compiled
             "folded": self.folded,
             "fuse_attention": self.fuse_attention,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        compiler = PieceCompiler() if state["compile"] else None
         self.__init__(  # type: ignore[misc]
-            state["spec"], state["plan"], compiler, state["folded"], state["fuse_attention"]
+            state["spec"], state["plan"], state["compiler"], state["folded"], state["fuse_attention"]
         )
 
     def program(self, phase: Phase, *, batched: bool = False, last: bool = True, one_prompt: bool = True) -> Program:
@@ -125,6 +126,8 @@ class DecoderRunner(RowRunner):
         Args:
             last: With the logits of each row's last token only.
         """
+        if self.compiler is not None and not self.compiler.packs:
+            return None
         key: _Key = ("packed", False, last, True, self.spec.dtype, self.spec.device)
         if key not in self._unpacked:
             with self._lock:

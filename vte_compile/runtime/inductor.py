@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +15,9 @@ from torch.compiler._cache import CacheArtifactManager
 from torch.utils._triton import has_triton
 
 from vte_compile.errors import CaptureError
+
+if TYPE_CHECKING:
+    from vte_compile.passes.lower_piecewise import AttendPoint, ExitPoint, Piece, PiecewiseGraph
 
 logger = logging.getLogger(__name__)
 Function = Callable[..., Sequence[Tensor]]
@@ -58,8 +61,19 @@ class PieceCompiler:
     ``compile``), so nothing ever recompiles.
     """
 
+    packs = True
+    """Rows of a batch can be compiled as one sequence."""
+
     def __init__(self) -> None:
         self._functions: dict[str, Function] = {}
+
+    def steps(self, lowered: PiecewiseGraph) -> list[Piece | ExitPoint | AttendPoint]:
+        """What is compiled: the pieces as they are."""
+        return lowered.steps
+
+    def compile_piece(self, piece: Piece, lowered: PiecewiseGraph) -> Function:
+        """See :meth:`compile`."""
+        return self.compile(piece.module, piece.key, piece.examples)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_functions": {}}  # compiled functions can be neither copied nor pickled: copies compile anew

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -18,6 +19,11 @@ _ATTEND_STEPS: dict[AttendKind, type[AttendStep] | type[PackedAttendStep]] = {
     "rotary_append": RotaryAppendStep,
     "rotary_packed": RotaryPackedStep,
 }
+
+if TYPE_CHECKING:
+    from vte_compile.runtime.tensorrt_pieces import TensorRTCompiler
+
+    Compiler = PieceCompiler | TensorRTCompiler
 
 
 @dataclass
@@ -37,7 +43,7 @@ class _LoweredPiece(PieceStep):
 class Program(StepProgram):
     """A lowered graph, bound to compiled (or plain) pieces."""
 
-    def __init__(self, lowered: PiecewiseGraph, passes: list[PassResult], compiler: PieceCompiler | None) -> None:
+    def __init__(self, lowered: PiecewiseGraph, passes: list[PassResult], compiler: Compiler | None) -> None:
         self.passes = passes
         """What the passes did and refused on the way here."""
         slots: dict[str, int] = {}
@@ -47,11 +53,9 @@ class Program(StepProgram):
 
         slot(lowered.inputs)
         steps: list[Step] = []
-        for step in lowered.steps:
+        for step in lowered.steps if compiler is None else compiler.steps(lowered):
             if isinstance(step, Piece):
-                function: Function = step.module
-                if compiler is not None:
-                    function = compiler.compile(step.module, step.key, step.examples)
+                function: Function = step.module if compiler is None else compiler.compile_piece(step, lowered)
                 steps.append(_LoweredPiece(slot(step.inputs), slot(step.outputs), step, function, _lengths(step)))
             elif isinstance(step, AttendPoint):
                 kind = _ATTEND_STEPS[step.kind]
