@@ -36,14 +36,23 @@ def grid_facts(fast: Any) -> GridFacts | None:
             f"{name} has multimodal rotary positions, and its config has no image_token_id, or no "
             "vision_config.spatial_merge_size: engines cannot number its tokens."
         )
-    facts = GridFacts(image, getattr(config, "video_token_id", None), merge, getattr(vision, "tokens_per_second", None))
-    for seconds in (None, 0.3) if facts.tokens_per_second is not None else (None,):
-        _compare(fast, facts, seconds)
-    return facts
+    seconds = getattr(vision, "tokens_per_second", None)
+    video, reason = getattr(config, "video_token_id", None), ""
+    # transformers 5.17 counts the time of videos in whole seconds, later versions do not.
+    for whole_seconds in (False, True) if seconds is not None else (False,):
+        facts = GridFacts(image, video, merge, seconds, whole_seconds)
+        found = [_difference(fast, facts, tried) for tried in ((None, 1.7) if seconds is not None else (None,))]
+        if not any(found):
+            return facts
+        reason = reason or next(filter(None, found))
+    raise UnsupportedModelError(
+        f"{name} has multimodal rotary positions, and engines number images and videos as Qwen2-VL does: its own code, "
+        f"asked for those of a prompt with both, {reason}."
+    )
 
 
-def _compare(fast: Any, facts: GridFacts, seconds: float | None) -> None:
-    """Compare with the model's own code, on a prompt with two images and a video."""
+def _difference(fast: Any, facts: GridFacts, seconds: float | None) -> str:
+    """What the model's own code does otherwise, on a prompt with two images and a video; "" if nothing."""
     spec, merge = fast._vte_spec, facts.merge_size
     parts = [(IMAGE, [1, 3 * merge, 2 * merge]), (IMAGE, [1, merge, 4 * merge])]
     if facts.video_token_id is not None:
@@ -64,17 +73,13 @@ def _compare(fast: Any, facts: GridFacts, seconds: float | None) -> None:
     if timed:
         places["second_per_grid_ts"] = torch.tensor([seconds], device=spec.device)
     ids = torch.tensor([[tokens[kind] for kind in kinds]], device=spec.device)
-    reason = "gives none"
     try:
         with torch.no_grad():
             theirs = image_positions(fast, spec, ids, torch.ones_like(ids, dtype=torch.bool), places)
     except Exception as error:  # whatever the model's own code raises
-        theirs, reason = None, f"raises {type(error).__name__} ({error})"
+        return f"raises {type(error).__name__} ({error})"
+    if theirs is None:
+        return "gives none"
     grids = Grids.of(facts, images, videos or None, [seconds] if timed else None)
     [ours] = grids.positions(facts, [np.array(kinds)])
-    if theirs is None or not np.array_equal(theirs[:, 0].cpu().numpy(), ours):
-        reason = "gives others" if theirs is not None else reason
-        raise UnsupportedModelError(
-            f"{type(fast).__name__} has multimodal rotary positions, and engines number images and videos as Qwen2-VL "
-            f"does: its own code, asked for those of a prompt with both, {reason}."
-        )
+    return "" if np.array_equal(theirs[:, 0].cpu().numpy(), ours) else "gives others"

@@ -79,8 +79,11 @@ class Grids:
             InputError: Placeholders and grids do not fit together.
         """
         images = _sized("image_grid_thw", facts, self.images, np.zeros(len(self.images), np.float32))
-        seconds = self.seconds if facts.tokens_per_second is not None else np.ones_like(self.seconds)
-        videos = _sized("video_grid_thw", facts, self.videos, seconds * np.float32(facts.tokens_per_second or 1))
+        intervals = np.ones_like(self.seconds)
+        if facts.tokens_per_second is not None:
+            seconds = np.floor(self.seconds) if facts.whole_seconds else self.seconds
+            intervals = seconds * np.float32(facts.tokens_per_second)
+        videos = _sized("video_grid_thw", facts, self.videos, intervals)
         result = [_row(kinds, {IMAGE: images, VIDEO: videos}) for kinds in rows]
         for name, left in (("image_grid_thw", images), ("video_grid_thw", videos)):
             if next(left.grids, None) is not None:

@@ -137,6 +137,8 @@ class GridFacts:
     """So many patches, in height and in width, are one token."""
     tokens_per_second: float | None
     """By how much the time of a video counts on in a second; None: by one for each step, however long."""
+    whole_seconds: bool
+    """Whether the length of a step is cut to whole seconds."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from vte_compile.export.patch_processor import PatchProcessor
 from vte_compile.export.patches import frame_inputs, split_frames
 from vte_compile.families.decoder import describe
 
-FACTS = GridFacts(IMAGE_TOKEN, VIDEO_TOKEN, 2, 4)
+FACTS = GridFacts(IMAGE_TOKEN, VIDEO_TOKEN, 2, 4, False)
 MODEL = ModelFacts("Tiny", "float32", 1, 8, 64, [VIDEO_TOKEN, IMAGE_TOKEN], [], 0, 3, FACTS)
 
 
@@ -49,7 +49,7 @@ def test_positions_are_those_of_the_model(known) -> None:
     for inputs in [*batches, family_inputs(name, 0), video_inputs(name), video_inputs(name, frames=8)]:
         ids, real = inputs["input_ids"], inputs["attention_mask"].bool().numpy()
         grids = {key: inputs.get(key) for key in ("image_grid_thw", "video_grid_thw")}
-        timed = {"second_per_grid_ts": [1.3]} if grids["video_grid_thw"] is not None else {}
+        timed = {"second_per_grid_ts": [1.7]} if grids["video_grid_thw"] is not None else {}
         theirs, deltas = model.model.get_rope_index(
             ids, inputs["mm_token_type_ids"], attention_mask=inputs["attention_mask"], **grids, **timed
         )

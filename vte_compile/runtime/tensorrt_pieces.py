@@ -77,8 +77,8 @@ class _Limits:
     def of(cls, lowered: PiecewiseGraph, profiles: Profiles) -> _Limits:
         found: dict[Any, Sizes] = {}
         for name, example in zip(lowered.inputs, lowered.input_examples, strict=True):
-            for dim, size in enumerate(example.shape):
-                if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+            for dim, size in _symbolic(example).items():
+                if size.node.expr.is_symbol:
                     own = (profiles.batch, profiles.prompt)[dim] if name == "inputs_embeds" else profiles.columns
                     # Sizes 0 and 1 are other programs to torch.export, and run uncompiled.
                     least, usual, most = (max(2, value) for value in own)
@@ -93,9 +93,7 @@ class _Limits:
         return (values[0], values[1], values[2])
 
     def dynamic(self, size: Any) -> Any:
-        """The same for torch.export; None of a fixed one."""
-        if not isinstance(size, torch.SymInt):
-            return None
+        """The same of a symbolic dim, for torch.export."""
         if not size.node.expr.is_symbol:
             return Dim.AUTO  # follows from others
         least, _, most = self.by_symbol[size.node.expr]
@@ -180,9 +178,7 @@ class TensorRTCompiler:
             stage = _Stage(piece.module, [read().detach() for read in piece.parameters]).eval()
         sizes = [[limits.sizes(size) for size in example.shape] for example in inputs]
         usual = [_value(e, [s[1] for s in own]) for e, own in zip(inputs, sizes, strict=True)]
-        dims = tuple(
-            {d: limits.dynamic(s) for d, s in enumerate(e.shape) if isinstance(s, torch.SymInt)} for e in inputs
-        )
+        dims = tuple({dim: limits.dynamic(size) for dim, size in _symbolic(e).items()} for e in inputs)
         try:
             with torch.no_grad():
                 exported = torch.export.export(stage, tuple(usual), dynamic_shapes=(dims,), strict=False)
@@ -311,6 +307,12 @@ def _read_later(lowered: PiecewiseGraph, start: int) -> set[str]:
     return names
 
 
+def _symbolic(example: Tensor) -> dict[int, Any]:
+    """The dims of a fake tensor that may be of any size, and what they are."""
+    shape: Any = example.shape
+    return {dim: size for dim, size in enumerate(shape) if isinstance(size, torch.SymInt)}
+
+
 def _value(example: Tensor, shape: Sequence[int]) -> Tensor:
     """Reproducible numbers; positions count on."""
     if not example.dtype.is_floating_point:
@@ -324,8 +326,8 @@ def _check_dynamic(exported: Any, examples: Sequence[Tensor]) -> None:
     names = exported.graph_signature.user_inputs
     nodes = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
     for name, example in zip(names, examples, strict=True):
-        for dim, size in enumerate(example.shape):
-            if isinstance(size, torch.SymInt) and not isinstance(nodes[name].shape[dim], torch.SymInt):
+        for dim in _symbolic(example):
+            if not isinstance(nodes[name].shape[dim], torch.SymInt):
                 raise CaptureError(f"torch.export fixed dim {dim} of {name} to {nodes[name].shape[dim]}.")
 
 
