@@ -86,12 +86,7 @@ def fusing_error(spec: DecoderSpec, fused: StepProgram, own: StepProgram, inputs
     generator = torch.Generator().manual_seed(0)
 
     def real(fake: Tensor) -> Tensor:
-<<<<<<< HEAD
-        sizes: list[Any] = list(fake.shape)
-        shape = [int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in sizes]
-=======
         shape = [_hint(size) for size in fake.shape]
->>>>>>> 2a7c365 (Settings of the Triton kernels as a file, and a search that fills it on a GPU)
         if fake.is_floating_point():
             return torch.randn(shape, generator=generator).to(spec.device, fake.dtype)
         # Positions, and where rows begin.
@@ -102,17 +97,12 @@ def fusing_error(spec: DecoderSpec, fused: StepProgram, own: StepProgram, inputs
     return _excess(*logits)
 
 
-<<<<<<< HEAD
-def _rows(spec: DecoderSpec) -> list[tuple[Tensor, ...]]:
-    """Embeddings, positions and further inputs of two rows."""
-=======
 def _hint(size: int | torch.SymInt) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
-def _rows(spec: DecoderSpec) -> list[tuple[Tensor, Tensor]]:
-    """Embeddings and positions of two rows."""
->>>>>>> 2a7c365 (Settings of the Triton kernels as a file, and a search that fills it on a GPU)
+def _rows(spec: DecoderSpec) -> list[tuple[Tensor, ...]]:
+    """Embeddings, positions and further inputs of two rows."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for tokens in _ROWS:
