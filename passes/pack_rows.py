@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from vte_compile.families.token_blocks import NAME as BLOCKS
 from vte_compile.kernels.packed_attention import packed_attention
 from vte_compile.passes.manager import PassResult, PassSettings, Refusal
 from vte_compile.passes.residual import SDPA
@@ -50,6 +51,8 @@ def _refuse(graph: DecoderGraph, attentions: list[fx.Node]) -> Refusal | None:
     if graph.prompt_state:
         kinds = ", ".join(kind.name for kind in graph.prompt_state)
         return Refusal(f"adapters take means over the tokens of a row ({kinds}).", "inputs_embeds")
+    if graph.spec.has_blocks:
+        return Refusal("tokens attend to later ones of their block, through masks that packed rows lack.", BLOCKS)
     for node in attentions:
         arguments: Any = node.args
         mask = arguments[3] if len(arguments) > 3 else None

@@ -52,7 +52,7 @@ def gates():
     # A StaticCache is another graph, but the same one in all families of one kind of positions.
     [
         # VipLLaVA and Mistral3 merge images as LLaVA does, SmolVLM as Idefics3; Qwen3-VL has a test of its own.
-        *((family, "dynamic") for family in (*FAMILIES, "idefics3") if family != "qwen3_vl"),
+        *((family, "dynamic") for family in (*FAMILIES, "idefics3", "paligemma") if family != "qwen3_vl"),
         ("llava", "static"),
         ("qwen2_vl", "static"),
     ],

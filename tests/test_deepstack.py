@@ -92,7 +92,7 @@ def test_a_decoder_that_adds_in_another_way():
         return type(decoder)._deepstack_process(self, hidden_states, mask, 2 * features)
 
     decoder._deepstack_process = types.MethodType(doubled, decoder)
-    with pytest.raises(CaptureError, match=r"does not add deepstack_visual_embeds behind its first 2 layers"):
+    with pytest.raises(CaptureError, match=r"what it makes of deepstack_0, deepstack_1 is something else"):
         optimize(model, Plan(), compile=False)
 
 

@@ -105,6 +105,7 @@ def handed_over(name, inputs):
         "attention_mask": inputs["attention_mask"],
         "position_ids": kwargs["position_ids"] if name in MROPE else None,
         "deepstack": kwargs.get("deepstack_visual_embeds"),
+        "block_ids": inputs.get("token_type_ids"),
     }
 
 

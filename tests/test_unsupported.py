@@ -16,7 +16,6 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    GemmaConfig,
     GptOssConfig,
     GptOssForCausalLM,
     JambaConfig,
@@ -27,8 +26,6 @@ from transformers import (
     MambaForCausalLM,
     MllamaConfig,
     MllamaForConditionalGeneration,
-    PaliGemmaConfig,
-    PaliGemmaForConditionalGeneration,
     SiglipVisionConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -84,14 +81,6 @@ def _mllama() -> Any:
     return MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision))
 
 
-def _paligemma() -> Any:
-    vision = SiglipVisionConfig(**_VISION, image_size=8, patch_size=4, vision_use_head=False)
-    text = GemmaConfig(**TINY, head_dim=8)
-    return PaliGemmaForConditionalGeneration(
-        PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=60, projection_dim=32)
-    )
-
-
 def _gemma3(**options: Any) -> Any:
     vision = SiglipVisionConfig(**_VISION, image_size=8, patch_size=2, vision_use_head=False)
     text = dict(TINY, head_dim=8, sliding_window=8, pad_token_id=0, **options)
@@ -122,9 +111,7 @@ REFUSED = {
     "jamba": (_jamba, r"^JambaForCausalLM: decoder layer 1 \(JambaMambaDecoderLayer\) is a state-space layer"),
     "lfm2": (_lfm2, r"^Lfm2ForCausalLM: decoder layer 1 is of type conv: only layers that attend"),
     "mllama": (_mllama, r"decoder layer 1 \(MllamaCrossAttentionDecoderLayer\) has cross_attn: .* beside the sequence"),
-    "paligemma": (_paligemma, r"has use_bidirectional_attention|takes token_type_ids, by which image tokens attend"),
     "gemma3": (_gemma3, r"sliding_attention|differ per layer type"),
-    "gemma3, full attention": (lambda: _gemma3(layer_types=FULL), r"takes token_type_ids|differ per layer type"),
     "gpt_oss": (_gpt_oss, r"^GptOssForCausalLM: decoder layer 0 \(GptOssDecoderLayer\) has attention sinks"),
 }
 

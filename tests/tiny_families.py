@@ -14,6 +14,7 @@ from tiny_models import TINY, VOCAB
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    GemmaConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
@@ -30,6 +31,8 @@ from transformers import (
     Mistral3ForConditionalGeneration,
     MistralConfig,
     MixtralConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -51,10 +54,12 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfi
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-FURTHER = ("vipllava", "mistral3", "idefics3", "smolvlm", "llava_mixtral")
+FURTHER = ("vipllava", "mistral3", "idefics3", "smolvlm", "llava_mixtral", "paligemma")
 """Families whose decoders are as those of FAMILIES, or nearly so: they take part in some tests of each kind."""
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families whose positions have three rows."""
+BLOCKS = ("paligemma",)
+"""Families in which tokens attend to later ones, by their token_type_ids."""
 BY_ROW = ("idefics3", "smolvlm")
 """Families whose images are [rows, images of a row, ...], filled up with images of zeros."""
 IMAGE_TOKEN, VIDEO_TOKEN, START_TOKEN, END_TOKEN, PAD_TOKEN = 60, 59, 58, 57, 0
@@ -190,6 +195,26 @@ def _smolvlm() -> Any:
     return _pixel_shuffled(SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMVisionConfig)
 
 
+def _paligemma() -> Any:
+    """Image and prompt, all of type 0, attend to each other in both directions."""
+    vision = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=_TILE,
+        patch_size=_PATCH,
+        vision_use_head=False,
+    )
+    config = PaliGemmaConfig(
+        vision_config=vision,
+        text_config=GemmaConfig(**TINY, head_dim=8),
+        image_token_index=IMAGE_TOKEN,
+        projection_dim=TINY["hidden_size"],
+    )
+    return PaliGemmaForConditionalGeneration(config)
+
+
 def _qwen_options(text: Any, vision: Any) -> dict[str, Any]:
     return dict(
         text_config=text(
@@ -256,6 +281,7 @@ _BUILDERS = {
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
     "llava_mixtral": _llava_mixtral,
+    "paligemma": _paligemma,
 }
 
 
@@ -347,6 +373,8 @@ def _padded(name: str, rows: list[list[int]], side: str) -> dict[str, Tensor]:
     inputs = {"input_ids": ids, "attention_mask": mask}
     if name in MROPE:
         inputs["mm_token_type_ids"] = (ids == IMAGE_TOKEN).long() + 2 * (ids == VIDEO_TOKEN)
+    if name in BLOCKS:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
     return inputs
 
 

@@ -34,6 +34,7 @@ from vte_compile.errors import CaptureError
 from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.families.deepstack import adding, given
+from vte_compile.families.token_blocks import allowed
 from vte_compile.kernels.append_attention import append_attention
 from vte_compile.module_tree import with_stand_ins
 from vte_compile.repeated_layers import (
@@ -156,6 +157,10 @@ class _DecodeStep:
 _decode_step: contextvars.ContextVar[_DecodeStep | None] = contextvars.ContextVar("vte_decode_step", default=None)
 
 
+_blocks: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("vte_blocks", default=None)
+"""What the attentions of a prompt take besides, where tokens are in blocks: [1, S]."""
+
+
 def refuse_extras(module: nn.Module, arguments: Mapping[str, Any]) -> None:
     """Refuse attention that is more than a softmax of scaled products.
 
@@ -186,6 +191,8 @@ def _capture_attention(
     key, value = (x.repeat_interleave(heads // kv_heads, dim=1) if heads != kv_heads else x for x in (key, value))
     rows = torch.arange(tokens, device=query.device)[:, None] + (kv_length - tokens)
     mask = (torch.arange(kv_length, device=query.device)[None, :] <= rows)[None, None]
+    if (blocks := _blocks.get()) is not None:
+        mask = allowed(blocks, kv_length)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
@@ -260,7 +267,7 @@ class _DecoderWithHead(nn.Module):
         self.decoder, self.lm_head = decoder_module(spec), spec.lm_head
         if spec.deepstack and phase != "decode":  # decode steps are of text
             self.decoder = adding(self.decoder, spec.deepstack)
-        self.cache_name = cache_name(spec.decoder.forward)
+        self.cache_name, self.has_blocks = cache_name(spec.decoder.forward), spec.has_blocks
 
     def forward(
         self,
@@ -273,6 +280,7 @@ class _DecoderWithHead(nn.Module):
         decode = bool(past) and isinstance(inputs_embeds.shape[1], int)  # else the number of tokens is symbolic
         cache = _trace_cache(past, _DecodeLayer if decode else _TraceLayer)
         token = _decode_step.set(_DecodeStep(cache.layers, kv_start) if decode else None)
+        blocks = _blocks.set(token_inputs[-1] if self.has_blocks and token_inputs else None)
         try:
             with given(token_inputs):
                 hidden = self.decoder(
@@ -280,6 +288,7 @@ class _DecoderWithHead(nn.Module):
                 ).last_hidden_state
         finally:
             _decode_step.reset(token)
+            _blocks.reset(blocks)
         return self.lm_head(hidden), *[t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
@@ -298,8 +307,8 @@ def capture(spec: DecoderSpec, phase: Phase, *, batched: bool = False) -> Decode
     """
     if batched and phase != "decode":
         raise ValueError("prefill and extend run one row at a time")
-    # In prefill the model masks by itself, and plain_causal proves what the mask is.
-    implementation = "sdpa" if phase == "prefill" else _ATTENTION
+    # In prefill the model masks by itself, and plain_causal proves what the mask is. Blocks are known here alone.
+    implementation = "sdpa" if phase == "prefill" and not spec.has_blocks else _ATTENTION
     names = ("inputs_embeds", "position_ids", *(() if phase == "decode" else spec.token_inputs))
     wrapper = _DecoderWithHead(spec, phase)
     return trace(spec, wrapper, phase, batched, implementation, names, partial(_examples, spec, phase, batched))
@@ -420,6 +429,8 @@ def _examples(spec: DecoderSpec, phase: Phase, batched: bool, layers: int) -> tu
             if batched:
                 kv_start.append(torch.zeros(batch, dtype=torch.long, device=spec.device))
     past_dims = ({0: Dim.AUTO} if batched else {}) | {2: Dim.AUTO}
-    more = [] if phase == "decode" else [torch.zeros_like(embeds) for _ in spec.token_inputs]
+    more = [] if phase == "decode" else [torch.zeros_like(embeds) for _ in range(spec.deepstack)]
+    if phase != "decode" and spec.has_blocks:
+        more.append(torch.zeros_like(positions))
     shapes = (dims, position_dims, [dims] * len(more), [past_dims] * len(past), [{0: Dim.AUTO}] * len(kv_start))
     return (embeds, positions, more, past, kv_start), shapes

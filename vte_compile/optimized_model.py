@@ -152,6 +152,7 @@ class OptimizedModel:
                 multimodal=extra,
                 attention_mask=mask,
                 position_ids=positions,
+                continued=not cache.is_empty,
             )
             if inputs.position_ids is not None:
                 positions = _counted_on(inputs.position_ids, cache)

@@ -26,6 +26,7 @@ from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import find_decoder, position_rows
 from vte_compile.families.deepstack import deepstack_layers, rows_of
 from vte_compile.families.refusals import refuse_other_architectures
+from vte_compile.families.token_blocks import takes_blocks, unmasked_block
 from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, PromptStatistics, planned_blocks
 from vte_compile.plan import GateExit, Plan, StaticExit
 
@@ -111,6 +112,7 @@ class RowRun:
     positions: Tensor  # int64 [1, n], or [3, 1, n] if positions are multimodal
     columns: Tensor  # int64 [n], where the tokens stand in the chunk
     statistics: dict[int, PromptStatistics]  # by layer, of the row's prompt
+    blocks: Tensor  # int64 [n], tokens of one attend to each other in both directions; -1: as text
     deepstack: Sequence[Tensor] = ()  # [visual tokens, C], added to them behind layers 0, 1 ..
     exit_layer: int = -1
     lens: list[int] = field(default_factory=list)
@@ -124,7 +126,7 @@ class RowRun:
         """
         self.deepstack = [features[keep[self.visual]] for features in self.deepstack]
         self.hidden, self.positions = self.hidden[:, keep], self.positions[..., keep]
-        self.columns, self.visual = self.columns[keep], self.visual[keep]
+        self.columns, self.visual, self.blocks = self.columns[keep], self.visual[keep], self.blocks[keep]
 
 
 class Oracle:
@@ -147,12 +149,8 @@ class Oracle:
         self.plan = plan
         self.decoder = cast(Any, find_decoder(model))
         refuse_other_architectures(model, self.decoder)
-        _check_structure(self.decoder)
-        if "token_type_ids" in inspect.signature(self.model.forward).parameters:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} takes token_type_ids, by which image tokens attend to later ones; "
-                "the oracle is causal throughout"
-            )
+        self.has_blocks = takes_blocks(model)
+        _check_structure(self.decoder, self.has_blocks)
         self.config = self.decoder.config
         self.position_rows = position_rows(self.decoder)
         self.deepstack = deepstack_layers(model, self.decoder)
@@ -180,6 +178,7 @@ class Oracle:
         position_ids: Tensor | None = None,
         cache: OracleCache | None = None,
         deepstack: Sequence[Tensor] | None = None,
+        block_ids: Tensor | None = None,
     ) -> OracleOutput:
         """Run one chunk.
 
@@ -187,8 +186,11 @@ class Oracle:
         [B, T] of THIS chunk, nonzero = real token, padding anywhere (None: all real); position_ids int [B, T], or
         [3, B, T] if the decoder's positions are multimodal (None: each row counts its real tokens on from its cache, as
         of text); cache: of the earlier chunks, not modified; deepstack: of a decoder with DeepStack, features that are
-        added to the visual tokens behind its first layers, of each of those [visual tokens of all rows, C]. A row
-        without a real token does nothing. Raises InputError on shapes that do not fit.
+        added to the visual tokens behind its first layers, of each of those [visual tokens of all rows, C];
+        block_ids: int [B, T], tokens of the chunk with the same one, -1 excepted, attend to each other also backwards
+        (None: what the model does without token types: all are -1, or, in a row's first chunk, of one block if the
+        decoder's attention is not causal by itself). A row without a real token does nothing. Raises InputError on
+        shapes that do not fit.
         """
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[0] == 0:
             raise InputError(f"inputs_embeds must be [B, T, C] with at least one row, got {list(inputs_embeds.shape)}")
@@ -216,8 +218,20 @@ class Oracle:
             else:
                 positions = position_ids[..., b, columns]
             embeds = inputs_embeds[b : b + 1, columns]
-            statistics = dict(past.statistics)
-            run = RowRun(embeds, visual[b, columns], self._positions(positions), columns, statistics, features[b])
+            if block_ids is None:
+                unmasked = -1 if past.next_position else unmasked_block(self.decoder)
+                blocks = torch.full_like(columns, unmasked)
+            else:
+                blocks = block_ids[b, columns]
+            run = RowRun(
+                embeds,
+                visual[b, columns],
+                self._positions(positions),
+                columns,
+                dict(past.statistics),
+                blocks,
+                features[b],
+            )
             rows.append(self._run_row(run, past))
             runs.append(run)
         return self._collect(runs, tuple(rows), length)
@@ -233,6 +247,7 @@ class Oracle:
         position_ids: Tensor | None = None,
         cache: OracleCache | None = None,
         deepstack: Sequence[Tensor] | None = None,
+        block_ids: Tensor | None = None,
         *,
         input_ids: Tensor | None = None,
         max_new_tokens: int,
@@ -255,7 +270,7 @@ class Oracle:
             raise InputError(f"rows {empty} of the prompt have no real token to generate from")
         ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
 
-        output = self.forward(inputs_embeds, visual_mask, attention_mask, position_ids, cache, deepstack)
+        output = self.forward(inputs_embeds, visual_mask, attention_mask, position_ids, cache, deepstack, block_ids)
         exit_layer = output.exit_layer
         # The last real token of a row is never removed: without a question token there is no exit.
         last = [int(row.nonzero().max()) for row in real]
@@ -327,7 +342,7 @@ class Oracle:
         run.hidden, statistics = block(
             run.hidden,
             run.statistics.get(index),
-            attention_mask=_causal_mask(length, past_length, _window(self.config, index), run.hidden),
+            attention_mask=_mask(run.blocks, past_length, _window(self.config, index), run.hidden),
             position_ids=run.positions,
             position_embeddings=self.decoder.rotary_emb(run.hidden, position_ids=run.positions),
             use_cache=True,
@@ -420,7 +435,7 @@ class Oracle:
         outputs = []
         for block in (OwnBlock(self.layers[index]), KeptBlock(self.layers[index], None)):
             visual = torch.zeros_like(positions, dtype=torch.bool)
-            run = RowRun(hidden, visual, self._positions(positions), positions, {})
+            run = RowRun(hidden, visual, self._positions(positions), positions, {}, torch.full_like(positions, -1))
             self._run_layer(index, block, run, None)
             outputs.append(run.hidden)
         own, spelled_out = outputs
@@ -491,14 +506,18 @@ def _fires(candidate: GateExit | StaticExit, run: RowRun) -> bool:
     return bool(z[1] - z[0] > candidate.threshold)
 
 
-def _causal_mask(length: int, past_length: int, window: int | None, like: Tensor) -> Tensor:
+def _mask(blocks: Tensor, past_length: int, window: int | None, like: Tensor) -> Tensor:
     """Additive mask [1, 1, length, past_length + length], 0 = may attend, -inf = may not, causal by order in the row.
 
+    Tokens of one block (blocks: int [length], -1 for none) attend to each other in both directions. A window limits
+    how far back, of blocks too.
     Additive because eager attention adds it; sdpa takes it as well. No query is without a key: each sees itself.
     """
+    length = len(blocks)
     query = torch.arange(past_length, past_length + length, device=like.device)[:, None]
     key = torch.arange(past_length + length, device=like.device)[None]
     allowed = key <= query
+    allowed[:, past_length:] |= (blocks[:, None] == blocks) & (blocks[:, None] >= 0)
     if window is not None:
         allowed &= key > query - window
     return like.new_zeros(allowed.shape).masked_fill(~allowed, float("-inf"))[None, None]
@@ -523,7 +542,7 @@ def _chunk_mask(mask: Tensor | None, name: str, inputs_embeds: Tensor, default: 
     return mask.to(device=inputs_embeds.device, dtype=torch.bool)
 
 
-def _check_structure(decoder: Any) -> None:
+def _check_structure(decoder: Any, has_blocks: bool) -> None:
     """Refuse decoders whose forward is more than rotary embedding, layers, norm."""
     name = type(decoder).__name__
     missing = [part for part in ("layers", "norm", "rotary_emb") if not hasattr(decoder, part)]
@@ -551,5 +570,5 @@ def _check_structure(decoder: Any) -> None:
         )
     # The few short tokens of _check_against_model would not show these.
     for option in ("final_logit_softcapping", "use_bidirectional_attention"):
-        if getattr(config, option, None):
+        if getattr(config, option, None) and not (has_blocks and option == "use_bidirectional_attention"):
             raise UnsupportedModelError(f"decoder {name} has {option}, which the oracle does not support")

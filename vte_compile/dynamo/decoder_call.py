@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 from vte_compile.dynamo.handles import attach, cache_behind, cache_of, make_handle
 from vte_compile.dynamo.visual import visual_mask_of
 from vte_compile.families.deepstack import spread
+from vte_compile.families.token_blocks import blocks_of, unmasked_block
 from vte_compile.runtime.decoder_runner import DecoderRunner
 from vte_compile.runtime.exit_cache import ExitCache
 
@@ -78,11 +79,13 @@ class DecoderCall:
         visual_mask = torch.zeros(batch, tokens, dtype=torch.bool, device=embeds.device)
         if runner.plan.exits and not decoding:
             visual_mask = visual_mask_of(embeds, ids, visual, runner.spec.visual_token_ids)
+        chunk = _chunk(mask, batch, tokens, seen, embeds)
         if added:
             token_inputs = spread(added[0], added[1:], embeds)
         else:
-            token_inputs = [torch.zeros_like(embeds) for _ in runner.spec.token_inputs]
-        chunk = _chunk(mask, batch, tokens, seen, embeds)
+            token_inputs = [torch.zeros_like(embeds) for _ in range(runner.spec.deepstack)]
+        if runner.spec.has_blocks:
+            token_inputs.append(_blocks(mask, chunk, seen, -1 if seen else unmasked_block(runner.spec.decoder)))
         output = runner.run(
             embeds, visual_mask, chunk, position_ids, cache, last=layout.last, token_inputs=token_inputs
         )
@@ -105,6 +108,16 @@ def _chunk(mask: Tensor | None, batch: int, tokens: int, seen: int, embeds: Tens
         return torch.ones(batch, tokens, dtype=torch.bool, device=embeds.device)
     allowed = mask if mask.dtype == torch.bool else mask == 0
     return allowed[:, 0].diagonal(seen, dim1=-2, dim2=-1)[:, :tokens].expand(batch, -1)
+
+
+def _blocks(mask: Tensor | None, chunk: Tensor, seen: int, unmasked: int) -> Tensor:
+    """[B, T]: the blocks of a chunk's tokens, padding left aside."""
+    tokens = chunk.shape[1]
+    blocks = torch.full_like(chunk, -1, dtype=torch.long)
+    for b, real in enumerate(chunk):
+        own = None if mask is None else mask[b % len(mask), :, real, seen : seen + tokens][None, ..., real]
+        blocks[b, real] = blocks_of(own, 1, int(real.sum()), unmasked, chunk.device)[0]
+    return blocks
 
 
 def exit_layers(past_key_values: Any) -> Tensor:

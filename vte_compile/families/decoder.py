@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.deepstack import FEATURES, MASK, deepstack_layers
 from vte_compile.families.refusals import refuse_other_architectures
+from vte_compile.families.token_blocks import NAME as BLOCKS
+from vte_compile.families.token_blocks import takes_blocks
 
 # What a decoder with multimodal rotary positions may take; others are given more than embeddings.
 _KNOWN_ARGUMENTS = frozenset(
@@ -40,6 +42,8 @@ class DecoderSpec:
     """How many numbers make a token's position, see :func:`position_rows`."""
     deepstack: int = 0
     """Behind how many of the first layers visual features are added (vte_compile/families/deepstack.py)."""
+    has_blocks: bool = False
+    """Whether tokens may attend to later ones of their block (vte_compile/families/token_blocks.py)."""
     freed: Mapping[str, torch.Size] = field(default_factory=dict)
     """Shapes of the weights, by their name in the decoder, that it has no more, because no graph reads them."""
 
@@ -64,7 +68,7 @@ class DecoderSpec:
     @property
     def token_inputs(self) -> tuple[str, ...]:
         """What graphs of prompts take of each token besides embedding and position: inputs [1, S, ...], by name."""
-        return tuple(f"deepstack_{layer}" for layer in range(self.deepstack))
+        return (*(f"deepstack_{layer}" for layer in range(self.deepstack)), *([BLOCKS] if self.has_blocks else []))
 
     @property
     def is_multimodal(self) -> bool:
@@ -168,7 +172,7 @@ def describe(model: nn.Module) -> DecoderSpec:
     _refuse_without_embeddings(model)
     path, ids = _path_of(model, decoder), _visual_token_ids(model)
     rows, deepstack = position_rows(decoder), deepstack_layers(model, decoder)
-    return DecoderSpec(decoder, lm_head, path, decoder.config, ids, rows, deepstack)
+    return DecoderSpec(decoder, lm_head, path, decoder.config, ids, rows, deepstack, takes_blocks(model))
 
 
 def _path_of(model: nn.Module, decoder: nn.Module) -> str:
@@ -250,7 +254,7 @@ def _refuse_unknown_layout(model: nn.Module, decoder: nn.Module) -> None:
             f"{name}: its decoder has {rope['rope_type']} rotary positions, which depend on the longest row: not "
             "supported so far."
         )
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None) and not takes_blocks(model):
         raise UnsupportedModelError(
             f"{name}: its decoder has use_bidirectional_attention: tokens attend to later ones, and only causal "
             "attention is supported so far."
@@ -259,9 +263,4 @@ def _refuse_unknown_layout(model: nn.Module, decoder: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{name}: its decoder caps the logits of attention (attn_logit_softcapping in its config): not supported "
             "so far."
-        )
-    if "token_type_ids" in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(
-            f"{name} takes token_type_ids, by which image tokens attend to later ones: only causal attention is "
-            "supported so far."
         )

@@ -15,6 +15,7 @@ from torch import nn
 from vte_compile.capture import evaluating
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec
+from vte_compile.families.token_blocks import masks_of
 
 _TOKENS = 8
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -42,7 +43,8 @@ def check_independence(model: nn.Module, spec: DecoderSpec) -> None:
     with evaluating(decoder):
         embeds = embeddings(ids)
         whole, halves = (
-            decoder(inputs_embeds=part, use_cache=False).last_hidden_state for part in (embeds[:1], embeds[:, :half])
+            decoder(inputs_embeds=part, use_cache=False, **_causal(spec, part)).last_hidden_state
+            for part in (embeds[:1], embeds[:, :half])
         )
     expected = whole[0, :half]
     errors = (halves[0] - expected).abs().amax(-1) / expected.abs().max().clamp_min(1e-30)
@@ -54,3 +56,11 @@ def check_independence(model: nn.Module, spec: DecoderSpec) -> None:
             "experts choose tokens in it (expert-choice routing), or have a capacity? Only routing where each token "
             "chooses its experts is supported."
         )
+
+
+def _causal(spec: DecoderSpec, embeds: torch.Tensor) -> dict[str, Any]:
+    """A mask of text, where the decoder would let tokens attend to later ones without it."""
+    if not spec.has_blocks:
+        return {}
+    blocks = torch.full(embeds.shape[:2], -1, device=embeds.device)
+    return {"attention_mask": masks_of(blocks, spec.config)}

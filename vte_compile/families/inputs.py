@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.families.deepstack import FEATURES, MASK, spread
+from vte_compile.families.token_blocks import TYPES, blocks_of, continued_inputs, unmasked_block
 
 # What a merger may hand to its decoder and the runner decides itself; anything else would be lost.
 _DECODER_ARGUMENTS = frozenset(
@@ -47,6 +48,8 @@ class _HandedOver:
     positions: Tensor | None
     deepstack: tuple[Tensor, list[Tensor]] | None
     """Where the visual tokens are, and what is added to them behind layers."""
+    mask: Any
+    """Which tokens attend to which, where the model says so; else None."""
     output: Any
 
 
@@ -74,7 +77,7 @@ def _recorder(spec: DecoderSpec, recorded: list[dict[str, Any]]) -> nn.Module:
                 f"{type(decoder).__name__} is given {', '.join(extra)} besides embeddings: not supported so far."
             )
         mask = kwargs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        if mask is not None and not spec.has_blocks and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} is given a mask of its model's own making: only causal attention is "
                 "supported so far."
@@ -100,7 +103,8 @@ def _merge(model: nn.Module, spec: DecoderSpec, **inputs: Any) -> _HandedOver:
     [given] = recorded
     features = given.get(FEATURES)
     deepstack = None if features is None else (given[MASK], list(features))
-    return _HandedOver(given["inputs_embeds"], given.get("position_ids"), deepstack, output)
+    positions, mask = given.get("position_ids"), given.get("attention_mask")
+    return _HandedOver(given["inputs_embeds"], positions, deepstack, mask, output)
 
 
 def image_positions(
@@ -139,6 +143,7 @@ def decoder_inputs(
     multimodal: dict[str, Any],
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    continued: bool = False,
 ) -> DecoderInputs:
     """Embed one chunk.
 
@@ -152,6 +157,7 @@ def decoder_inputs(
         multimodal: The other inputs of the model's forward (``pixel_values`` ...).
         attention_mask: [B, T] bool of this chunk; only multimodal positions depend on it.
         position_ids: [3, B or 1, T] or [B or 1, T] if the caller knows them: then none are asked for.
+        continued: Whether earlier chunks are cached.
 
     Raises:
         InputError: Contradicting or misshaped inputs; the message says which.
@@ -159,6 +165,8 @@ def decoder_inputs(
     tokens = chunk_tokens(input_ids, inputs_embeds)
     shape = tuple(tokens.shape[:2])
     mask = _visual_mask(spec, input_ids, visual_mask, shape, may_exit, tokens.device)
+    if shape[1] == 1:  # a token alone attends to itself and those before it, whatever its type
+        multimodal = {name: value for name, value in multimodal.items() if name != TYPES}
     if _has_images(multimodal) and input_ids is not None and not bool(mask.any()):
         raise InputError(
             f"pixel_values was given, but input_ids holds no image placeholder (ids {list(spec.visual_token_ids)}): "
@@ -172,10 +180,12 @@ def decoder_inputs(
                 "inputs_embeds and visual_mask, or call its generate() if that makes embeddings."
             )
         embeds = inputs_embeds if inputs_embeds is not None else model.get_input_embeddings()(input_ids)  # type: ignore[operator]
-        return DecoderInputs(embeds, mask, None, None, _token_inputs(spec, embeds, None))
+        return DecoderInputs(embeds, mask, None, None, _token_inputs(spec, embeds, None, continued))
     inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, **multimodal}
     if spec.position_rows == 1:
-        return _decoder_inputs(spec, _merge(model, spec, **inputs), mask, None)
+        if spec.has_blocks:
+            inputs = continued_inputs(inputs, shape[0], shape[1], continued)
+        return _decoder_inputs(spec, _merge(model, spec, **inputs), mask, None, continued)
     real = None if attention_mask is None else attention_mask.long()
     merged = _merge(model, spec, **inputs, attention_mask=real, position_ids=position_ids)
     positions = merged.positions
@@ -186,27 +196,39 @@ def decoder_inputs(
             f"{type(model).__name__} cannot tell the positions of its images from these inputs: pass input_ids, "
             "mm_token_type_ids and image_grid_thw (or video_grid_thw), as the processor gives them, or position_ids."
         )
-    return _decoder_inputs(spec, merged, mask, None if positions is None else positions[-spec.position_rows :])
+    positions = None if positions is None else positions[-spec.position_rows :]
+    return _decoder_inputs(spec, merged, mask, positions, continued)
 
 
 def _decoder_inputs(
-    spec: DecoderSpec, merged: _HandedOver, visual_mask: Tensor, positions: Tensor | None
+    spec: DecoderSpec, merged: _HandedOver, visual_mask: Tensor, positions: Tensor | None, continued: bool
 ) -> DecoderInputs:
     features = getattr(merged.output, "image_hidden_states", None)
-    token_inputs = _token_inputs(spec, merged.embeds, merged.deepstack)
+    token_inputs = _token_inputs(spec, merged.embeds, merged, continued)
     return DecoderInputs(merged.embeds, visual_mask, features, positions, token_inputs)
 
 
-def _token_inputs(spec: DecoderSpec, embeds: Tensor, deepstack: tuple[Tensor, list[Tensor]] | None) -> list[Tensor]:
-    if deepstack is None:
-        return [torch.zeros_like(embeds) for _ in range(spec.deepstack)]
-    mask, features = deepstack
-    if len(features) != spec.deepstack:
-        raise UnsupportedModelError(
-            f"{type(spec.decoder).__name__} is given {FEATURES} for {len(features)} layers, where its config says "
-            f"{spec.deepstack}."
-        )
-    return spread(mask, features, embeds)
+def _token_inputs(spec: DecoderSpec, embeds: Tensor, merged: _HandedOver | None, continued: bool) -> list[Tensor]:
+    """What graphs take besides, from what the model's merging code handed over; None: it need not run, of text."""
+    if merged is None or merged.deepstack is None:
+        token_inputs = [torch.zeros_like(embeds) for _ in range(spec.deepstack)]
+    else:
+        mask, features = merged.deepstack
+        if len(features) != spec.deepstack:
+            raise UnsupportedModelError(
+                f"{type(spec.decoder).__name__} is given {FEATURES} for {len(features)} layers, where its config says "
+                f"{spec.deepstack}."
+            )
+        token_inputs = spread(mask, features, embeds)
+    if spec.has_blocks:
+        batch, tokens = embeds.shape[:2]
+        unmasked = -1 if continued else unmasked_block(spec.decoder)
+        made = None if merged is None else merged.mask
+        try:
+            token_inputs.append(blocks_of(made, batch, tokens, unmasked, embeds.device))
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{type(spec.decoder).__name__}: {error}") from None
+    return token_inputs
 
 
 def _has_images(multimodal: dict[str, Any]) -> bool:

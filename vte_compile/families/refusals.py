@@ -72,5 +72,5 @@ def refuse_token_inputs(spec: DecoderSpec) -> None:
     if spec.token_inputs:
         raise UnsupportedModelError(
             f"{type(spec.decoder).__name__} takes {', '.join(spec.token_inputs)} besides embeddings and positions: "
-            "only vte_compile.optimize() gives that so far."
+            "only vte_compile.optimize() and backend='vte' give that so far."
         )

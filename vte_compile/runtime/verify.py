@@ -11,6 +11,7 @@ from torch import Tensor
 from vte_compile.capture import evaluating
 from vte_compile.errors import CaptureError
 from vte_compile.families.deepstack import FEATURES, MASK, spread
+from vte_compile.families.token_blocks import masks_of, unmasked_block
 from vte_compile.plan import Plan
 from vte_compile.runtime.visual_tokens import PackedRows
 
@@ -32,13 +33,13 @@ def verify_prefill(model: PreTrainedModel, runner: DecoderRunner) -> None:
     """Compare the last logits of a short text prompt, with nothing planned, with the model's own.
 
     This finds what a model does outside its decoder and lm_head (scaling logits, say), which the graph lacks. Where
-    the decoder takes visual features behind layers, a prompt with some is compared, too.
+    the decoder takes visual features behind layers, or blocks of tokens, a prompt with some is compared, too.
 
     Raises:
         CaptureError: They differ.
     """
     _compare(model, runner, lambda **inputs: model(**inputs, use_cache=False).logits)
-    if runner.spec.deepstack:
+    if runner.spec.token_inputs:
         decoder, head = runner.spec.decoder, runner.spec.lm_head
         _compare(model, runner, lambda **inputs: head(decoder(**inputs, use_cache=False).last_hidden_state), True)
 
@@ -55,8 +56,8 @@ def verify_hidden(model: PreTrainedModel, runner: DecoderRunner) -> None:
         return decoder(**inputs, use_cache=False).last_hidden_state
 
     _compare(model, runner, hidden)
-    if runner.spec.deepstack:
-        _compare(model, runner, hidden, with_features=True)
+    if runner.spec.token_inputs:
+        _compare(model, runner, hidden, with_images=True)
 
 
 @torch.no_grad()
@@ -110,7 +111,7 @@ def _rows(spec: DecoderSpec) -> list[tuple[Tensor, ...]]:
         embeds = torch.randn(1, tokens, spec.hidden_size, generator=generator).to(spec.device, spec.dtype)
         positions = torch.arange(tokens, device=spec.device)
         positions = positions.expand(*([spec.position_rows] if spec.position_rows > 1 else []), 1, -1)
-        rows.append((embeds, positions.contiguous(), *(embeds for _ in spec.token_inputs)))
+        rows.append((embeds, positions.contiguous(), *_token_inputs(spec, embeds, True)[1]))
     return rows
 
 
@@ -126,8 +127,27 @@ def _excess(got: Tensor, expected: Tensor) -> float | None:
     return None if error <= _TOLERANCE.get(expected.dtype, 5e-2) else error
 
 
+def _token_inputs(spec: DecoderSpec, embeds: Tensor, with_images: bool) -> tuple[dict[str, Any], list[Tensor]]:
+    """What a decoder is given besides embeddings, of a prompt with images or without; the same as graphs take it."""
+    shape, device = embeds.shape[:2], embeds.device
+    # The first token is of no image: what is done to the wrong ones should show.
+    visual = (torch.arange(shape[1], device=device) % 3 > 0).expand(shape) & with_images
+    given: dict[str, Any] = {}
+    token_inputs = [torch.zeros_like(embeds) for _ in range(spec.deepstack)]
+    if spec.deepstack and with_images:
+        features = [embeds[visual] * (layer + 1) for layer in range(spec.deepstack)]
+        given, token_inputs = {MASK: visual, FEATURES: features}, spread(visual, features, embeds)
+    if spec.has_blocks:
+        blocks = torch.full(shape, unmasked_block(spec.decoder), device=device)
+        if with_images:
+            blocks = torch.where(visual, torch.arange(shape[1], device=device) // 3, -1)
+            given["attention_mask"] = masks_of(blocks, spec.config)
+        token_inputs.append(blocks)
+    return given, token_inputs
+
+
 def _compare(
-    model: PreTrainedModel, runner: DecoderRunner, forward: Callable[..., Tensor], with_features: bool = False
+    model: PreTrainedModel, runner: DecoderRunner, forward: Callable[..., Tensor], with_images: bool = False
 ) -> None:
     # Skipped attentions and adapters change the numbers on purpose; exits do not, on text.
     reference = runner.with_plan(Plan()) if runner.plan.skips or runner.plan.adapters else runner
@@ -141,13 +161,7 @@ def _compare(
         if (rows := runner.spec.position_rows) > 1:
             # As of an image: each row counts in its own way.
             positions = positions // torch.arange(1, rows + 1, device=device)[:, None, None]
-        given, token_inputs = {}, [torch.zeros_like(embeds) for _ in range(runner.spec.deepstack)]
-        if with_features:
-            # The first token is none: what is added to the wrong ones should show.
-            visual = torch.arange(_TOKENS, device=device)[None] % 3 == 1
-            count = int(visual.sum())
-            features = [embeds[0, :count] * (layer + 1) for layer in range(runner.spec.deepstack)]
-            given, token_inputs = {MASK: visual, FEATURES: features}, spread(visual, features, embeds)
+        given, token_inputs = _token_inputs(runner.spec, embeds, with_images)
         expected = forward(inputs_embeds=embeds, position_ids=positions, **given)[:, -1]
         got = reference.uncompiled_prefill().run([embeds, positions, *token_inputs]).logits[:, -1]
     error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
@@ -157,8 +171,8 @@ def _compare(
             f"the traced decoder of {type(model).__name__} does not give the model's logits (relative error "
             f"{error:.1e}, allowed {tolerance:.0e})"
             + (
-                f": it does not add {FEATURES} behind its first {runner.spec.deepstack} layers, and there alone."
-                if with_features
+                f": what it makes of {', '.join(runner.spec.token_inputs)} is something else."
+                if with_images
                 else ": the model computes something outside its decoder and lm_head."
             )
         )

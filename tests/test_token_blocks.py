@@ -1,0 +1,113 @@
+"""Blocks of tokens that attend to each other in both directions: read off a model's own masks, in graphs and oracle."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from test_families import GREEDY, assert_same, handed_over, optimized, oracle_of
+from tiny_families import family_inputs, shared_family
+from tiny_models import assert_relative
+
+from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.families.cache_name import CACHE, cache_of
+from vte_compile.families.decoder import describe
+from vte_compile.families.refusals import refuse_token_inputs
+from vte_compile.families.token_blocks import allowed, blocks_of, continued_inputs
+
+CPU = torch.device("cpu")
+
+
+def expected_mask(blocks, past):
+    """Written out: which of past and own tokens each token attends to."""
+    return [
+        [j < past or j - past <= i or (b >= 0 and blocks[j - past] == b) for j in range(past + len(blocks))]
+        for i, b in enumerate(blocks)
+    ]
+
+
+@pytest.mark.parametrize("past", [0, 3])
+@pytest.mark.parametrize("blocks", [[-1, 0, 0, -1, 1, 1, 1, -1], [0, 0, 0], [-1, -1], [2, -1, 2], [5]])
+def test_mask_of_blocks_and_back(blocks, past):
+    ids = torch.tensor([blocks])
+    mask = allowed(ids, past + len(blocks))
+    assert mask[0, 0].tolist() == expected_mask(blocks, past)
+    found = blocks_of(mask, 1, len(blocks), -1, CPU)
+    assert torch.equal(allowed(found, past + len(blocks)), mask)
+    additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    assert torch.equal(blocks_of({"full_attention": additive}, 2, len(blocks), -1, CPU), found.expand(2, -1))
+
+
+def test_masks_of_no_blocks():
+    assert blocks_of(None, 2, 3, 0, CPU).tolist() == [[0, 0, 0]] * 2
+    ahead = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    ahead[..., 0, 2] = True  # the first token sees the last, and not the other way round
+    ahead[..., 2, 0] = False
+    window = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril().triu(-1)
+    for mask in (ahead, window):
+        with pytest.raises(UnsupportedModelError, match="attend to later ones, but not as blocks do"):
+            blocks_of(mask, 1, mask.shape[2], -1, CPU)
+    with pytest.raises(UnsupportedModelError, match="a mask of another form \\(str\\)"):
+        blocks_of("mask", 1, 3, -1, CPU)
+    with pytest.raises(InputError, match=r"token_type_ids: expected shape \[1, 5\], got \[1, 4\]"):
+        continued_inputs({"token_type_ids": torch.zeros(1, 4)}, 1, 5, False)
+
+
+@pytest.mark.parametrize("images", [0, 1], ids=["text", "image"])
+def test_second_turn_of_a_prefix(images):
+    """Text of a later turn is causal, one with an image sees itself in both directions: the model's own doing."""
+    name = "paligemma"
+    model, fast = shared_family(name), optimized(name)
+    first, second = family_inputs(name, images=1), family_inputs(name, images=images, seed=1)
+    length = first["input_ids"].shape[1]
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+    # The model reads types by position, those of earlier tokens first.
+    types = torch.zeros_like(mask)
+    positions = torch.arange(length, mask.shape[1])[None]
+    with torch.no_grad():
+        cache = cache_of(model(**first, use_cache=True))
+        whole = second | {"attention_mask": mask, "token_type_ids": types, "position_ids": positions + 1}
+        want = model(**whole, **{CACHE: cache}).logits
+    out = fast(**second, **{CACHE: cache_of(fast(**first))})
+    assert_relative(out.logits, want)
+
+    fast, oracle = optimized(name, "middle"), oracle_of(name, "middle")
+    out = fast(**second, **{CACHE: cache_of(fast(**first))})
+    turn = handed_over(name, second)
+    if not images:
+        turn["block_ids"] = torch.full_like(turn["block_ids"], -1)
+    assert_same(out, oracle.forward(**turn, cache=oracle.forward(**handed_over(name, first)).cache))
+
+
+@pytest.mark.parametrize("kind", ["none", "suffix"])
+def test_types_of_tokens(kind):
+    """Without types, and with those of an answer behind the prompt, which is causal."""
+    name = "paligemma"
+    inputs = family_inputs(name, images=1)
+    if kind == "none":
+        del inputs["token_type_ids"]
+        del inputs["attention_mask"]
+    else:
+        inputs["token_type_ids"][:, -3:] = 1
+    with torch.no_grad():
+        want = shared_family(name)(**inputs).logits
+    assert_relative(optimized(name)(**inputs).logits, want)
+    # (Such a model decodes what it is given types of.)
+    ours = optimized(name).generate(**inputs, **GREEDY)
+    assert torch.equal(ours, shared_family(name).generate(**inputs, **GREEDY))
+
+
+def test_rows_run_one_by_one(caplog):
+    """Packed attention is causal; the log says so. Rows are what they are alone."""
+    name = "paligemma"
+    inputs = family_inputs(name, images=[1, 0])
+    with caplog.at_level(logging.INFO, logger="vte_compile.runtime.decoder_runner"):
+        optimized(name)._vte_runner._unpacked.clear()
+        optimized(name)(**inputs)
+    assert "prompts of a batch run one by one: tokens attend to later ones of their block" in caplog.text
+
+
+def test_where_blocks_are_not_taken():
+    with pytest.raises(UnsupportedModelError, match=r"^GemmaModel takes block_ids besides embeddings and positions"):
+        refuse_token_inputs(describe(shared_family("paligemma")))
