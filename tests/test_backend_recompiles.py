@@ -59,7 +59,7 @@ def serve(compiled, steps: int, **prompt) -> tuple[int, list[int]]:
 @pytest.mark.slow
 def test_llava_serves_without_new_graphs():
     exits = plan(gate(0, 0.3), gate(1, 0.2), StaticExit(2))
-    compiled = torch.compile(tiny_llava(), backend="vte", options={"plan": exits, "compile": False})
+    compiled = torch.compile(tiny_llava(3), backend="vte", options={"plan": exits, "compile": False})
 
     def prompt(layout: str, seed: int = 0):
         ids, pixels, _ = image_prompt(layout, seed=seed)

@@ -115,14 +115,15 @@ def tiny(name: str = "llama", **options):
     return cls(config(**{**TINY, **options})).eval()
 
 
-def tiny_llava(**options):
+def tiny_llava(layers: int = TINY["num_hidden_layers"], **options):
     """A random LLaVA: images of 8 x 8 pixels give four visual tokens."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
     options = {"image_token_id": IMAGE, **options}
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TINY), vision_feature_layer=-1, **options)
+    text = LlamaConfig(**TINY | {"num_hidden_layers": layers})
+    config = LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=-1, **options)
     return LlavaForConditionalGeneration(config).eval()
 
 
