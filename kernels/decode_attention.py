@@ -119,10 +119,11 @@ def decode_attention(
 
 
 @decode_attention.register_kernel("cuda")
-def _(*args: object) -> Tensor:
+def _(first: Tensor, *args: object) -> Tensor:
     from vte_compile.kernels.triton_decode_attention import launch
 
-    return launch(*args)  # type: ignore[arg-type]
+    with torch.cuda.device(first.device):  # Triton launches on the current one
+        return launch(first, *args)  # type: ignore[arg-type]
 
 
 @decode_attention.register_fake

@@ -46,10 +46,11 @@ def exit_decisions(
 
 
 @exit_decisions.register_kernel("cuda")
-def _(*args: object) -> Tensor:
+def _(first: Tensor, *args: object) -> Tensor:
     from vte_compile.kernels.triton_packed_exit import decide
 
-    return decide(*args)  # type: ignore[arg-type]
+    with torch.cuda.device(first.device):  # Triton launches on the current one
+        return decide(first, *args)  # type: ignore[arg-type]
 
 
 @exit_decisions.register_fake
@@ -85,10 +86,11 @@ def compact_rows(
 
 
 @compact_rows.register_kernel("cuda")
-def _(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(first: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from vte_compile.kernels.triton_packed_exit import compact
 
-    return compact(*args)  # type: ignore[arg-type]
+    with torch.cuda.device(first.device):  # Triton launches on the current one
+        return compact(first, *args)  # type: ignore[arg-type]
 
 
 @compact_rows.register_fake

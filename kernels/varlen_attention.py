@@ -125,10 +125,11 @@ def varlen_attention(
 
 
 @varlen_attention.register_kernel("cuda")
-def _(*args: object) -> Tensor:
+def _(first: Tensor, *args: object) -> Tensor:
     from vte_compile.kernels.triton_varlen_attention import launch
 
-    return launch(*args)  # type: ignore[arg-type]
+    with torch.cuda.device(first.device):  # Triton launches on the current one
+        return launch(first, *args)  # type: ignore[arg-type]
 
 
 @varlen_attention.register_fake

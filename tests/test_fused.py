@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
+from tiny_families import family_inputs, shared_family
 from tiny_models import (
     assert_relative,
     gate,
@@ -18,6 +20,7 @@ from transformers import LlavaForConditionalGeneration
 
 from vte_compile import Oracle, Plan, optimize
 from vte_compile.oracle import embed
+from vte_compile.passes.fuse_attention import fuse_attention
 from vte_compile.plan import SkippedAttention
 from vte_compile.runtime import fused_steps
 from vte_compile.runtime.inductor import PieceCompiler
@@ -158,6 +161,19 @@ def test_generate(llava, fast):
     for options in ({}, {"num_beams": 2}):
         options |= {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
         assert torch.equal(fast.generate(**inputs, **options), plain.generate(**inputs, **options))
+
+
+def test_positions_of_three_rows(monkeypatch):
+    """Qwen2-VL, whose tables are made of three in each layer; by the references, since its heads are small."""
+    monkeypatch.setattr(sys.modules[fuse_attention.__module__], "unsupported", lambda size, dtype: None)
+    plain = optimize(shared_family("qwen2_vl"), EXITS, compile=False)
+    fast = optimize(plain, EXITS)
+    fast._vte_runner.fuse_attention = True
+    inputs = family_inputs("qwen2_vl", batch=2)
+    ours, theirs = (model(**inputs, logits_to_keep=1).logits for model in (fast, plain))
+    assert_relative(ours, theirs, 1e-4)
+    [result] = [r for r in fast._vte_runner.pass_results("packed") if r.name == "fuse_attention"]
+    assert (result.applied, result.refusals) == (4, [])
 
 
 def test_copies_stay_fused_and_engines_are_not(fast):

@@ -60,13 +60,21 @@ def prompt():
     return [torch.cat(rows, 1), torch.cat([positions(len(cells)) for cells in ROWS], 1), visual, ends]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma"])
-@pytest.mark.parametrize("last", [False, True])
-def test_packed(last, family):
-    """Groups of query heads or one key/value head, behind exits, and with queries of last tokens alone."""
+@pytest.mark.parametrize(
+    ("last", "options"),
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"family": "gemma"}),  # one key/value head
+        (True, {"num_key_value_heads": 4}),  # as many as query heads
+    ],
+    ids=str,
+)
+def test_packed(last, options):
+    """Behind exits, with queries of all tokens or of last ones alone."""
     exits = plan(gate(0, 0.0, seed=3), StaticExit(1))
-    before, nothing = rewritten("packed", exits, False, last, family=family)
-    graph, result = rewritten("packed", exits, True, last, family=family)
+    before, nothing = rewritten("packed", exits, False, last, **options)
+    graph, result = rewritten("packed", exits, True, last, **options)
     assert (nothing.applied, nothing.refusals) == (0, [])
     assert (result.applied, result.refusals) == (LAYERS, [])
     assert len(nodes_of(before, OWN["packed"])) == len(nodes_of(graph, FUSED["packed"])) == LAYERS
