@@ -85,12 +85,6 @@ def split_kernel(
         tl.store(key_cache + last_block * stride_kb + last_place * stride_kn + kv_head * stride_kg + whole, k_new, mask)
         v_to = value_cache + last_block * stride_vb + last_place * stride_vn + kv_head * stride_vg + whole
         tl.store(v_to, v_new, mask)
-        score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
-        if SOFTCAP:
-            score = softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)
-        highest = tl.where(here, score * to_base_2, float("-inf"))
-        total = tl.where(here, total + 1.0, 0.0)
-        summed += v_new.to(tl.float32)[None, :]  # zeros, where it is not here
     for n in range(low, high, BLOCK_N):
         column = n + tl.arange(0, BLOCK_N)
         there = column < high
@@ -118,6 +112,18 @@ def split_kernel(
         v = tl.load(v_at, mask=there[:, None] & in_size[None, :], other=0.0).to(COMPUTE)
         total = total * shrink + tl.sum(weights, 1)
         summed = tl.dot(weights.to(COMPUTE), v, summed * shrink[:, None], input_precision="ieee")
+        highest = higher
+    if APPEND:
+        # Behind the loop: before it, the queries would stay in registers, which then spill (float32, heads of 256).
+        score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
+        if SOFTCAP:
+            score = softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)
+        score = tl.where(here, score * to_base_2, float("-inf"))
+        higher = tl.maximum(highest, score)
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink, weight = tl.exp2(highest - finite), tl.exp2(score - finite)
+        total = total * shrink + weight
+        summed = summed * shrink[:, None] + weight[:, None] * v_new.to(tl.float32)[None, :]
         highest = higher
     # A split without columns, or without any in the window, weighs nothing.
     weighs = total > 0
