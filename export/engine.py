@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vte_compile.errors import InputError
 from vte_compile.export.engine_programs import EngineRunner, Loaded, load
-from vte_compile.export.grid_positions import TEXT, Media, token_kinds
+from vte_compile.export.grid_positions import Media, token_kinds
 from vte_compile.export.manifest import Manifest
 from vte_compile.runtime.cache import RowsCache
 
@@ -140,10 +140,7 @@ class Engine:
         """[3, B, T] of a chunk with images, where positions are multimodal; None: tokens are numbered one by one."""
         facts = self.manifest.model
         masks = _numpy(real)
-        if input_ids is None:
-            kinds = np.where(_numpy(visual), media.only_kind(), TEXT)
-        else:
-            kinds = token_kinds(facts.grids, _numpy(input_ids))
+        kinds = media.kinds(_numpy(visual)) if input_ids is None else token_kinds(facts.grids, _numpy(input_ids))
         rows = media.places(facts, [row[mask] for row, mask in zip(kinds, masks, strict=True)])
         if rows is None:
             return None

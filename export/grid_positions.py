@@ -108,8 +108,10 @@ class Media:
         """
         given = self.image_grid_thw is not None or self.video_grid_thw is not None
         if facts.grids is None:
-            if given:
-                raise InputError(f"{facts.name} knows no image_grid_thw, video_grid_thw: leave them out.")
+            if given or self.mm_token_type_ids is not None:
+                raise InputError(
+                    f"{facts.name} knows no image_grid_thw, video_grid_thw, mm_token_type_ids: leave them out."
+                )
             return None
         if not given:
             if any(row.any() for row in kinds):
@@ -121,18 +123,23 @@ class Media:
         grids = Grids.of(facts.grids, self.image_grid_thw, self.video_grid_thw, self.second_per_grid_ts)
         return grids.positions(facts.grids, kinds)
 
-    def only_kind(self) -> int:
-        """What visual tokens are if they have no ids: of images, or of videos.
+    def kinds(self, visual: Array) -> Array:
+        """Kinds of tokens that have no ids, [B, T], of which some are visual [B, T] bool.
 
         Raises:
-            InputError: There are both.
+            InputError: They may be of images or of videos, or what was said of them is something else.
         """
+        if self.mm_token_type_ids is not None:
+            given = np.asarray(self.mm_token_type_ids)
+            if given.shape != visual.shape or not np.array_equal(given != TEXT, visual):
+                raise InputError("mm_token_type_ids: are not 1 or 2 where visual_mask is True, and 0 elsewhere.")
+            return given
         if self.image_grid_thw is not None and self.video_grid_thw is not None:
             raise InputError(
-                "inputs_embeds: which visual tokens are of images and which of videos is not known: pass input_ids and "
-                "image_features."
+                "inputs_embeds: which visual tokens are of images and which of videos is not known: pass "
+                "mm_token_type_ids (1 and 2)."
             )
-        return IMAGE if self.video_grid_thw is None else VIDEO
+        return np.where(visual, IMAGE if self.video_grid_thw is None else VIDEO, TEXT)
 
     def check_types(self, kinds: Array) -> None:
         """Whether the kinds of all tokens [B, T] are those that the caller gave.

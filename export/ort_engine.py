@@ -151,7 +151,8 @@ class OnnxEngine:
                 positions follow; of models that have them.
             video_grid_thw: [videos, 3], of videos.
             second_per_grid_ts: [videos], how many seconds a step in time lasts, of models that number them by that.
-            mm_token_type_ids: [B, T], as processors give them; the engine sees them in ``input_ids``, and compares.
+            mm_token_type_ids: [B, T], as processors give them: 1 at tokens of images, 2 of videos. The engine sees them
+                in ``input_ids``, and compares; with ``inputs_embeds`` it needs them if there are images and videos.
             cache: From an earlier call.
             room: How many tokens will follow in each row: their keys and values get memory now. More than that may
                 follow, but the cache has to move then.

@@ -146,8 +146,11 @@ class Inputs:
                 raise InputError("inputs_embeds hold the visual features already: leave image_features out.")
             return self._embedded(np.asarray(inputs_embeds), visual_mask, attention_mask, media)
         if _is_ragged(input_ids):
-            if attention_mask is not None or visual_mask is not None:
-                raise InputError("input_ids is a list of rows without padding: leave attention_mask, visual_mask out.")
+            if any(mask is not None for mask in (attention_mask, visual_mask, media.mm_token_type_ids)):
+                raise InputError(
+                    "input_ids is a list of rows without padding: leave attention_mask, visual_mask and "
+                    "mm_token_type_ids out."
+                )
             rows = [self._checked_ids("input_ids", np.asarray(row)) for row in input_ids]
             visual = [np.isin(row, self._facts.visual_token_ids) for row in rows]
             return self._from_rows(rows, visual, image_features, media)
@@ -163,7 +166,8 @@ class Inputs:
             raise InputError("visual_mask: marks tokens of input_ids that are no placeholders: pass inputs_embeds.")
         rows = [row[keep] for row, keep in zip(ids, real, strict=True)]
         visual = [row[keep] for row, keep in zip(given, real, strict=True)]
-        media.check_types(token_kinds(self._facts.grids, ids))
+        if self._facts.grids is not None:
+            media.check_types(token_kinds(self._facts.grids, ids))
         return self._from_rows(rows, visual, image_features, media)
 
     def _from_rows(self, rows: list[Array], visual: list[Array], image_features: Any, media: Media) -> TokenChunk:
@@ -203,7 +207,7 @@ class Inputs:
         real = _mask("attention_mask", attention_mask, shape, True)
         embeds = embeds.astype(self._dtype, copy=False)
         marked = [row[keep] for row, keep in zip(visual, real, strict=True)]
-        kinds = [np.where(row, media.only_kind(), TEXT) for row in marked]
+        kinds = [row[keep] for row, keep in zip(media.kinds(visual), real, strict=True)]
         places = media.places(self._facts, kinds)
         return EmbeddedChunk(marked, places, [row[keep] for row, keep in zip(embeds, real, strict=True)])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_families import IMAGE_TOKEN, MROPE, VIDEO_TOKEN, family_inputs, shared_family, video_inputs
+from tiny_families import IMAGE_TOKEN, MROPE, VIDEO_TOKEN, family_inputs, shared_family, tiny_family, video_inputs
 from transformers import Qwen2VLImageProcessor
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
@@ -20,6 +20,7 @@ from vte_compile.export.grid_facts import grid_facts
 from vte_compile.export.grid_positions import Grids, Media, token_kinds
 from vte_compile.export.image_processor import NotKnownError
 from vte_compile.export.manifest import GridFacts, ModelFacts, PatchFacts
+from vte_compile.export.patch_encoder import patch_encoder
 from vte_compile.export.patch_processor import PatchProcessor
 from vte_compile.export.patches import frame_inputs, split_frames
 from vte_compile.families.decoder import describe
@@ -28,9 +29,9 @@ FACTS = GridFacts(IMAGE_TOKEN, VIDEO_TOKEN, 2, 4, False)
 MODEL = ModelFacts("Tiny", "float32", 1, 8, 64, [VIDEO_TOKEN, IMAGE_TOKEN], [], 0, 3, FACTS)
 
 
-def described(name: str) -> Any:
+def described(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model, with what optimize() would know of it."""
-    model: Any = copy.copy(shared_family(name))
+    model: Any = copy.copy(shared_family(name)) if dtype == torch.float32 else tiny_family(name).to(dtype)
     model._vte_spec = describe(model)
     return model
 
@@ -97,12 +98,17 @@ def test_grids_that_do_not_fit(media, ids, message: str) -> None:
 
 def test_what_is_said_of_tokens() -> None:
     grids = {"image_grid_thw": [[1, 2, 2]], "video_grid_thw": [[1, 2, 2]]}
+    kinds, visual = np.array([[0, 1, 2]]), np.array([[False, True, True]])
     with pytest.raises(InputError, match="which visual tokens are of images and which of videos"):
-        Media(**grids).only_kind()
-    kinds = np.array([[0, 1]])
-    Media(mm_token_type_ids=torch.tensor([[0, 1]])).check_types(kinds)
+        Media(**grids).kinds(visual)
+    assert Media(**grids, mm_token_type_ids=kinds).kinds(visual).tolist() == kinds.tolist()
+    with pytest.raises(InputError, match="are not 1 or 2 where visual_mask is True"):
+        Media(**grids, mm_token_type_ids=kinds).kinds(~visual)
+    assert Media(video_grid_thw=[[1, 2, 2]]).kinds(visual).tolist() == [[0, 2, 2]]
+    assert Media().kinds(visual).tolist() == [[0, 1, 1]]
+    Media(mm_token_type_ids=torch.tensor(kinds)).check_types(kinds)
     with pytest.raises(InputError, match="mm_token_type_ids: are not those of input_ids"):
-        Media(mm_token_type_ids=[[0, 2]]).check_types(kinds)
+        Media(mm_token_type_ids=[[0, 2, 1]]).check_types(kinds)
     text = ModelFacts("Tiny", "float32", 1, 8, 64, [], [], 0, 1, None)
     with pytest.raises(InputError, match="knows no image_grid_thw"):
         Media(image_grid_thw=[[1, 2, 2]]).places(text, [kinds[0]])
@@ -135,6 +141,41 @@ def test_frames_of_images_and_videos() -> None:
     ]:
         with pytest.raises(InputError, match=message):
             split_frames(facts, pixels, grid)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_encoders_of_patches(known, dtype: torch.dtype) -> None:
+    """Frame by frame, with windows of one length: the numbers of the model's own code, which patch_encoder compares."""
+    name, _, facts = known
+    model = described(name, dtype)
+    encoder = patch_encoder(model, facts)
+    assert encoder.facts == PatchFacts(3 * 2 * 4**2, 2, 2 if name == "qwen2_5_vl" else None)
+    assert len(encoder.frames[0]) == (5 if name == "qwen2_5_vl" else 2)
+    [features] = encoder.function(*encoder.frames[1], *encoder.weights.values())
+    assert (features.shape, features.dtype) == ((4, 32), dtype)
+
+
+def test_encoders_that_do_something_else(monkeypatch) -> None:
+    model: Any = tiny_family("qwen2_5_vl")
+    model._vte_spec, visual = describe(model), model.model.visual
+    with torch.no_grad():
+        for block in visual.blocks:  # in a model of random weights, attention changes little
+            block.attn.qkv.weight *= 5
+    facts = grid_facts(model)
+    assert patch_encoder(model, facts).facts.window == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(visual, "window_size", 3 * visual.window_size)  # not what its own code attends within
+        own = get_vision_window_index
+        patch.setattr(
+            "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.get_vision_window_index",
+            lambda grid, window_size, **options: own(grid, window_size=window_size // 3, **options),
+        )
+        with pytest.raises(UnsupportedModelError, match="does more than attend within frames and windows"):
+            patch_encoder(model, facts)
+    with monkeypatch.context() as patch:
+        patch.setitem(model.model._modules, "visual", torch.nn.Linear(1, 1))
+        with pytest.raises(UnsupportedModelError, match="has no encoder of patches"):
+            patch_encoder(model, facts)
 
 
 PROCESSOR = {"size": {"shortest_edge": 256, "longest_edge": 2560}, "patch_size": 4, "merge_size": 2}
