@@ -133,11 +133,11 @@ def patch_encoder(fast: Any, grids: GridFacts) -> PatchEncoder:
             [got] = function(*example, *weights.values())
         except Exception as error:  # whatever code of the model's author raises on what it does not know
             raise CaptureError(f"{name}: its image encoder does not take its frames' layouts: {error}") from error
-        error = float((got.double() - want.double()).abs().max()) if got.shape == want.shape else float("inf")
-        if not error <= _TOLERANCE.get(want.dtype, 1e-4) * float(want.abs().max()):
+        differs = float((got.double() - want.double()).abs().max()) if got.shape == want.shape else float("inf")
+        if not differs <= _TOLERANCE.get(want.dtype, 1e-4) * float(want.abs().max()):
             raise UnsupportedModelError(
                 f"{name}: its image encoder does more than attend within frames and windows (its features differ by "
-                f"{error:.3g})."
+                f"{differs:.3g})."
             )
     return PatchEncoder(function, facts, {key.removeprefix("visual."): w for key, w in weights.items()}, examples)
 
