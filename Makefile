@@ -26,7 +26,7 @@ lint: $(STAMP)
 
 # The tables of docs/models.md, from the tests that fill them.
 models-table: $(STAMP)
-	$(BIN)/python -m pytest -m shows -q --models-table docs/models.md
+	$(BIN)/python -m pytest -m shows -q --models-table=docs/models.md
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

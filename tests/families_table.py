@@ -1,6 +1,6 @@
 """The tables of docs/models.md, from a run of the tests: what was run of which family, and why a cell is empty.
 
-    python -m pytest -m shows --models-table docs/models.md          (make models-table)
+    python -m pytest -m shows --models-table=docs/models.md          (make models-table)
 
 A test marked ``shows(column)`` fills that column for the family that its parameter ``name`` or ``family`` says, or for
 the one that the mark names: ``shows(column, family)``. It may say with the fixture ``record_property("note", text)``
