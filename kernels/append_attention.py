@@ -20,8 +20,9 @@ def append_and_attend(
     values: Tensor,
     starts: Tensor | None,
     scale: float | None,
+    window: int = 0,
 ) -> Tensor:
-    """Write a token into the last column of ``keys`` and ``values``, and attend to all columns.
+    """Write a token into the last column of ``keys`` and ``values``, and attend to all columns, or to the last ones.
 
     Args:
         query: [B, heads, 1, D].
@@ -29,17 +30,23 @@ def append_and_attend(
         keys: [B, kv_heads, columns, D], and ``values``: views are fine, whose last column may hold anything.
         starts: [B] int64: the first real column of each row; None where all rows begin at 0.
         scale: Of the scores; None for 1 / sqrt(D).
+        window: How many columns are seen, the last ones; 0: all.
 
     Returns:
         [B, 1, heads, D of the values], contiguous.
     """
     keys.narrow(2, keys.shape[2] - 1, 1).copy_(key)
     values.narrow(2, values.shape[2] - 1, 1).copy_(value)
-    return _attend(query, keys, values, starts, scale)
+    return _attend(query, keys, values, starts, scale, window)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None, scale: float | None) -> Tensor:
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None, scale: float | None, window: int
+) -> Tensor:
     batch, heads, _, size = query.shape
+    if window and (hidden := keys.shape[2] - window) > 0:
+        keys, values = keys[:, :, hidden:], values[:, :, hidden:]
+        starts = None if starts is None else starts - hidden
     kv_heads, columns = keys.shape[1:3]
     mask: Tensor | None = None
     if starts is not None:
@@ -59,6 +66,7 @@ def append_attention(
     past_values: Tensor,
     starts: Tensor | None,
     scale: float | None,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What :func:`append_and_attend` does, without changing anything.
 
@@ -69,7 +77,7 @@ def append_attention(
         The attention's output [B, 1, heads, D of the values], and keys and values with one column more.
     """
     keys, values = torch.cat([past_keys, key], 2), torch.cat([past_values, value], 2)
-    return _attend(query, keys, values, starts, scale), keys, values
+    return _attend(query, keys, values, starts, scale, window), keys, values
 
 
 @append_attention.register_fake
@@ -81,6 +89,7 @@ def _(
     past_values: Tensor,
     starts: Tensor | None,
     scale: float | None,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads = query.shape[:2]
     keys, values = (

@@ -88,6 +88,8 @@ class AttendPoint:
     """The attention's output, keys and values."""
     scale: float | None
     """Of the scores; None for 1 / sqrt(head size)."""
+    window: int = 0
+    """How many columns the token sees, the last ones; 0: all."""
 
 
 @dataclass
@@ -174,10 +176,13 @@ def _appends(node: object) -> bool:
 
 
 def _attend_point(node: fx.Node) -> AttendPoint:
-    *tensors, scale = node.args
-    inputs = [n.name for n in tensors if isinstance(n, fx.Node)]
+    kind, arguments = _ATTENDING[node.target], list(node.args)  # type: ignore[index]
+    inputs = [n.name for n in arguments if isinstance(n, fx.Node)]
+    # The defaults of an op's last arguments are left out.
+    window: Any = arguments.pop() if kind == "append" and len(arguments) > 7 else 0
+    scale: Any = arguments.pop()
     outputs = {user.args[1]: user.name for user in node.users}
-    return AttendPoint(_ATTENDING[node.target], inputs, [outputs[i] for i in range(3)], scale)  # type: ignore[arg-type]
+    return AttendPoint(kind, inputs, [outputs[i] for i in range(3)], scale, window)
 
 
 def _pieces(graph: DecoderGraph, nodes: list[fx.Node], modules: dict[str, fx.GraphModule]) -> list[Piece]:

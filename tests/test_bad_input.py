@@ -92,18 +92,6 @@ def test_no_decoder():
         optimize(LlamaModel(LlamaConfig(**TINY)), Plan())
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "layer"),
-    [
-        ("mistral", dict(sliding_window=3), "decoder layer 0 uses sliding_attention"),
-        ("qwen2", dict(use_sliding_window=True, sliding_window=3, max_window_layers=2), "layer 2 uses sliding"),
-    ],
-)
-def test_sliding_window(name, options, layer):
-    with pytest.raises(UnsupportedModelError, match=layer):
-        optimize(tiny(name, **options), Plan())
-
-
 def test_positions_the_graph_would_get_wrong():
     """A check on a short text would not notice these."""
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
 import torch
 from test_families import GREEDY, assert_same, handed_over, optimized, oracle_of
 from tiny_families import family_inputs, shared_family
-from tiny_models import assert_relative
+from tiny_models import assert_relative, plan
+from transformers import Gemma3ForConditionalGeneration
 
+from vte_compile import StaticExit, optimize
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.cache_name import CACHE, cache_of
 from vte_compile.families.decoder import describe
-from vte_compile.families.refusals import refuse_token_inputs
+from vte_compile.families.refusals import refuse_more_than_causal
 from vte_compile.families.token_blocks import allowed, blocks_of, continued_inputs
 
 CPU = torch.device("cpu")
@@ -110,4 +113,22 @@ def test_rows_run_one_by_one(caplog):
 
 def test_where_blocks_are_not_taken():
     with pytest.raises(UnsupportedModelError, match=r"^GemmaModel takes block_ids besides embeddings and positions"):
-        refuse_token_inputs(describe(shared_family("paligemma")))
+        refuse_more_than_causal(describe(shared_family("paligemma")))
+
+
+def test_compiled():
+    """Through Inductor: images and windows, prefill with an exit, a second turn. (Decode steps attend uncompiled.)"""
+    config = copy.deepcopy(shared_family("gemma3").config)
+    config.text_config.num_hidden_layers, config.text_config.layer_types = 2, config.text_config.layer_types[:2]
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros by itself
+    turns = [family_inputs("gemma3", images=1), family_inputs("gemma3", images=2, seed=1)]
+    runs = []
+    for compiled in (True, False):
+        fast = optimize(model, plan(StaticExit(0)), compile=compiled)
+        out = fast(**turns[0])
+        runs.append((out, fast(**turns[1], **{CACHE: cache_of(out)})))
+    for ours, theirs in zip(*runs, strict=True):
+        assert ours.exit_layer.tolist() == theirs.exit_layer.tolist() == [0]
+        assert_relative(ours.logits, theirs.logits)

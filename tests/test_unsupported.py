@@ -14,8 +14,6 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     GptOssConfig,
     GptOssForCausalLM,
     JambaConfig,
@@ -26,7 +24,6 @@ from transformers import (
     MambaForCausalLM,
     MllamaConfig,
     MllamaForConditionalGeneration,
-    SiglipVisionConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -34,7 +31,6 @@ from transformers import (
 from vte_compile import Oracle, Plan, StaticExit, optimize
 from vte_compile.errors import CaptureError, UnsupportedModelError
 
-_VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 FULL = ["full_attention"] * 4
 
 
@@ -81,14 +77,6 @@ def _mllama() -> Any:
     return MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision))
 
 
-def _gemma3(**options: Any) -> Any:
-    vision = SiglipVisionConfig(**_VISION, image_size=8, patch_size=2, vision_use_head=False)
-    text = dict(TINY, head_dim=8, sliding_window=8, pad_token_id=0, **options)
-    return Gemma3ForConditionalGeneration(
-        Gemma3Config(vision_config=vision, text_config=text, image_token_index=60, mm_tokens_per_image=4)
-    )
-
-
 def _gemma2() -> Any:
     return Gemma2ForCausalLM(Gemma2Config(**TINY, head_dim=8, layer_types=FULL, final_logit_softcapping=None))
 
@@ -111,7 +99,6 @@ REFUSED = {
     "jamba": (_jamba, r"^JambaForCausalLM: decoder layer 1 \(JambaMambaDecoderLayer\) is a state-space layer"),
     "lfm2": (_lfm2, r"^Lfm2ForCausalLM: decoder layer 1 is of type conv: only layers that attend"),
     "mllama": (_mllama, r"decoder layer 1 \(MllamaCrossAttentionDecoderLayer\) has cross_attn: .* beside the sequence"),
-    "gemma3": (_gemma3, r"sliding_attention|differ per layer type"),
     "gpt_oss": (_gpt_oss, r"^GptOssForCausalLM: decoder layer 0 \(GptOssDecoderLayer\) has attention sinks"),
 }
 

@@ -14,6 +14,8 @@ from tiny_models import TINY, VOCAB
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GemmaConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -47,6 +49,7 @@ from transformers import (
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
+from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
@@ -54,11 +57,11 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfi
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-FURTHER = ("vipllava", "mistral3", "idefics3", "smolvlm", "llava_mixtral", "paligemma")
+FURTHER = ("vipllava", "mistral3", "idefics3", "smolvlm", "llava_mixtral", "paligemma", "gemma3")
 """Families whose decoders are as those of FAMILIES, or nearly so: they take part in some tests of each kind."""
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families whose positions have three rows."""
-BLOCKS = ("paligemma",)
+BLOCKS = ("paligemma", "gemma3")
 """Families in which tokens attend to later ones, by their token_type_ids."""
 BY_ROW = ("idefics3", "smolvlm")
 """Families whose images are [rows, images of a row, ...], filled up with images of zeros."""
@@ -215,6 +218,30 @@ def _paligemma() -> Any:
     return PaliGemmaForConditionalGeneration(config)
 
 
+def _gemma3() -> Any:
+    """Images see themselves in both directions; every other layer has a window, and rotary positions of its own."""
+    vision = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=_TILE,
+        patch_size=_PATCH // 2,
+        vision_use_head=False,
+    )
+    text = TINY | {"pad_token_id": PAD_TOKEN}
+    types = ["sliding_attention", "full_attention"] * 2
+    config = Gemma3Config(
+        vision_config=vision,
+        text_config=Gemma3TextConfig(**text, head_dim=8, sliding_window=7, layer_types=types),
+        image_token_index=IMAGE_TOKEN,
+        mm_tokens_per_image=4,
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros by itself
+    return model
+
+
 def _qwen_options(text: Any, vision: Any) -> dict[str, Any]:
     return dict(
         text_config=text(
@@ -282,6 +309,7 @@ _BUILDERS = {
     "smolvlm": _smolvlm,
     "llava_mixtral": _llava_mixtral,
     "paligemma": _paligemma,
+    "gemma3": _gemma3,
 }
 
 
@@ -374,7 +402,7 @@ def _padded(name: str, rows: list[list[int]], side: str) -> dict[str, Tensor]:
     if name in MROPE:
         inputs["mm_token_type_ids"] = (ids == IMAGE_TOKEN).long() + 2 * (ids == VIDEO_TOKEN)
     if name in BLOCKS:
-        inputs["token_type_ids"] = torch.zeros_like(ids)
+        inputs["token_type_ids"] = torch.zeros_like(ids) if name == "paligemma" else (ids == IMAGE_TOKEN).long()
     return inputs
 
 

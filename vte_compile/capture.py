@@ -161,14 +161,19 @@ _blocks: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("vte_blo
 """What the attentions of a prompt take besides, where tokens are in blocks: [1, S]."""
 
 
-def refuse_extras(module: nn.Module, arguments: Mapping[str, Any]) -> None:
+def refuse_extras(module: nn.Module, arguments: Mapping[str, Any], windows: bool = False) -> None:
     """Refuse attention that is more than a softmax of scaled products.
+
+    Args:
+        module: The attention.
+        arguments: Those beyond queries, keys, values, mask and scale.
+        windows: Whether a window is taken.
 
     Raises:
         CaptureError: It has a window, soft-capping, a bias or sinks.
     """
     for name in ("sliding_window", "softcap", "position_bias", "s_aux"):
-        if arguments.get(name) is not None:
+        if not (windows and name == "sliding_window") and arguments.get(name) is not None:
             raise CaptureError(f"layer {module.layer_idx}: attention with {name} is not supported yet.")
 
 
@@ -183,28 +188,33 @@ def _capture_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention with a mask of its own in each layer: the model makes one for all, and lengths differ."""
-    refuse_extras(module, kwargs)
+    refuse_extras(module, kwargs, windows=True)
+    window = int(kwargs.get("sliding_window") or 0)
     if (step := _decode_step.get()) is not None:
-        return _append_attention(step, module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
+        return _append_attention(step, module.layer_idx, query, key, value, scaling, window), None  # type: ignore[arg-type]
     heads, tokens = query.shape[1:3]
     kv_heads, kv_length = key.shape[1], key.shape[2]
     key, value = (x.repeat_interleave(heads // kv_heads, dim=1) if heads != kv_heads else x for x in (key, value))
     rows = torch.arange(tokens, device=query.device)[:, None] + (kv_length - tokens)
-    mask = (torch.arange(kv_length, device=query.device)[None, :] <= rows)[None, None]
+    columns = torch.arange(kv_length, device=query.device)[None, :]
+    mask = (columns <= rows)[None, None]
     if (blocks := _blocks.get()) is not None:
         mask = allowed(blocks, kv_length)
+    if window:  # of what this layer holds: after an exit it reaches further back
+        mask = mask & (columns > rows - window)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
 def _append_attention(
-    step: _DecodeStep, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    step: _DecodeStep, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int
 ) -> Tensor:
     layer = step.layers[index]
     if key is not layer.new[0] or value is not layer.new[1]:
         raise CaptureError(f"layer {index}: keys or values change between cache and attention.")
     starts = step.starts[index] if step.starts else None
-    output, layer.keys, layer.values = append_attention(query, key, value, layer.keys, layer.values, starts, scaling)
+    past = layer.keys, layer.values
+    output, layer.keys, layer.values = append_attention(query, key, value, *past, starts, scaling, window)
     return output
 
 
@@ -307,8 +317,10 @@ def capture(spec: DecoderSpec, phase: Phase, *, batched: bool = False) -> Decode
     """
     if batched and phase != "decode":
         raise ValueError("prefill and extend run one row at a time")
-    # In prefill the model masks by itself, and plain_causal proves what the mask is. Blocks are known here alone.
-    implementation = "sdpa" if phase == "prefill" and not spec.has_blocks else _ATTENTION
+    # In prefill the model masks by itself, and plain_causal proves what the mask is. Blocks, and what a
+    # window counts after an exit, are known here alone.
+    masks_itself = phase == "prefill" and not (spec.has_blocks or spec.has_windows)
+    implementation = "sdpa" if masks_itself else _ATTENTION
     names = ("inputs_embeds", "position_ids", *(() if phase == "decode" else spec.token_inputs))
     wrapper = _DecoderWithHead(spec, phase)
     return trace(spec, wrapper, phase, batched, implementation, names, partial(_examples, spec, phase, batched))

@@ -29,7 +29,7 @@ from vte_compile.capture import (
 )
 from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
-from vte_compile.families.refusals import refuse_token_inputs
+from vte_compile.families.refusals import refuse_more_than_causal
 from vte_compile.kernels.cached_attention import cached_attention
 
 _ATTENTION = "vte_chunk"
@@ -120,7 +120,7 @@ def capture_chunk(spec: DecoderSpec) -> DecoderGraph:
         CaptureError: torch.export could not trace the decoder.
         UnsupportedModelError: It takes more than embeddings and positions.
     """
-    refuse_token_inputs(spec)
+    refuse_more_than_causal(spec)
     names = ("inputs_embeds", "position_ids", "new_lengths", "past_lengths")
     return trace(spec, _ChunkDecoder(spec), "chunk", True, _ATTENTION, names, partial(_examples, spec))
 

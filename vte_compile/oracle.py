@@ -307,6 +307,13 @@ class Oracle:
         lead = (self.position_rows, 1) if self.position_rows > 1 else (1,)
         return positions.unsqueeze(-2).expand(*lead, -1)
 
+    def _rotary(self, index: int, run: RowRun) -> Any:
+        """The rotary tables of a layer; some decoders have one for each type of layer."""
+        rotary = self.decoder.rotary_emb
+        by_type = "layer_type" in inspect.signature(rotary.forward).parameters
+        kind = {"layer_type": self.config.layer_types[index]} if by_type else {}
+        return rotary(run.hidden, position_ids=run.positions, **kind)
+
     def _run_row(self, run: RowRun, past: RowCache) -> RowCache:
         """Take one row through all layers and the final norm (in `run`), and return its new cache."""
         if run.hidden.shape[1] == 0:
@@ -344,7 +351,7 @@ class Oracle:
             run.statistics.get(index),
             attention_mask=_mask(run.blocks, past_length, _window(self.config, index), run.hidden),
             position_ids=run.positions,
-            position_embeddings=self.decoder.rotary_emb(run.hidden, position_ids=run.positions),
+            position_embeddings=self._rotary(index, run),
             use_cache=True,
             **{cache_name(self.layers[index].forward): cache},
         )
@@ -559,12 +566,8 @@ def _check_structure(decoder: Any, has_blocks: bool) -> None:
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES))
     if unknown:
         raise UnsupportedModelError(f"decoder {name} has layers of types {unknown}; the oracle knows {_LAYER_TYPES}")
-    if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters:
-        raise UnsupportedModelError(
-            f"decoder {name} has rotary embeddings that differ per layer type, which the oracle does not support"
-        )
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "dynamic":
+    if any(each.get("rope_type") == "dynamic" for each in (rope, *rope.values()) if isinstance(each, dict)):
         raise UnsupportedModelError(
             f"decoder {name} has dynamic rope: it remembers the longest row, so rows would not be independent"
         )

@@ -26,6 +26,7 @@ from vte_compile.dynamo.report import Graph, record
 from vte_compile.dynamo.visual import remember
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec, describe, find_decoder
+from vte_compile.families.refusals import refuse_windows
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.plan import Plan
@@ -97,6 +98,7 @@ def vte(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
         _refuse_training(model)
         spec = describe(model)
         _refuse_experts(model, spec)
+        refuse_windows(spec)
         _refuse_unseen_features(spec)
         region = find_region(gm.graph, weights, spec.num_layers)
         _refuse_other_features(spec, region)

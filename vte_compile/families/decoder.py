@@ -66,6 +66,19 @@ class DecoderSpec:
         return self.lm_head.get_parameter("weight")
 
     @property
+    def sliding_layer(self) -> int | None:
+        """The first layer whose tokens see a window of those before them; None if all see all of them."""
+        types = getattr(self.config, "layer_types", None)
+        if types is None:
+            return 0 if getattr(self.config, "sliding_window", None) else None
+        return next((layer for layer, kind in enumerate(types) if kind == "sliding_attention"), None)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether tokens of some layer see a window of those before them."""
+        return self.sliding_layer is not None
+
+    @property
     def token_inputs(self) -> tuple[str, ...]:
         """What graphs of prompts take of each token besides embedding and position: inputs [1, S, ...], by name."""
         return (*(f"deepstack_{layer}" for layer in range(self.deepstack)), *([BLOCKS] if self.has_blocks else []))
@@ -167,7 +180,7 @@ def describe(model: nn.Module) -> DecoderSpec:
             f"{name}: no language-modelling head"
             + (_advice_for_wrappers(model) or ": load the ...ForConditionalGeneration class.")
         )
-    _refuse_sliding_window(name, decoder)
+    _refuse_other_windows(name, decoder)
     _refuse_unknown_layout(model, decoder)
     _refuse_without_embeddings(model)
     path, ids = _path_of(model, decoder), _visual_token_ids(model)
@@ -187,17 +200,11 @@ def _visual_token_ids(model: nn.Module) -> tuple[int, ...]:
     return tuple(sorted(i for i in ids if isinstance(i, int)))
 
 
-def _refuse_sliding_window(name: str, decoder: nn.Module) -> None:
-    """A window counts cached tokens, and an exit removes some: which of them it then covers is not defined yet."""
-    config: Any = decoder.config
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        types = ["sliding_attention"] if getattr(config, "sliding_window", None) else []
-    for layer, kind in enumerate(types):
-        if kind != "full_attention":
+def _refuse_other_windows(name: str, decoder: nn.Module) -> None:
+    for layer, kind in enumerate(getattr(decoder.config, "layer_types", None) or ()):
+        if kind not in ("full_attention", "sliding_attention"):
             raise UnsupportedModelError(
-                f"{name}: decoder layer {layer} uses {kind}: only full attention is supported so far "
-                "(set sliding_window=None in the config if prompts stay below the window)."
+                f"{name}: decoder layer {layer} uses {kind}: only full attention and sliding windows are supported."
             )
 
 
@@ -249,11 +256,12 @@ def _refuse_unknown_layout(model: nn.Module, decoder: nn.Module) -> None:
     name = type(model).__name__
     config: Any = decoder.config
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        raise UnsupportedModelError(
-            f"{name}: its decoder has {rope['rope_type']} rotary positions, which depend on the longest row: not "
-            "supported so far."
-        )
+    for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # of all layers, or by type
+        if each.get("rope_type") in ("dynamic", "longrope"):
+            raise UnsupportedModelError(
+                f"{name}: its decoder has {each['rope_type']} rotary positions, which depend on the longest row: not "
+                "supported so far."
+            )
     if getattr(config, "use_bidirectional_attention", None) and not takes_blocks(model):
         raise UnsupportedModelError(
             f"{name}: its decoder has use_bidirectional_attention: tokens attend to later ones, and only causal "

@@ -63,12 +63,27 @@ def refuse_other_architectures(model: nn.Module, decoder: nn.Module) -> None:
             )
 
 
-def refuse_token_inputs(spec: DecoderSpec) -> None:
-    """Refuse, where graphs get embeddings and positions alone, a decoder that takes more of each token.
+def refuse_windows(spec: DecoderSpec) -> None:
+    """Refuse, where attention sees all tokens before, a decoder with sliding windows.
+
+    Raises:
+        UnsupportedModelError: It has some.
+    """
+    if spec.has_windows:
+        raise UnsupportedModelError(
+            f"{type(spec.decoder).__name__}: decoder layer {spec.sliding_layer} uses sliding_attention: only "
+            "vte_compile.optimize() takes that so far (set sliding_window=None in the config if prompts stay below the "
+            "window)."
+        )
+
+
+def refuse_more_than_causal(spec: DecoderSpec) -> None:
+    """Refuse, where graphs get embeddings and positions alone, a decoder that takes more of each token, or windows.
 
     Raises:
         UnsupportedModelError: It does.
     """
+    refuse_windows(spec)
     if spec.token_inputs:
         raise UnsupportedModelError(
             f"{type(spec.decoder).__name__} takes {', '.join(spec.token_inputs)} besides embeddings and positions: "

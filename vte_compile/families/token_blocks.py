@@ -119,4 +119,10 @@ def masks_of(blocks: Tensor, config: Any) -> Any:
     """
     mask = allowed(blocks, blocks.shape[1])
     types = getattr(config, "layer_types", None)
-    return mask if types is None else dict.fromkeys(types, mask)
+    if types is None:
+        return mask
+    masks = dict.fromkeys(types, mask)
+    if "sliding_attention" in masks:
+        order = torch.arange(blocks.shape[1], device=blocks.device)
+        masks["sliding_attention"] = mask & (order > order[:, None] - config.sliding_window)
+    return masks

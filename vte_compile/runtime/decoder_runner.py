@@ -14,7 +14,7 @@ from vte_compile.capture import DecoderGraph, capture
 from vte_compile.chunk_capture import capture_chunk
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec
-from vte_compile.families.refusals import refuse_token_inputs
+from vte_compile.families.refusals import refuse_more_than_causal
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.passes import PASSES, PassResult, PassSettings, run_passes
 from vte_compile.passes.lower_piecewise import PiecewiseGraph, lower_piecewise
@@ -116,7 +116,7 @@ class DecoderRunner(RowRunner):
             CaptureError: The decoder could not be traced or rewritten.
             UnsupportedModelError: It takes more than embeddings and positions, which engines do not.
         """
-        refuse_token_inputs(self.spec)
+        refuse_more_than_causal(self.spec)
         one_prompt = not self.routed and phase != "chunk"
         return self._lowered((phase, batched, True, one_prompt, self.spec.dtype, self.spec.device), False)[0]
 

@@ -93,11 +93,14 @@ class AttendStep:
     outputs: list[int]
     """The attention's output; keys and values again, now filled."""
     scale: float | None
+    window: int = 0
+    """How many columns the token sees; 0: all."""
 
     def run(self, arguments: list[Tensor]) -> Sequence[Tensor]:
         """Its outputs."""
         query, key, value, keys, values, *starts = arguments
-        output = append_and_attend(query, key, value, keys, values, starts[0] if starts else None, self.scale)
+        of_rows = starts[0] if starts else None
+        output = append_and_attend(query, key, value, keys, values, of_rows, self.scale, self.window)
         return output, keys, values
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import describe
-from vte_compile.families.refusals import refuse_token_inputs
+from vte_compile.families.refusals import refuse_more_than_causal
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
 from vte_compile.oracle_blocks import Block, OwnBlock
@@ -104,7 +104,7 @@ class Examiner:
                 f"{type(model).__name__} has multimodal (3-D) rotary positions: samples of such models cannot be "
                 "examined so far. Plans made by hand work."
             )
-        refuse_token_inputs(self.spec)
+        refuse_more_than_causal(self.spec)
         base = base or Plan()
         if base.exits:
             raise InputError("base: has exits, which are what is to be found: pass a plan of skips and adapters only.")
