@@ -8,12 +8,15 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint models-table clean
+.PHONY: demo test test-thorough lint models-table clean
 
 demo: $(STAMP)
 	$(BIN)/vte-compile demo
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not thorough"
+
+test-thorough: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)

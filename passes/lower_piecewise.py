@@ -176,7 +176,7 @@ def _appends(node: object) -> bool:
 
 
 def _attend_point(node: fx.Node) -> AttendPoint:
-    kind, arguments = _ATTENDING[node.target], list(node.args)  # type: ignore[index]
+    kind, arguments = _ATTENDING[node.target], list(node.args)
     inputs = [n.name for n in arguments if isinstance(n, fx.Node)]
     # The defaults of an op's last arguments are left out.
     window: Any = arguments.pop() if kind == "append" and len(arguments) > 7 else 0

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from marks import thorough
 from test_families import handed_over
 from tiny_families import FAMILIES, family_inputs, shared_family, tiny_family
 from tiny_models import gate, plan, random_adapter, tiny
@@ -18,6 +19,7 @@ from vte_compile.dynamo.report import recording
 from vte_compile.errors import InputError, PlanMismatchError
 
 TOKENS = 6
+_COMMON = ("llava", "internvl", "qwen2_vl")
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +54,10 @@ def gates():
     # A StaticCache is another graph, but the same one in all families of one kind of positions.
     [
         # VipLLaVA and Mistral3 merge images as LLaVA does, SmolVLM as Idefics3; Qwen3-VL has a test of its own.
-        *((family, "dynamic") for family in (*FAMILIES, "idefics3", "paligemma") if family != "qwen3_vl"),
+        *((family, "dynamic") for family in _COMMON),
+        *(thorough(f, "dynamic") for f in (*FAMILIES, "idefics3", "paligemma") if f not in _COMMON and f != "qwen3_vl"),
         ("llava", "static"),
-        ("qwen2_vl", "static"),
+        thorough("qwen2_vl", "static"),
     ],
 )
 @pytest.mark.shows('backend="vte"')
@@ -77,6 +80,7 @@ def test_families(family, cache):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.shows('backend="vte"', "qwen3_vl")
 def test_features_behind_layers():
     """Rows with an image and without, which leave between the layers that have features, behind them, or never."""
@@ -98,7 +102,7 @@ def test_features_behind_layers_need_a_setting(caplog):
     assert "set torch._dynamo.config.capture_dynamic_output_shape_ops = True before the first call" in caplog.text
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2, None])
+@pytest.mark.parametrize("layer", [0, thorough(1), thorough(2), None])
 def test_exits(layer):
     """Against the oracle: exits at the first layer, in the middle, at the last and never; text only beside it."""
     planned = plan(*([] if layer is None else [StaticExit(layer)]))
@@ -110,7 +114,7 @@ def test_exits(layer):
     assert exit_layers(got.past_key_values).tolist() == [-1 if layer is None else layer, -1]
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", thorough("static")])
 def test_skips_and_adapters(cache):
     """The first attention too: positions must not come from its cache. An adapter with a router knows the prompt."""
     adapter = random_adapter(PIA, 1)
@@ -122,7 +126,7 @@ def test_skips_and_adapters(cache):
     assert torch.equal(got.sequences, expected.sequences)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", thorough("qwen2_vl")])
 def test_two_turns(family):
     """The second turn continues the first one's cache; its images may leave at another layer."""
     planned = gates()

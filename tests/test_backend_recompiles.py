@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marks import thorough
 from tiny_models import (
     IMAGE,
     gate,
@@ -104,7 +105,7 @@ def test_compiled_decoder_serves_without_new_pieces():
     assert seen == {-1, 0, 1}
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", thorough("static")])
 def test_a_generation_that_dynamo_gives_up_is_an_error(cache):
     """The model's own code would attend to handles, which are NaN, or to buffers that nobody filled."""
     model = tiny(num_hidden_layers=2)

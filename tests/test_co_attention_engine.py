@@ -11,6 +11,7 @@ import pytest
 import tiny_bridgetower
 import tiny_meter
 import torch
+from marks import thorough
 from test_packaging import modules_after
 from tiny_bridgetower import bridgetower, random_part
 from tiny_models import assert_relative, one_thread  # noqa: F401
@@ -38,7 +39,7 @@ def plan_of(hidden_size: int) -> Plan:
     return Plan(co_attention=parts)
 
 
-@pytest.fixture(scope="module", params=[METER, BRIDGETOWER])
+@pytest.fixture(scope="module", params=[METER, thorough(BRIDGETOWER)])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Any, Path]:
     """Kind, model, optimized model, and its engine's folder."""
     kind, folder = request.param, tmp_path_factory.mktemp("engine")

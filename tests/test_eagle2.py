@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import thorough
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_eagle2 import IMAGE, LAYERS, PATCH, SIDE, VARIANTS, write_eagle2
@@ -51,7 +52,7 @@ from vte_compile.oracle import embed
 from vte_compile.tuning.samples import read_samples
 
 QWEN2, TIED, LLAMA, QWEN3 = VARIANTS
-OPTIMIZED = (QWEN2, pytest.param(QWEN3, marks=pytest.mark.slow))
+OPTIMIZED = (QWEN2, thorough(QWEN3))
 EXITS = {
     "never": [gate(i, NEVER) for i in range(LAYERS)],
     "first": [gate(0, -NEVER)],
@@ -283,7 +284,7 @@ def test_the_authors_live_object() -> None:
     assert tokens.exit_layer.tolist() == want.exit_layer.tolist()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.shows('backend="vte"', "eagle2")
 def test_backend() -> None:
     """The same through torch.compile(backend="vte")."""

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from marks import thorough
 from onnx_single import SingleGraph
 from tiny_models import (
     NEVER,
@@ -50,6 +51,7 @@ PLANS = {
         gate(1, -1.0), SkippedAttention(0, random_adapter(PIA)), KeptAdapter(2, random_adapter(PlainAdapter, 1))
     ),
 }
+LIKE_OTHERS = ("exit last", "never", "all attentions skipped above", "constant adapters")
 LAYOUTS = {
     "one row": ("ttvvvvttt",),
     "text alone": ("ttttt",),
@@ -89,7 +91,7 @@ def last(logits, real):
 
 
 @pytest.mark.parametrize("layouts", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [thorough(name) if name in LIKE_OTHERS else name for name in PLANS])
 @pytest.mark.shows("ONNX Runtime", "llama")
 def test_single_graph_is_the_oracle(folders, name: str, layouts) -> None:
     """A prompt, and three tokens more of each row."""
@@ -118,7 +120,7 @@ def test_single_graph_goes_on_with_another_chunk(folders, name: str) -> None:
         cache = want.cache
 
 
-@pytest.mark.parametrize("name", ["qwen2", "mistral"])
+@pytest.mark.parametrize("name", ["qwen2", thorough("mistral")])
 @pytest.mark.shows("ONNX Runtime")
 def test_other_decoders(name: str, tmp_path: Path) -> None:
     """Biases, and a head size that is not hidden size / heads."""
@@ -141,7 +143,7 @@ def test_half_precision(tmp_path: Path) -> None:
     torch.testing.assert_close(got["logits"][:, 0].float(), want.logits[:, -1], rtol=2e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize(("kind", "bits"), [thorough("int8", 8), ("int4", 4)])
 def test_quantized_weights(kind: str, bits: int, tmp_path: Path) -> None:
     """The engine computes what the model does with weights that were rounded block by block."""
     model = tiny()

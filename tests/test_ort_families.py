@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from marks import thorough
 from test_families import handed_over, optimized, oracle_of
 from tiny_families import family_inputs
 from tiny_models import one_thread  # noqa: F401
@@ -19,22 +20,13 @@ from vte_compile import load_engine
 from vte_compile.export.ort_engine import OnnxEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-NAMES = (
-    "llava",
-    "llava_next",
-    "llava_onevision",
-    "internvl",
-    "qwen2_vl",
-    "vipllava",
-    "mistral3",
-    "idefics3",
-    "smolvlm",
-)
+NAMES = ("llava_next", "idefics3")
+FURTHER = ("llava_onevision", "internvl", "qwen2_vl", "vipllava", "mistral3", "smolvlm")
 TOKENS = 16
 
 
 @pytest.mark.shows("ONNX Runtime")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *map(thorough, FURTHER)])
 def test_engine_is_the_oracle(name: str, tmp_path: Path, record_property: Any) -> None:
     """Two images, none and one in a batch that leaves behind different layers."""
     folder = vte_compile.export(optimized(name, "natural"), tmp_path / "e", target="onnxruntime", forms=("staged",))

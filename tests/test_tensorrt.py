@@ -144,6 +144,7 @@ def test_cache_holds_less_above_exits_and_moves_when_full(llava) -> None:
     assert again.cache.nbytes == 2 * 2 * 8 * 4 * ((7 + 9) + 3 * (3 + 9))
 
 
+@pytest.mark.thorough
 def test_half_precision(llava, tmp_path: Path) -> None:
     """Types are those of the model; the numbers are compared with the model in float32."""
     fast, _ = llava

@@ -116,6 +116,7 @@ def test_where_blocks_are_not_taken():
         refuse_more_than_causal(describe(shared_family("paligemma")))
 
 
+@pytest.mark.thorough
 def test_compiled():
     """Through Inductor: images and windows, prefill with an exit, a second turn. (Decode steps attend uncompiled.)"""
     config = copy.deepcopy(shared_family("gemma3").config)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import thorough
 from tiny_models import (
     LAYERS,
     C,
@@ -242,7 +243,7 @@ def test_interrupted_training_goes_on(tmp_path, interrupted_after):
     assert differs(train_adapters(model, samples, start, settings=settings(steps=7), progress=False, seed=2), expected)
 
 
-@pytest.mark.parametrize("steps", [5, 10], ids=["in-the-search", "in-the-training"])
+@pytest.mark.parametrize("steps", [thorough(5, id="in-the-search"), pytest.param(10, id="in-the-training")])
 def test_an_interrupted_search_goes_on(steps, tmp_path, interrupted_after):
     model, samples = shared_model("llava"), some_samples()
     options = dict(skips=2, settings=settings(), progress=False, seed=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import thorough
 
 from vte_compile.runtime.inductor import find_backend
 
@@ -56,7 +57,7 @@ def serve(how: str, cache: Path, load: Path | None = None, save: Path | None = N
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("how", "saved"), [("optimize", True), ("backend", False)])
+@pytest.mark.parametrize(("how", "saved"), [("optimize", True), thorough("backend", False)])
 def test_second_process_compiles_nothing(how, saved, tmp_path):
     if not find_backend(torch.device("cpu"), None):
         pytest.skip("needs a C++ compiler")
