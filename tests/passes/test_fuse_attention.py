@@ -216,3 +216,12 @@ def test_refuses_a_dtype():
         query.meta["val"] = query.meta["val"].double()
 
     assert spoiled(widen) == [(LAYERS - 1, "torch.float64: expected float16, bfloat16 or float32.")]
+
+
+def test_refuses_a_window():
+    """Graphs count the columns that a layer holds, the kernels positions."""
+
+    def narrow(graph, node):
+        node.args = (*node.args[:7], 4)
+
+    assert spoiled(narrow) == [(LAYERS - 1, "its sliding window counts columns, not positions.")]
