@@ -33,11 +33,10 @@ from transformers import DynamicCache
 
 from vte_compile import Oracle, Plan, StaticExit, optimize
 from vte_compile.adapters import PIA, PlainAdapter
-from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.errors import InputError
 from vte_compile.families.decoder import find_decoder
 from vte_compile.oracle import embed
 from vte_compile.plan import KeptAdapter, SkippedAttention
-from vte_compile.tuning.examine import Examiner
 
 EXITS = {
     "never": [gate(i, NEVER) for i in range(LAYERS)],
@@ -388,12 +387,6 @@ def test_skips_and_adapters(name):
     assert_same(out, oracle.forward(**prompt))
     tokens = fast.generate(**inputs, do_sample=False, max_new_tokens=6)
     assert tokens[:, -6:].tolist() == oracle.generate(**prompt, max_new_tokens=6).tokens
-
-
-def test_samples_are_not_examined():
-    """Tuning counts positions as of text so far."""
-    with pytest.raises(UnsupportedModelError, match="3-D"):
-        Examiner(shared_family("qwen2_vl"))
 
 
 def test_compiled_multimodal_positions():

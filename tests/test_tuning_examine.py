@@ -35,6 +35,7 @@ from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.oracle import Oracle, embed
 from vte_compile.plan import StaticExit
 from vte_compile.tuning import examine as module
+from vte_compile.tuning.answered import Answered
 from vte_compile.tuning.examine import Examined, Examiner, answer_of, examine
 from vte_compile.tuning.samples import Sample
 
@@ -59,7 +60,8 @@ def test_golden(dtype):
         labels = torch.from_numpy(data["labels"][row])
         visual = torch.zeros(length - 1, dtype=torch.bool)
         visual[image] = True
-        parts.append(examiner.examine_embeds(embeds, visual, labels[labels != -100]))
+        positions = torch.arange(length - 1)[None]
+        parts.append(examiner.examine_embedded(Answered(embeds, visual, labels[labels != -100], positions)))
     examined = Examined.concatenate(parts)
 
     def close(actual, key):

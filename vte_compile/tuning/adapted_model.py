@@ -62,14 +62,14 @@ class AdaptedModel(nn.Module):
         self._skipping = {i: SkippedBlock(layers[i], cast(PIA, self.pias[str(i)])) for i in pias}
         self._keeping = {i: KeptBlock(layers[i], cast(PlainAdapter, self.plain[str(i)])) for i in plain}
 
-    def forward(self, embeds: Tensor, prompt_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, embeds: Tensor, prompt_mask: Tensor, labels: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """The mean over rows of each answer's mean loss, as `loss`; arguments as :meth:`collate` gives them.
 
         Raises:
             InputError: It is NaN or infinite.
         """
         length = embeds.shape[1]
-        positions = torch.arange(length, device=embeds.device)[None]
+        positions = positions.movedim(0, -2)  # multimodal ones are [3, B, T] to the decoder
         mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
         attention = {
             "attention_mask": mask[None, None],
@@ -101,7 +101,7 @@ class AdaptedModel(nn.Module):
         return {"loss": loss}
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """A batch for :meth:`forward`: embeds [B, T, C], prompt_mask bool [B, T], and labels [B, T].
+        """A batch for :meth:`forward`: embeds [B, T, C], prompt_mask bool [B, T], labels [B, T], positions [B, (3,) T].
 
         A label is the token that follows, -100 where none of the answer does.
         """
@@ -113,7 +113,9 @@ class AdaptedModel(nn.Module):
         for index, row in enumerate(rows):
             prompt_mask[index, : row.prompt] = True
             labels[index, row.prompt - 1 : row.embeds.shape[1]] = row.answer
-        return {"embeds": embeds, "prompt_mask": prompt_mask, "labels": labels}
+        positions = torch.cat([F.pad(row.positions, (0, length - row.positions.shape[-1])) for row in rows], -2)
+        positions = positions.movedim(-2, 0)
+        return {"embeds": embeds, "prompt_mask": prompt_mask, "labels": labels, "positions": positions}
 
     def plan(self) -> Plan:
         """What to do to the model: skip what is skipped now, with the adapters as they are now.

@@ -21,12 +21,14 @@ _FROM_TOKENS = ("input_ids", "attention_mask", "position_ids")
 class Answered:
     """`embeds` [1, T, C] of the prompt, and of the answer but for its last token, which nothing follows; `answer` [A].
 
-    So the last A positions are those that predict the answer. `visual` [T] bool: which tokens are visual.
+    So the last A positions are those that predict the answer. `visual` [T] bool: which tokens are visual. `positions`:
+    their numbers, [1, T], or [3, 1, T] of a decoder with multimodal positions.
     """
 
     embeds: Tensor
     visual: Tensor
     answer: Tensor
+    positions: Tensor
 
     @property
     def prompt(self) -> int:
@@ -62,6 +64,7 @@ def embed_answered(model: nn.Module, spec: DecoderSpec, sample: Sample) -> Answe
             inputs_embeds=None,
             visual_mask=None,
             may_exit=False,
+            attention_mask=torch.ones_like(inputs["input_ids"], dtype=torch.bool),
             multimodal={name: value for name, value in inputs.items() if name not in _FROM_TOKENS},
         )
     except ValueError as error:  # also the model's own, where images and placeholders do not match in number
@@ -70,4 +73,17 @@ def embed_answered(model: nn.Module, spec: DecoderSpec, sample: Sample) -> Answe
     answer = inputs["input_ids"].new_tensor(sample.answer)
     said = model.get_input_embeddings()(answer[None, :-1])  # type: ignore[operator]
     visual = F.pad(prompt.visual_mask[0], (0, said.shape[1]))
-    return Answered(torch.cat([prompt.embeds, said], 1), visual, answer)
+    embeds = torch.cat([prompt.embeds, said], 1)
+    return Answered(embeds, visual, answer, _positions(spec, prompt.position_ids, embeds))
+
+
+def _positions(spec: DecoderSpec, of_prompt: Tensor | None, embeds: Tensor) -> Tensor:
+    """A prompt's positions, and on from them those of its answer; None: all are counted, as of text."""
+    length = embeds.shape[1]
+    counted = torch.arange(length, device=embeds.device)[None]
+    if spec.position_rows == 1:
+        return counted
+    if of_prompt is None:
+        return counted.expand(spec.position_rows, 1, -1)
+    said = torch.arange(length - of_prompt.shape[-1], device=embeds.device) + int(of_prompt.max()) + 1
+    return torch.cat([of_prompt, said.expand(*of_prompt.shape[:-1], -1)], -1)

@@ -62,8 +62,8 @@ class Deleter:
         Raises:
             InputError: The full model's is not finite.
         """
-        states = self._run(sample.embeds, deleted, candidates)
-        full = self._run(sample.embeds, (), ()) if deleted else states[-1:]
+        states = self._run(sample, deleted, candidates)
+        full = self._run(sample, (), ()) if deleted else states[-1:]
         loss, argmax = self._measure(full, sample.answer)
         if not bool(torch.isfinite(loss).all()):
             raise InputError(
@@ -75,10 +75,9 @@ class Deleter:
         changed = (argmaxes != argmax).to(losses.dtype).mean(-1)
         return losses.cpu(), changed.cpu(), float(loss)
 
-    def _run(self, embeds: Tensor, deleted: Collection[int], candidates: Sequence[int]) -> Tensor:
-        """Embeddings [1, T, C] to states before the final norm [n + 1, T, C]: for each candidate, and for none."""
-        length = embeds.shape[1]
-        positions = torch.arange(length, device=embeds.device)[None]
+    def _run(self, sample: Answered, deleted: Collection[int], candidates: Sequence[int]) -> Tensor:
+        """States before the final norm [n + 1, T, C]: for each candidate, and for none."""
+        embeds, positions, length = sample.embeds, sample.positions, sample.embeds.shape[1]
         mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
         attention = {
             "attention_mask": mask[None, None],

@@ -213,6 +213,7 @@ class _Evaluator:
         found = oracle.generate(
             prompt.embeds,
             prompt.visual[None],
+            position_ids=prompt.positions,
             max_new_tokens=self.max_new_tokens,
             eos_token_id=self.model.generation_config.eos_token_id,
         )

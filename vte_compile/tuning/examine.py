@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.errors import InputError
 from vte_compile.families.decoder import describe
 from vte_compile.families.refusals import refuse_more_than_causal
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
 from vte_compile.oracle_blocks import Block, OwnBlock
 from vte_compile.plan import Plan
-from vte_compile.tuning.answered import embed_answered, placed
+from vte_compile.tuning.answered import Answered, embed_answered, placed
 from vte_compile.tuning.samples import Sample, check_question
 
 # The paper's two conditions for the label "may exit".
@@ -89,9 +89,8 @@ class Examiner:
     be run one by one is tried out once. `base`: skips and adapters that the exits come on top of; the answers that are
     to stay are still those of the model without them.
 
-    Raises UnsupportedModelError if they cannot, if its positions are multimodal, or if its decoder takes more than
-    embeddings; InputError for an optimized model or a base with exits; PlanMismatchError if the base is for another
-    model.
+    Raises UnsupportedModelError if they cannot, or if its decoder takes more than embeddings and positions; InputError
+    for an optimized model or a base with exits; PlanMismatchError if the base is for another model.
     """
 
     def __init__(self, model: nn.Module, base: Plan | None = None) -> None:
@@ -99,11 +98,6 @@ class Examiner:
             raise InputError("model: is an optimized one, whose answers have exits in them: pass the original model.")
         self.model: Any = model
         self.spec = describe(model)
-        if self.spec.position_rows > 1:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has multimodal (3-D) rotary positions: samples of such models cannot be "
-                "examined so far. Plans made by hand work."
-            )
         refuse_more_than_causal(self.spec)
         base = base or Plan()
         if base.exits:
@@ -118,12 +112,13 @@ class Examiner:
         """One sample that has an answer (n = 1), on the CPU; see :func:`examine`."""
         check_question(sample.inputs["input_ids"][0], self.spec.visual_token_ids, sample.name)
         answered = embed_answered(self.model, self.spec, sample)
-        return self.examine_embeds(answered.embeds, answered.visual, answered.answer, sample.name)
+        return self.examine_embedded(answered, sample.name)
 
     @torch.no_grad()
-    def examine_embeds(self, embeds: Tensor, visual: Tensor, answer: Tensor, name: str = "sample") -> Examined:
-        """Embeddings of a prompt and its answer but for the last token: embeds [1, T, C], visual [T], answer [A]."""
-        branches, features = self._branch(embeds, visual, embeds.shape[1] + 1 - len(answer), name)
+    def examine_embedded(self, answered: Answered, name: str = "sample") -> Examined:
+        """The same of embeddings."""
+        embeds, visual, answer = answered.embeds, answered.visual, answered.answer
+        branches, features = self._branch(answered, name)
         wide = features.dtype
         # Behind the image there is only text: the last A text tokens are those that predict the answer.
         losses, chosen = self._measure(branches[:, -len(answer) :], answer, wide)
@@ -131,7 +126,7 @@ class Examiner:
         loss = torch.cat([loss, loss[-1:]])  # behind the last layer an exit changes nothing
         reference = chosen[-1:]
         if self._changed:
-            _, reference = self._measure(self._full(embeds)[:, -len(answer) :], answer, wide)
+            _, reference = self._measure(self._full(answered)[:, -len(answer) :], answer, wide)
         same = (chosen == reference).to(wide).mean(-1)
         for what, value in (("loss", loss), ("features", features)):
             if not bool(torch.isfinite(value).all()):
@@ -140,7 +135,7 @@ class Examiner:
                     f"{name}: NaN or infinite {what} for exits after layers {bad}: is the model's dtype "
                     f"({embeds.dtype}) wide enough for it, and are its weights sound?"
                 )
-        counts = (torch.tensor([int(visual.sum())]), torch.tensor([embeds.shape[1] + 1 - len(answer)]))
+        counts = (torch.tensor([int(visual.sum())]), torch.tensor([answered.prompt]))
         return Examined(features[None].cpu(), same[None].cpu(), loss[None].cpu(), *counts)
 
     @torch.no_grad()
@@ -153,31 +148,31 @@ class Examiner:
             InputError: The sample has no answer, or no image.
         """
         answered = embed_answered(self.model, self.spec, sample)
-        branches, features = self._branch(answered.embeds, answered.visual, answered.prompt, sample.name)
+        branches, features = self._branch(answered, sample.name)
         _, chosen = self._measure(branches[:, -len(answered.answer) :], answered.answer, features.dtype)
         return (chosen == answered.answer).all(-1).cpu()
 
-    def _branch(self, embeds: Tensor, visual: Tensor, prompt: int, name: str) -> tuple[Tensor, Tensor]:
+    def _branch(self, answered: Answered, name: str) -> tuple[Tensor, Tensor]:
         """What exits behind all layers lead to.
 
         Returns the text's states before the final norm [L, text tokens, C], and features [L, 2C] as in `Examined`.
         """
+        embeds, visual, positions = answered.embeds, answered.visual, answered.positions
         length, layers = embeds.shape[1], len(self.layers)
         if not bool(visual.any()):
             raise InputError(f"{name}: has no visual token, so there is nothing to leave.")
-        question = slice(int(visual.nonzero().max()) + 1, prompt)
+        question = slice(int(visual.nonzero().max()) + 1, answered.prompt)
         wide = torch.promote_types(embeds.dtype, torch.float32)
-        positions = torch.arange(length, device=embeds.device)[None]
         text = ~visual
         mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
-        text_mask, text_positions = mask[text][:, text], positions[:, text]
+        text_mask, text_positions = mask[text][:, text], positions[..., text]
         # What adapters know of the prompt, at inference, is not of the answer.
-        asks = positions < prompt
+        asks = torch.arange(length, device=embeds.device)[None] < answered.prompt
         text_asks = asks[:, text]
-        at_once = max(1, max(length, _BRANCH_TOKENS) // text_positions.shape[1])
+        at_once = max(1, max(length, _BRANCH_TOKENS) // text_asks.shape[1])
 
         hidden, features = embeds, []
-        branches = embeds.new_empty(layers, text_positions.shape[1], embeds.shape[-1])
+        branches = embeds.new_empty(layers, text_asks.shape[1], embeds.shape[-1])
         for index in range(layers):
             for start in range(0, index, at_once):
                 part = branches[start : min(start + at_once, index)]
@@ -188,21 +183,26 @@ class Examiner:
             features.append(torch.cat([asked[:-1].mean(0), asked[-1]]))
         return branches, torch.stack(features)
 
-    def _full(self, embeds: Tensor) -> Tensor:
+    def _full(self, answered: Answered) -> Tensor:
         """The states [1, T, C] before the final norm of the model without the base."""
-        length = embeds.shape[1]
-        positions = torch.arange(length, device=embeds.device)[None]
+        embeds, length = answered.embeds, answered.embeds.shape[1]
         mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
         for index in range(len(self.layers)):
-            embeds = self.run_layer(index, embeds, mask, positions)
+            embeds = self.run_layer(index, embeds, mask, answered.positions)
         return embeds
 
     def run_layer(self, index: int, hidden: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """A layer's output for hidden [B, T, C] with the additive mask [T, T] and positions [1, T], without a cache.
+        """A layer's output for hidden [B, T, C], without a cache.
 
         It is the model's own layer, whatever the base does to it.
+
+        Args:
+            index: Of the layer.
+            hidden: What goes in.
+            mask: Additive, [T, T].
+            positions: As in :class:`Answered`.
         """
-        everything = torch.ones_like(positions, dtype=torch.bool)
+        everything = torch.ones(1, hidden.shape[1], dtype=torch.bool, device=hidden.device)
         return self._run_block(OwnBlock(self.layers[index]), hidden, mask, positions, everything)
 
     def _run_block(self, block: Block, hidden: Tensor, mask: Tensor, positions: Tensor, asks: Tensor) -> Tensor:

@@ -88,7 +88,6 @@ def measure_attention(examiner: Examiner, answered: Answered) -> Tensor:
     """
     length = answered.embeds.shape[1]
     queries, keys = (groups(answered.visual, answered.prompt) for groups in (query_groups, key_groups))
-    positions = torch.arange(length, device=answered.embeds.device)[None]
     hidden, found = answered.embeds, []
 
     def watch(query: Tensor, key: Tensor, scaling: float) -> None:
@@ -97,7 +96,7 @@ def measure_attention(examiner: Examiner, answered: Answered) -> Tensor:
     mask = hidden.new_full((length, length), -torch.inf).triu(1)
     for index, layer in enumerate(examiner.layers):
         with watched(examiner.decoder.config, index, layer, watch):
-            hidden = examiner.run_layer(index, hidden, mask, positions)
+            hidden = examiner.run_layer(index, hidden, mask, answered.positions)
     return torch.stack(found)
 
 

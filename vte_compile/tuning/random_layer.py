@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from vte_compile.errors import CalibrationError, InputError
+from vte_compile.errors import CalibrationError, InputError, UnsupportedModelError
 from vte_compile.families.decoder import find_decoder
 from vte_compile.families.inputs import decoder_inputs
 from vte_compile.tuning.answered import placed
@@ -129,7 +129,13 @@ def labelled_row(examiner: Examiner, sample: Sample, max_new_tokens: int) -> tup
 
     Raises:
         InputError: The model does not take the sample.
+        UnsupportedModelError: The model has multimodal positions.
     """
+    if examiner.spec.position_rows > 1:
+        raise UnsupportedModelError(
+            f"{type(examiner.model).__name__} has multimodal positions: the paper's way to train gates, a layer at a "
+            "time, counts positions as of text. Take the way that examines all layers (the default)."
+        )
     answered = sample if sample.answer else own_answer(examiner, sample, max_new_tokens)
     inputs = placed(examiner.spec, answered)
     prompt = inputs.pop("input_ids")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from vte_compile.tuning.samples import Sample
 
-_TEXT = frozenset("input_ids attention_mask position_ids token_type_ids".split())
+_TEXT = frozenset("input_ids attention_mask position_ids token_type_ids mm_token_type_ids".split())
 
 PARTS = {"train": 0.5, "selection": 0.2, "certification": 0.3}
 """The parts and their shares: gates are trained on the first, layers and thresholds chosen on the second, and the
