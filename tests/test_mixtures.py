@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from marks import thorough
 from tiny_models import (
     LAYERS,
     NEVER,
@@ -55,7 +56,7 @@ def optimized(name):
 
 
 @pytest.mark.parametrize("exits", list(EXITS))
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["mixtral", thorough("qwen2_moe")])
 @pytest.mark.shows("exits", "mixtral")
 def test_exits_equal_the_oracle(name, exits):
     """A row with an image, one without, one with two; then decode steps."""
@@ -73,7 +74,7 @@ def test_exits_equal_the_oracle(name, exits):
         assert_relative(out.logits, want.logits)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["mixtral", thorough("qwen2_moe")])
 @pytest.mark.shows("generate", "mixtral")
 def test_generate_without_exits_equals_the_model(name):
     for ids in (torch.tensor([[3, 4, 5, 6, 7]]), torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 6, 5]])):

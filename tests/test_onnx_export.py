@@ -132,6 +132,7 @@ def test_other_decoders(name: str, tmp_path: Path) -> None:
     close(got["logits"][:, 0], last(want.logits, real))
 
 
+@pytest.mark.thorough
 def test_half_precision(tmp_path: Path) -> None:
     model = tiny().half()
     vte_compile.export(optimize(model, PLANS["gates"], compile=False), tmp_path / "engine", target="onnxruntime")
