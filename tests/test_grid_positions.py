@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_families import IMAGE_TOKEN, MROPE, VIDEO_TOKEN, family_inputs, shared_family, tiny_family, video_inputs
+from tiny_families import IMAGE_TOKEN, VIDEO_TOKEN, family_inputs, shared_family, tiny_family, video_inputs
 from transformers import Qwen2VLImageProcessor
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
@@ -36,7 +36,10 @@ def described(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-@pytest.fixture(scope="module", params=MROPE)
+GRIDS = ("qwen2_vl", "qwen2_5_vl")
+
+
+@pytest.fixture(scope="module", params=GRIDS)
 def known(request):
     """A model, and how it numbers tokens."""
     model = described(request.param)

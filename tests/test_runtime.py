@@ -138,7 +138,7 @@ def test_visual_tokens(layout, keep, start):
 def lowered(*exits, phase="prefill", batched=False, last=True):
     runner = optimized("llama", *exits)._vte_runner
     weight = runner.spec.lm_head.weight
-    return runner, runner._lowered((phase, batched, last, weight.dtype, weight.device))[0]
+    return runner, runner._lowered((phase, batched, last, True, weight.dtype, weight.device), False)[0]
 
 
 @pytest.mark.parametrize(

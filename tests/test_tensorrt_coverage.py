@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from marks import thorough
 from tiny_families import tiny_family
 from tiny_models import (
     gate,
@@ -45,7 +46,7 @@ def manifest(folder: Path) -> TensorRTManifest:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", thorough("internvl"), "qwen2_vl"])
 def test_all_decoder_nodes_are_in_engines(family: str) -> None:
     fast = optimize(tiny_family(family), plan(gate(0), gate(2)), compile=False)
     found = coverage(fast, profiles=SIZES)

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -109,7 +111,10 @@ def tiny(name: str = "llama", **options):
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "gemma": (GemmaConfig, GemmaForCausalLM),
     }[name]
+    if name == "gemma":
+        options.setdefault("head_dim", 8)
     if name == "mistral":
         options.setdefault("sliding_window", None)
     return cls(config(**{**TINY, **options})).eval()

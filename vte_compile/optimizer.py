@@ -23,7 +23,6 @@ from vte_compile.plan import Plan
 from vte_compile.plan_files import JSON_NAME
 from vte_compile.runtime.decoder_runner import DecoderRunner
 from vte_compile.runtime.inductor import PieceCompiler, find_backend
-from vte_compile.runtime.tensorrt_pieces import TensorRTCompiler, find_torch_tensorrt
 from vte_compile.runtime.verify import verify_prefill
 
 if TYPE_CHECKING:
@@ -99,6 +98,8 @@ def optimize(
     plan.check(model)
     compiler: Compiler | None
     if backend == "tensorrt":
+        from vte_compile.runtime.tensorrt_pieces import TensorRTCompiler, find_torch_tensorrt  # and with it an export's
+
         compiler = TensorRTCompiler(find_torch_tensorrt(spec.device), backend_options)
     else:
         compiler = PieceCompiler() if find_backend(spec.device, compile) else None

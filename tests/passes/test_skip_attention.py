@@ -162,7 +162,7 @@ def test_a_skip_whose_adapter_is_not_there_is_refused():
 rows = st.lists(st.sampled_from(["ttvvtttt", "tvvvvtt", "ttttt", "vtt", "tvtvvtttt"]), min_size=1, max_size=3)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     family=st.sampled_from(["llama", "qwen2", "gemma"]),
     layers=st.sets(st.integers(0, LAYERS - 1)),

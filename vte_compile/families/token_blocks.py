@@ -14,10 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
 from vte_compile.errors import InputError, UnsupportedModelError
-from vte_compile.families.cache_name import CACHE
 
 NAME = "block_ids"
 """Of the graphs' input [1, S] int64."""
@@ -71,6 +69,11 @@ def continued_inputs(inputs: dict[str, Any], batch: int, tokens: int, continued:
         types = types[:, types.shape[1] - tokens :]
         inputs = inputs | {TYPES: F.pad(types, (1, 0)) if continued else types}
     if continued:
+        # Plans, which come here too, do without transformers.
+        from transformers.cache_utils import DynamicCache
+
+        from vte_compile.families.cache_name import CACHE
+
         cache = DynamicCache()
         cache.update(torch.zeros(batch, 1, 1, 1), torch.zeros(batch, 1, 1, 1), 0)
         inputs = inputs | {CACHE: cache}
