@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from marks import thorough
 from tiny_families import (
     BLOCKS,
     BY_ROW,
@@ -51,6 +52,8 @@ PROMPTS = {
     "mixed, padded left": dict(images=[2, 0, 1]),
     "mixed, padded right": dict(images=[1, 0, 1], side="right"),
 }
+NO_ADAPTERS = ("gemma3", "llava_mixtral")
+"""Families with extra norms in their blocks, or experts: adapters are refused there."""
 VIDEO = ("llava_onevision", *MROPE)
 ALL = (*FAMILIES, *FURTHER)
 GREEDY = dict(do_sample=False, max_new_tokens=16)
@@ -371,7 +374,7 @@ def test_images_without_their_places(name):
     assert torch.equal(fast(**inputs, position_ids=positions).logits, want.logits)
 
 
-@pytest.mark.parametrize("name", MROPE)
+@pytest.mark.parametrize("name", [*MROPE, *(thorough(name) for name in ALL if name not in (*MROPE, *NO_ADAPTERS))])
 @pytest.mark.shows("skips")
 def test_skips_and_adapters(name):
     parts = [

@@ -103,6 +103,7 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.shows("ONNX Runtime", "lavin")
 def test_onnx_engine(tmp_path: Path) -> None:
     """Of LaVIN-EAS: an exit, a skip, and adapters with a router per prompt."""
     plan = Plan(exits=[StaticExit(1)], skips=adapters(True).skips, adapters=adapters(True).adapters)
