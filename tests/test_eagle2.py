@@ -300,6 +300,7 @@ def test_backend() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.shows("ONNX Runtime", "eagle2")
 def test_engine(tmp_path: Path) -> None:
     """The same in ONNX Runtime: a tile is an image to it."""

@@ -392,6 +392,7 @@ def test_skips_and_adapters(name):
     assert tokens[:, -6:].tolist() == oracle.generate(**prompt, max_new_tokens=6).tokens
 
 
+@pytest.mark.thorough
 def test_compiled_multimodal_positions():
     """Through Inductor: prefill with an exit, a second turn, decode; behind the exit, features would be added."""
     name = "qwen3_vl"

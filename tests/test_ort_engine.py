@@ -176,6 +176,7 @@ def test_llama_with_skips_and_adapters(llama) -> None:
     assert seen == {-1, 0, 1}
 
 
+@pytest.mark.thorough
 def test_half_precision(tmp_path: Path) -> None:
     fast = optimize(tiny_llava().half(), plan(gate(0), gate(2)), compile=False)
     vte_compile.export(fast, tmp_path / "engine", target="onnxruntime")
