@@ -101,8 +101,7 @@ def _(
     sin: Tensor,
     past_keys: Tensor,
     past_values: Tensor,
-    starts: Tensor | None,
-    scale: float | None,
+    *args: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     keys, values = (
         past.new_empty(*past.shape[:2], past.shape[2] + 1, past.shape[3]) for past in (past_keys, past_values)

@@ -66,6 +66,8 @@ BLOCKS = ("paligemma", "gemma3")
 BY_ROW = ("idefics3", "smolvlm")
 """Families whose images are [rows, images of a row, ...], filled up with images of zeros."""
 IMAGE_TOKEN, VIDEO_TOKEN, START_TOKEN, END_TOKEN, PAD_TOKEN = 60, 59, 58, 57, 0
+_VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+"""Sizes of image encoders."""
 _TILE = 8
 _PINPOINTS = [[8, 16], [16, 8], [16, 16]]
 _SIZES = [[6, 16], [16, 16], [14, 8]]
@@ -77,10 +79,7 @@ _PATCH = 4
 
 def _clip() -> CLIPVisionConfig:
     return CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **_VISION,
         image_size=_TILE,
         patch_size=_PATCH,
     )
@@ -106,10 +105,7 @@ def _llava_next() -> Any:
 
 def _llava_onevision() -> Any:
     vision = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **_VISION,
         image_size=_TILE,
         patch_size=_PATCH,
         vision_use_head=False,
@@ -126,10 +122,7 @@ def _llava_onevision() -> Any:
 
 def _internvl() -> Any:
     vision = InternVLVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **_VISION,
         image_size=_TILE,
         patch_size=2,
     )
@@ -161,10 +154,7 @@ def _llava_mixtral() -> Any:
 
 def _mistral3() -> Any:
     vision = PixtralVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **_VISION,
         image_size=4 * _PATCH,
         patch_size=_PATCH,
     )
@@ -180,10 +170,7 @@ def _mistral3() -> Any:
 def _pixel_shuffled(config: Any, model: Any, vision: Any) -> Any:
     """Idefics3 or SmolVLM: 4 x 4 patches of an image are 2 x 2 tokens."""
     options = dict(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **_VISION,
         image_size=_TILE,
         patch_size=_TILE // 4,
     )
@@ -201,10 +188,7 @@ def _smolvlm() -> Any:
 def _paligemma() -> Any:
     """Image and prompt, all of type 0, attend to each other in both directions."""
     vision = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **_VISION,
         image_size=_TILE,
         patch_size=_PATCH,
         vision_use_head=False,
@@ -221,10 +205,7 @@ def _paligemma() -> Any:
 def _gemma3() -> Any:
     """Images see themselves in both directions; every other layer has a window, and rotary positions of its own."""
     vision = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **_VISION,
         image_size=_TILE,
         patch_size=_PATCH // 2,
         vision_use_head=False,

@@ -14,16 +14,16 @@ from vte_compile.runtime.fused_steps import RotaryAppendStep, RotaryPackedStep
 from vte_compile.runtime.inductor import Function, PieceCompiler
 from vte_compile.runtime.steps import AttendStep, ExitStep, PackedAttendStep, PieceStep, Step, StepProgram
 
+if TYPE_CHECKING:
+    from vte_compile.runtime.tensorrt_pieces import TensorRTCompiler
+
+    Compiler = PieceCompiler | TensorRTCompiler
+
 _ATTEND_STEPS: dict[AttendKind, type[AttendStep] | type[PackedAttendStep]] = {
     "append": AttendStep,
     "rotary_append": RotaryAppendStep,
     "rotary_packed": RotaryPackedStep,
 }
-
-if TYPE_CHECKING:
-    from vte_compile.runtime.tensorrt_pieces import TensorRTCompiler
-
-    Compiler = PieceCompiler | TensorRTCompiler
 
 
 @dataclass
