@@ -284,8 +284,8 @@ def test_what_decode_steps_did_to_openvinos_state_is_undone(engines, monkeypatch
         (tmp_path / part).mkdir()
         (tmp_path / part / "model.xml").touch()
     _, decode, rewind = engines.runnable(engines.OPENVINO, str(tmp_path), 8, 41, 3, 2, 4)
-    assert state.state.data.tolist() == [1, 1]  # the prompt
+    assert state.state.data.tolist() == [41, 41]  # the prompt, token by token
     decode()
-    assert state.state.data.tolist() == [5, 5]
+    assert state.state.data.tolist() == [45, 45]
     rewind()
-    assert state.state.data.tolist() == [1, 1]
+    assert state.state.data.tolist() == [41, 41]
