@@ -65,6 +65,15 @@ def build_prompt(model: Any, seq: int, visual: int) -> tuple[Tensor, Tensor]:
     return embeds, visual_mask
 
 
+def spared_flops(model: Any, tokens: int) -> int:
+    """What the last layer, which attends in all cases, is spared: all but keys and values of the other tokens."""
+    text = model.config.text_config
+    hidden, inner = text.hidden_size, text.intermediate_size
+    per_token = 2 * (2 * hidden * hidden + 3 * hidden * inner)  # q and o, and the FFN; heads are as many as keys
+    pairs = tokens * (tokens + 1) // 2 - tokens
+    return (tokens - 1) * per_token + 4 * hidden * pairs
+
+
 def write_report(file: Path, script: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write results with what is needed to get them again; ``script`` is the benchmark's file name."""
     machine = environment()

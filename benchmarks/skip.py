@@ -40,6 +40,7 @@ from common import (
     VisualOption,
     build_model,
     build_prompt,
+    spared_flops,
     write_report,
 )
 from rich import box
@@ -136,15 +137,6 @@ def main(
     show(rows, settings)
     if json_file is not None:
         write_report(json_file, "skip.py", settings, rows)
-
-
-def spared_flops(model: Any, tokens: int) -> int:
-    """What the last layer, which attends in all cases, is spared: all but keys and values of the other tokens."""
-    text = model.config.text_config
-    hidden, inner = text.hidden_size, text.intermediate_size
-    per_token = 2 * (2 * hidden * hidden + 3 * hidden * inner)  # q and o, and the FFN; heads are as many as keys
-    pairs = tokens * (tokens + 1) // 2 - tokens
-    return (tokens - 1) * per_token + 4 * hidden * pairs
 
 
 def spread(layers: int, count: int) -> list[int]:

@@ -275,7 +275,7 @@ def test_what_decode_steps_did_to_openvinos_state_is_undone(engines, monkeypatch
             return file
 
         def compile_model(self, model, device, options):
-            assert options == {"INFERENCE_NUM_THREADS": 2}
+            assert options == {"INFERENCE_NUM_THREADS": 2, "INFERENCE_PRECISION_HINT": "f32"}
             return SimpleNamespace(create_infer_request=Request)
 
     module = SimpleNamespace(Core=Core, Tensor=lambda data: SimpleNamespace(data=data.copy()))
