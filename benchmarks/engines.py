@@ -4,10 +4,11 @@
 
 The public export is transformers' own exporter with its fusions for ONNX Runtime; its prefill gives the logits of the
 last token only, as ours does. Where openvino is installed, transformers' export to OpenVINO is timed as well, in a
-process of its own without ONNX Runtime, and in float32 as the others (left alone, OpenVINO takes bfloat16 where the CPU
-has it). FLOPs are those that an engine computes: without what it spares its last layer, whatever the plan. All times of one phase are taken in turns; ratios are medians over the rounds.
-Exits are static: what they spare is then known. Load time and peak memory (resident set, one prompt and some steps
-included) are of a process of its own that imports numpy and the runtime, and no torch.
+process of its own without ONNX Runtime, and in float32 as the others (left alone, OpenVINO takes bfloat16 where the
+CPU has it). All times of one phase are taken in turns; ratios are medians over the rounds. Exits are static: what
+they spare is then known. FLOPs are those that an engine computes: without what it spares its last layer, whatever the
+plan. Load time and peak memory (resident set, one prompt and some steps included) are of a process of its own that
+imports numpy and the runtime, and no torch.
 """
 
 from __future__ import annotations
