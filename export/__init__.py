@@ -57,8 +57,9 @@ def export(fast: Any, path: str | os.PathLike[str], target: str = "onnxruntime",
             folder, so that the engine takes text and pictures; ``forms``, ("staged", "single") or one of them: graphs
             between exits, which spare what leaves, and one graph with the exits inside; ``quantize``, "int4" or
             "int8": the weights of the decoder's linear layers in so many bits. For ``tensorrt`` (docs/tensorrt.md):
-            ``processor``; ``profiles``, the sizes engines take; ``precision``, "fp32", "fp16" or "bf16";
-            ``build``, which package builds the engines, or False; ``strip_weights``, engines without weights.
+            ``processor``; ``profiles``, the sizes engines take; ``precision``, "fp32", "fp16", "bf16" or
+            "fp8", the latter with ``calibration``, samples as :func:`vte_compile.calibrate` takes them; ``build``,
+            which package builds the engines, or False; ``strip_weights``, engines without weights.
 
     Returns:
         ``path``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -105,6 +105,13 @@ class OnnxDecoder:
             return counted + torch.arange(shape[0])[:, None, None] if len(shape) == 3 else counted.contiguous()
         generator = torch.Generator().manual_seed(len(shape))
         return torch.randn(shape, generator=generator).to(example.dtype)
+
+    def pieces(self, stage: Stage, env: Mapping[str, Any]) -> Iterator[Piece]:
+        """What a stage runs, in order, where ``env`` has the values that there are when a piece's turn comes."""
+        # What stands before the layers and reads positions only is computed anew in each stage.
+        for piece in [*self._preamble, *stage.pieces]:
+            if piece.layer >= 0 or all(name in env for name in piece.inputs):
+                yield piece
 
     def caches(self, stage: Stage) -> list[CacheFacts]:
         """The keys and values of a stage."""
@@ -232,10 +239,7 @@ class OnnxDecoder:
 
     def _run(self, graph: OnnxGraph, stage: Stage, env: dict[str, ir.Value]) -> None:
         """Add the stage's pieces; ``env`` has, and gets, values by their name in the traced graph."""
-        # What stands before the layers and reads positions only is computed anew in each stage.
-        for piece in [*self._preamble, *stage.pieces]:
-            if piece.layer < 0 and not all(name in env for name in piece.inputs):
-                continue
+        for piece in self.pieces(stage, env):
             if missing := [name for name in piece.inputs if name not in env]:
                 raise CaptureError(f"layer {piece.layer} reads {missing[0]} of a layer before an exit.")
             weights = [

@@ -13,6 +13,7 @@ from onnx_ir.tape import Tape
 from torch import Tensor
 
 from vte_compile.errors import CaptureError
+from vte_compile.export.fp8_numbers import FP8, Fp8
 from vte_compile.export.onnx_ops import ORT, Operators
 from vte_compile.export.onnx_weights import WeightFiles
 from vte_compile.version import __version__
@@ -29,7 +30,7 @@ class OnnxGraph:
         name: Of the graph.
         weights: Where initializers go.
         dtype: What floating-point inputs are.
-        quantize: "int4" or "int8" for linear layers of pieces that may be quantized.
+        quantize: "int4" or "int8" for linear layers of pieces that may be quantized, or which of them are of float8.
         operators: Of the target.
     """
 
@@ -38,7 +39,7 @@ class OnnxGraph:
         name: str,
         weights: WeightFiles,
         dtype: ir.DataType,
-        quantize: str | None = None,
+        quantize: str | Fp8 | None = None,
         operators: Operators = ORT,
     ) -> None:
         self.dtype, self._quantize, self.operators = dtype, quantize, operators
@@ -129,15 +130,20 @@ class OnnxGraph:
             array = value.const_value.numpy()
             env[value] = self._small(array) if array.size <= 16 else self._large(f"{prefix}.{value.name}", array)
         for node in piece.graph:
-            if quantize and self._quantize is not None and (found := _linear_weight(node, weights)) is not None:
-                env[node.outputs[0]] = self._quantized(node, prefix, env[node.inputs[0]], found)  # type: ignore[index]
-            else:
+            found = _linear_weight(node, weights) if quantize else None
+            if found is None or self._quantize is None:
                 self._copy(node, prefix, env, weights)
+            elif not isinstance(self._quantize, Fp8):
+                env[node.outputs[0]] = self._quantized(node, prefix, env[node.inputs[0]], found)  # type: ignore[index]
+            elif (scale := self._quantize.scale(found[0])) is None:
+                self._copy(node, prefix, env, weights)
+            else:
+                env[node.outputs[0]] = self._fp8(env[node.inputs[0]], scale, found)  # type: ignore[index]
         return [self._read(value, env, weights) for value in piece.graph.outputs]
 
     def _quantized(self, node: ir.Node, prefix: str, x: ir.Value, weight: Weight) -> ir.Value:
         """x W, where W is [K, N] quantized."""
-        assert self._quantize is not None
+        assert isinstance(self._quantize, str)
         initializers, attributes = self._weights.add_quantized(*weight, self._quantize)
         inputs = [x, *(self._shared(value) for value in initializers)]
         name = self._unique(f"{weight[0].rpartition('.')[0]}/MatMulNBits")
@@ -148,6 +154,17 @@ class OnnxGraph:
         )
         self._graph.append(new)
         return new.outputs[0]
+
+    def _fp8(self, x: ir.Value, scale: float, weight: Weight) -> ir.Value:
+        """x W, of float8 numbers."""
+        module = weight[0].rpartition(".")[0]
+        scales = self.constant(scale, self.dtype.numpy()), self.constant(0, FP8)
+        factor = self.op(
+            "DequantizeLinear", [self.op("QuantizeLinear", [x, *scales], f"{module}.input"), *scales], f"{module}.input"
+        )
+        initializers = [self._shared(value) for value in self._weights.add_fp8(*weight, self.dtype.numpy())]
+        matrix = self.op("DequantizeLinear", initializers, f"{module}.weight")
+        return self.op("MatMul", [factor, matrix], module)
 
     def _copy(
         self, node: ir.Node, prefix: str, env: dict[ir.Value, ir.Value], weights: Mapping[ir.Value, Weight]

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from vte_compile.export.fp8_numbers import fp8_weight
 from vte_compile.export.onnx_quantize import quantize_weight
 
 _SHARD = 1 << 30
@@ -62,6 +63,19 @@ class WeightFiles:
             self._attributes[unique] = quantized.attributes
         unique = self._names[identity][0]
         return [self._value(unique), self._value(f"{unique}.scales")], self._attributes[unique]
+
+    def add_fp8(self, name: str, read: Callable[[], Tensor], dtype: np.dtype) -> list[ir.Value]:
+        """A tensor [N, K] as [K, N] in float8, and its scale, a number of a dtype."""
+        tensor = read()
+        identity = (id(tensor), "float8")
+        if identity not in self._names:
+            self._names[identity] = (self._unique(f"{name}.float8"), tensor)
+            unique = self._names[identity][0]
+            quantized, scale = fp8_weight(_array(tensor, transposed=True))
+            self._write(unique, quantized)
+            self._write(f"{unique}.scale", np.asarray(scale, dtype))
+        unique = self._names[identity][0]
+        return [self._value(unique), self._value(f"{unique}.scale")]
 
     def _unique(self, name: str) -> str:
         unique, count = name, 1

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
 from vte_compile.export.folder import check_target_folder, facts_of, whole_folder
+from vte_compile.export.fp8_numbers import Fp8
 from vte_compile.export.manifest import MANIFEST, GridFacts, VisionCall, encode
 from vte_compile.export.onnx_decoder import OnnxDecoder
 from vte_compile.export.onnx_glue import embedding_function
@@ -192,7 +193,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def write_stages(
-    decoder: OnnxDecoder, weights: WeightFiles, dtype: ir.DataType, quantize: str | None, folder: Path
+    decoder: OnnxDecoder, weights: WeightFiles, dtype: ir.DataType, quantize: str | Fp8 | None, folder: Path
 ) -> list[StageFacts]:
     """stage_0.onnx and so on, with the gates between them; for the manifest, what they are."""
     facts = []

@@ -22,7 +22,7 @@ from vte_compile.export.grid_facts import grid_facts
 from vte_compile.export.onnx_weights import WeightFiles
 from vte_compile.export.tensorrt_operators import CONSTANT_INPUTS, DATA, OPERATORS, OPSETS, SOURCE, TENSOR_TYPES
 from vte_compile.export.tensorrt_profiles import Profiles
-from vte_compile.export.tensorrt_target import check_profiles, in_precision, plan_engines, write_graphs
+from vte_compile.export.tensorrt_target import check_profiles, find_ranges, in_precision, plan_engines, write_graphs
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,12 @@ class Coverage:
 
 
 def coverage(
-    fast: Any, *, profiles: Profiles | Mapping[str, Sequence[int]] | None = None, precision: str | None = None
+    fast: Any,
+    *,
+    profiles: Profiles | Mapping[str, Sequence[int]] | None = None,
+    precision: str | None = None,
+    calibration: object = None,
+    processor: Any = None,
 ) -> Coverage:
     """Report what ``export(fast, path, target="tensorrt")`` would place where. Writes nothing.
 
@@ -85,14 +90,17 @@ def coverage(
         fast: From :func:`vte_compile.optimize`.
         profiles: As in the export.
         precision: As in the export.
+        calibration: As in the export.
+        processor: Of the samples in ``calibration``, if these are conversations.
 
     Raises:
         VTEError: What the export would raise.
     """
-    sizes, fast = check_profiles(profiles), in_precision(fast, precision)
+    sizes, float8 = check_profiles(profiles), find_ranges(fast, precision, calibration, processor)
+    fast = in_precision(fast, precision)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        stages, vision, vision_missing = write_graphs(fast, folder, _UnwrittenWeights(folder))
+        stages, vision, vision_missing = write_graphs(fast, folder, _UnwrittenWeights(folder), float8)
         layers = {stage.file: stage.layers for stage in stages}
         engines = [
             graph_coverage(folder / facts.graph, layers.get(facts.graph, []), facts.trtexec)
@@ -111,8 +119,8 @@ def coverage(
         host["positions"] = "multimodal rotary positions [3, batch, tokens] follow from the grids of images and videos"
     if vision is None and vision_missing is not None:
         host["image encoder"] = f"stays in PyTorch: {vision_missing}"
-    precision = str(fast._vte_spec.dtype).removeprefix("torch.")
-    return Coverage(type(fast).__name__, precision, engines, host)
+    dtype = "fp8" if float8 is not None else str(fast._vte_spec.dtype).removeprefix("torch.")
+    return Coverage(type(fast).__name__, dtype, engines, host)
 
 
 def graph_coverage(file: Path, layers: list[int], trtexec: list[str]) -> EngineCoverage:

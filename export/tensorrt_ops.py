@@ -1,9 +1,10 @@
 """Which ONNX operators stand for the ops of a chunk's graph where TensorRT builds engines of it.
 
-Opset 18, and standard operators only: TensorRT 10.0 takes opsets up to 20, and later versions take these still. The
-operators Attention, RotaryEmbedding and RMSNormalization (opset 23) came with 10.13 to 10.15, and Attention there takes
-neither a cache nor its lengths; so all three are made of what they consist of, which TensorRT fuses by itself. Queries
-are scaled before they meet the keys, as its documentation asks for ("Fused Attention").
+Opset 18 (19 where there is float8), and standard operators only: TensorRT 10.0 takes opsets up to 20, and later
+versions take these still. The operators Attention, RotaryEmbedding and RMSNormalization (opset 23) came with 10.13 to
+10.15, and Attention there takes neither a cache nor its lengths; so all three are made of what they consist of, which
+TensorRT fuses by itself. Queries are scaled before they meet the keys, as its documentation asks for ("Fused
+Attention").
 
 A graph gives the keys and values of its new tokens alone. TensorRT promises nothing for an output that shares memory
 with an input (but for its own cache layer, since 10.15), and a cache as an output would be copied at each step. So who
@@ -12,9 +13,12 @@ runs the graph owns one cache per layer, which all engines read and none writes.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from vte_compile.export import fp8_numbers
 from vte_compile.export.onnx_ops import Operators
 from vte_compile.kernels.cached_attention import cached_attention, rotary, rotate
 
@@ -77,3 +81,5 @@ TENSORRT = Operators(
     fuses_norms=False,
     new_columns=True,
 )
+
+TENSORRT_FP8 = replace(TENSORRT, opsets={"": fp8_numbers.OPSET})

@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.export.folder import check_target_folder, facts_of, sha256_of, whole_folder
+from vte_compile.export.fp8 import calibrate
+from vte_compile.export.fp8_numbers import Fp8
 from vte_compile.export.manifest import MANIFEST, encode
 from vte_compile.export.onnx_graph import OnnxGraph
 from vte_compile.export.onnx_manifest import StageFacts
@@ -33,7 +35,7 @@ from vte_compile.export.ort_target import (
 from vte_compile.export.staged import check_experts, check_optimized, embedding_table, model_facts
 from vte_compile.export.tensorrt_build import build_engine, import_tensorrt
 from vte_compile.export.tensorrt_manifest import BuilderFacts, EngineFacts, TensorRTManifest
-from vte_compile.export.tensorrt_ops import TENSORRT
+from vte_compile.export.tensorrt_ops import TENSORRT, TENSORRT_FP8
 from vte_compile.export.tensorrt_profiles import Profiles, shell_script, trtexec
 
 logger = logging.getLogger(__name__)
@@ -53,12 +55,14 @@ def write(
     processor: Any = None,
     profiles: Profiles | Mapping[str, Sequence[int]] | None = None,
     precision: str | None = None,
+    calibration: object = None,
     build: str | bool | None = None,
     strip_weights: bool = False,
 ) -> None:
     """See :func:`vte_compile.export`."""
     check_target_folder(path)
     sizes = check_profiles(profiles)
+    float8 = find_ranges(fast, precision, calibration, processor)
     fast = in_precision(fast, precision)
     package = _package(build)
     trt = None if package is None else import_tensorrt(package)
@@ -69,7 +73,7 @@ def write(
             "(build=False, and build.sh), or leave strip_weights out."
         )
     with whole_folder(path) as folder:
-        parts = write_graphs(fast, folder, WeightFiles(folder))
+        parts = write_graphs(fast, folder, WeightFiles(folder), float8)
         write_companions(fast, processor, folder)
         engines = plan_engines(folder, sizes, strip_weights)
         (folder / "build.sh").write_text(shell_script({engine.engine: engine.trtexec for engine in engines}))
@@ -82,9 +86,9 @@ def write(
         manifest = TensorRTManifest(
             target="tensorrt",
             built=tools(),
-            opset=TENSORRT.opsets[""],
+            opset=(TENSORRT if float8 is None else TENSORRT_FP8).opsets[""],
             provider="cuda",
-            precision=str(fast._vte_spec.dtype).removeprefix("torch."),
+            precision="fp8" if float8 is not None else str(fast._vte_spec.dtype).removeprefix("torch."),
             model=facts,
             plan=fast.plan.describe(),
             embedding="embedding.onnx",
@@ -100,17 +104,20 @@ def write(
         (folder / MANIFEST).write_bytes(encode(manifest))
 
 
-def write_graphs(fast: Any, folder: Path, weights: Any) -> tuple[list[StageFacts], Any, str | None]:
+def write_graphs(
+    fast: Any, folder: Path, weights: Any, float8: Fp8 | None = None
+) -> tuple[list[StageFacts], Any, str | None]:
     """All graphs of a model: its stages, and its image encoder or why there is none."""
     dtype = DTYPES[fast._vte_spec.dtype]
-    decoder = trace_decoder(fast, TENSORRT)
+    operators = TENSORRT if float8 is None else TENSORRT_FP8
+    decoder = trace_decoder(fast, operators)
     decoder.convert_all()
-    embedding = OnnxGraph("embedding", weights, dtype, operators=TENSORRT)
+    embedding = OnnxGraph("embedding", weights, dtype, operators=operators)
     write_embedding(embedding, fast, embedding_table(fast), folder / "embedding.onnx")
     vision, vision_missing = write_vision(
-        OnnxGraph("vision", weights, dtype, operators=TENSORRT), fast, folder / "vision.onnx"
+        OnnxGraph("vision", weights, dtype, operators=operators), fast, folder / "vision.onnx"
     )
-    return write_stages(decoder, weights, dtype, None, folder), vision, vision_missing
+    return write_stages(decoder, weights, dtype, float8, folder), vision, vision_missing
 
 
 def plan_engines(folder: Path, sizes: Profiles, strip_weights: bool) -> list[EngineFacts]:
@@ -142,23 +149,20 @@ def input_shapes(file: Path) -> dict[str, list[int | str]]:
 
 
 def in_precision(fast: Any, precision: str | None) -> Any:
-    """The model itself, or a copy of it in another precision.
+    """The model itself, or a copy of it in another precision; for fp8 in half precision, which it has around it.
 
     Raises:
-        InputError: Not an optimized model, or an unknown precision, or fp8.
+        InputError: Not an optimized model, or an unknown precision.
         UnsupportedModelError: Its dtype is none TensorRT computes in.
     """
     check_optimized(fast)
     check_experts(fast)
-    if precision == "fp8":
-        raise InputError(
-            "precision: 'fp8' needs the scales of all activations, which only a calibration gives: export in 'fp16' or "
-            "'bf16', add them to the stages' graphs with NVIDIA's ModelOpt (modelopt.onnx.quantization), then run "
-            "build.sh."
-        )
-    if precision is not None and precision not in PRECISIONS:
-        raise InputError(f"precision: {precision!r} is unknown; there are {', '.join(map(repr, PRECISIONS))}.")
+    known = (*PRECISIONS, "fp8")
+    if precision is not None and precision not in known:
+        raise InputError(f"precision: {precision!r} is unknown; there are {', '.join(map(repr, known))}.")
     dtype = fast._vte_spec.dtype
+    if precision == "fp8":
+        precision = "bf16" if dtype == torch.bfloat16 else "fp16"
     if precision is not None and PRECISIONS[precision] != dtype:
         return copy.deepcopy(fast).to(PRECISIONS[precision])
     if dtype not in DTYPES:
@@ -166,6 +170,27 @@ def in_precision(fast: Any, precision: str | None) -> Any:
             f"TensorRT does not compute in {dtype}: pass precision= ({', '.join(map(repr, PRECISIONS))})."
         )
     return fast
+
+
+def find_ranges(fast: Any, precision: str | None, calibration: object, processor: Any = None) -> Fp8 | None:
+    """For fp8, which layers, with the ranges of their inputs over samples; else None.
+
+    Raises:
+        InputError: fp8 without samples, or samples without fp8, or they cannot be used.
+    """
+    if precision == "fp8" and calibration is None:
+        raise InputError(
+            "precision: 'fp8' takes the scales of activations from samples: pass calibration=, a few dozen prompts as "
+            "vte_compile.calibrate() takes them."
+        )
+    if calibration is None:
+        return None
+    if precision != "fp8":
+        raise InputError(f"calibration: goes with precision='fp8', got {precision!r}.")
+    check_optimized(fast)
+    check_experts(fast)
+    # In the model's own dtype: in half precision CPUs would be slow.
+    return calibrate(fast, trace_decoder(fast, TENSORRT_FP8), calibration, processor)
 
 
 def check_profiles(profiles: Profiles | Mapping[str, Sequence[int]] | None) -> Profiles:

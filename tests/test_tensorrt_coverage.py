@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -99,6 +100,7 @@ def test_dry_run_of_the_command(tmp_path: Path, fast) -> None:
     for more, message in (
         (["--dry-run", "--out", str(tmp_path / "x")], "--dry-run without it"),
         (["--dry-run", "--profile", "batch=a"], "expected NAME=MIN,OPT,MAX"),
+        (["--dry-run", "--quantize", "fp8"], "--quantize fp8 and --data go together"),
         (["--dry-run", "--target", "aoti"], "of target tensorrt only"),
     ):
         result = CliRunner().invoke(app, [*arguments, *more])
@@ -114,11 +116,14 @@ RTX = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT for
 
 @RTX
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "fp8"])
 def test_tensorrt_for_rtx_builds_all_engines(fast, tmp_path: Path, precision: str) -> None:
     """NVIDIA's own parser and builder take every graph, with these profiles; no GPU is needed for that."""
     folder = tmp_path / "engine"
-    options = {"precision": precision, "profiles": SIZES}
+    options: dict[str, Any] = {"precision": precision, "profiles": SIZES}
+    if precision == "fp8":
+        ids, pixels, _ = image_prompt("tittt")
+        options["calibration"] = [{"input_ids": ids, "pixel_values": pixels}]
     vte_compile.export(fast, folder, target="tensorrt", build="tensorrt_rtx", **options)
     facts = manifest(folder)
     assert facts.builder is not None

@@ -184,8 +184,10 @@ def test_stripped_engines_are_asked_for(fast, tmp_path: Path, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "fp8"}, "ModelOpt"),
-        ({"precision": "int3"}, "'int3' is unknown; there are 'fp32', 'fp16', 'bf16'"),
+        ({"precision": "fp8"}, "pass calibration="),
+        ({"precision": "fp16", "calibration": []}, "calibration: goes with precision='fp8'"),
+        ({"precision": "fp8", "calibration": []}, "samples: there are none"),
+        ({"precision": "int3"}, "'int3' is unknown; there are 'fp32', 'fp16', 'bf16', 'fp8'"),
         ({"profiles": {"abacus": (1, 2, 3)}}, "profiles: expected batch, prompt, visual, columns"),
         ({"profiles": {"batch": 3}}, "profiles: expected batch"),
         ({"build": "abacus"}, "build: 'abacus' is unknown"),

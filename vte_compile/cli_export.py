@@ -29,7 +29,16 @@ def export(
         typer.Option("--dtype", help="float32, float16 or bfloat16. Default: what the checkpoint is in."),
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option("--quantize", help="int8 or int4: the decoder's linear layers (onnxruntime).")
+        str | None,
+        typer.Option(
+            "--quantize", help="The decoder's linear layers in int8 or int4 (onnxruntime), or fp8 (tensorrt)."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="FILE", help="Chats, as calibrate takes them: the scales of fp8 come from them."
+        ),
     ] = None,
     form: Annotated[
         str | None,
@@ -56,7 +65,8 @@ def export(
     """Write a model with its plan as an engine, a folder that runs without transformers (docs/onnx.md, engines.md)."""
     import vte_compile
     from vte_compile.export.folder import check_target_folder, read_manifest
-    from vte_compile.loading import as_dtype, load_model
+    from vte_compile.loading import as_dtype, load_model, load_processor
+    from vte_compile.tuning.chat_file import read_chats
 
     if dry_run != (out is None):
         raise InputError("export: pass --out DIR, or --dry-run without it.")
@@ -67,13 +77,19 @@ def export(
     if form is not None and form not in _FORMS:
         raise InputError(f"--form: expected {', '.join(_FORMS)}, got {form!r}.")
     options: dict[str, Any] = {} if quantize is None else {"quantize": quantize}
+    if (target == "tensorrt" and quantize is not None) or data is not None:
+        if target != "tensorrt" or quantize != "fp8" or data is None:
+            raise InputError("export: --target tensorrt, --quantize fp8 and --data go together.")
+        options = {"precision": "fp8", "calibration": read_chats(data)}
     if form is not None:
         options["forms"] = _FORMS[form]
     if profile:
         options["profiles"] = dict(_sizes(text) for text in profile)
     if build is not None:
         options["build"] = False if build == "none" else build
-    if target != "aoti" and not dry_run:
+    if data is not None:
+        options["processor"] = load_processor(model)
+    elif target != "aoti" and not dry_run:
         options["processor"] = _processor(model)
     loaded = as_dtype(load_model(model, device), dtype)
     fast = vte_compile.optimize(loaded, _load_plan(plan), compile=False)
@@ -81,7 +97,8 @@ def export(
         from vte_compile.cli_coverage import show
         from vte_compile.export.tensorrt_coverage import coverage
 
-        show(coverage(fast, profiles=options.get("profiles")))
+        taken = ("profiles", "precision", "calibration", "processor")
+        show(coverage(fast, **{name: options[name] for name in taken if name in options}))
         return
     vte_compile.export(fast, out, target, **options)
     body = read_manifest(out)
