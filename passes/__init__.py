@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vte_compile.passes.annotate_layers import annotate_layers
 from vte_compile.passes.attention_layout import attention_layout
 from vte_compile.passes.cleanup import cleanup
+from vte_compile.passes.companion_token import companion_token
 from vte_compile.passes.fold_adapters import fold_adapters
 from vte_compile.passes.fold_co_adapters import fold_co_adapters
 from vte_compile.passes.fuse_attention import fuse_attention
@@ -38,6 +39,7 @@ PASSES: tuple[Pass, ...] = (
     insert_exits,
     last_layer_queries,
     last_token_logits,
+    companion_token,  # behind last_layer_queries, which expects one attention in a layer
     fuse_rotary,
     fuse_attention,  # behind last_layer_queries, which looks for torch's own attentions
     attention_layout,  # behind fuse_rotary, which looks for rotated heads

@@ -10,6 +10,7 @@ behind this pass, and skip_attention deletes it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ class _Insertion:
         self.folded: FoldedWeights = settings.folded
         self.forms = self.folded.forms(site.layer, settings.one_prompt)
         self.routed = self.folded.has(site.layer, "router_weight")
+        self.accompanied = settings.plan.companion is not None and graph.phase == "prefill"
         self.dtype = site.source.meta["val"].dtype
         self.anchor = site.readers[0]
         self.values: dict[str, fx.Node] = {}
@@ -111,15 +113,17 @@ class _Insertion:
         """Compute the values from the mean of the prompt."""
         if not names:
             return
-        wide = torch.promote_types(self.dtype, torch.float32)
-        source = self.site.source
-        mean = self._mean(self._cast(source, wide))  # [1, C], or of all rows of a chunk
+        source = self._cast(self.site.source, torch.promote_types(self.dtype, torch.float32))
+        # A companion token, the first of its row, counts in what is pooled, and not in what routers read.
+        own = self._call(aten.slice.Tensor, source, 1, 1, sys.maxsize) if self.accompanied else source
+        mean = self._mean(own)  # [1, C], or of all rows of a chunk
         share = knowledge = None
         if self.routed:
             share = self._call(aten.sigmoid.default, self._linear_of(mean, "router"))
             share = self.values["share"] = self._cast(share, self.dtype)  # w1 [1, 1]
         if self.pooled:
-            knowledge = self._cast(self._linear_of(mean, "pool"), self.dtype)  # m [1, D]
+            pooled = self._mean(source) if self.accompanied else mean
+            knowledge = self._cast(self._linear_of(pooled, "pool"), self.dtype)  # m [1, D]
         for name in names:
             kind, _, index = name.partition("_")
             if kind == "bias":

@@ -116,9 +116,11 @@ def test_exits(layer):
 
 @pytest.mark.parametrize("cache", ["dynamic", thorough("static")])
 def test_skips_and_adapters(cache):
-    """The first attention too: positions must not come from its cache. An adapter with a router knows the prompt."""
+    """The first attention too: positions must not come from its cache. An adapter with a router knows the prompt, and
+    of the companion token."""
     adapter = random_adapter(PIA, 1)
-    planned = plan(SkippedAttention(0), SkippedAttention(2, adapter), StaticExit(1))
+    companion = torch.linspace(-1, 1, adapter.hidden_size)
+    planned = Plan([StaticExit(1)], skips=[SkippedAttention(0), SkippedAttention(2, adapter)], companion=companion)
     inputs = family_inputs("llava", [1, 0], 2)
     expected = generate(optimize(shared_family("llava"), planned, compile=False), inputs)
     options = {"cache_implementation": "static"} if cache == "static" else {}

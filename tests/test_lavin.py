@@ -3,8 +3,9 @@
 data/lavin.npz holds what the authors' code (luogen1996/LaVIN; for "eas.features", LaVIN-EAS of DoubtedSteam/EAS; run
 aside on a CPU in float32, its calls of half() taken out) gives for the weights of tests/tiny_lavin.py: visual tokens of
 two images, one by one ("features") and together ("features_batch"); for the prompts of `GOLDEN`, router weights, and
-logits of the prompt and behind each of the tokens `NEXT`, in one go ("prefill") and step by step ("decode").
-data/eas_lavin.npz holds LaVIN-EAS's decoder, in float64.
+logits of the prompt and behind each of the tokens `NEXT`, in one go ("prefill") and step by step ("decode"); of
+LaVIN-EAS, step by step ("eas.image.decode"), with the pooled vectors of the prompt, as after their folding, where their
+unfolded code takes those of each new token. data/eas_lavin.npz holds LaVIN-EAS's decoder, in float64.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 from argparse import Namespace
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -52,13 +54,13 @@ def loaded(eas: bool = False) -> tuple[Any, Any]:
 
 @functools.cache
 def adapters(eas: bool = False) -> Plan:
-    return Plan.from_eas_checkpoint(weights(eas=True), SKIP) if eas else lavin_plan(*loaded())
+    return lavin_plan(*loaded(eas), skip=SKIP if eas else ())
 
 
 @functools.cache
-def traced() -> Any:
+def traced(eas: bool = False) -> Any:
     """What is traced is shared by all plans."""
-    return optimize(loaded()[0], Plan(), compile=False)
+    return optimize(loaded(eas)[0], Plan(), compile=False)
 
 
 def logits(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -157,17 +159,42 @@ def test_meta_llama_and_eas_blocks_are_the_authors(tmp_path: Path) -> None:
         assert_close(output, whole[:, 1:], 1e-10)
 
 
-def test_lavin_eas_without_the_modality_token_is_near_the_authors(tmp_path: Path) -> None:
-    """What differs: the pools' means are of 14 tokens here, and of 15 there."""
+def test_lavin_eas_is_the_authors(tmp_path: Path) -> None:
+    """The whole decoder, with the modality token as companion token: 1e-10 of what the authors' code gives."""
     data = golden("eas_lavin")
-    own = {key[2:]: tensor.float() for key, tensor in data.items() if key.startswith("w.")}
+    own = {key[2:]: tensor.double() for key, tensor in data.items() if key.startswith("w.")}
     base = {key: tensor for key, tensor in own.items() if "adapter" not in key}
-    model = load_meta_llama(write_meta_llama(tmp_path / "7B", base, shards=1))
-    plan = Plan.from_eas_checkpoint(own, data["skip_layers"].tolist())
-    ours = Oracle(model, plan).forward(data["h_prefill"][:, 1:].float()).logits[:, -1]
-    expected = data["logits.f64"][0].float()
-    off = float((ours - expected).abs().max() / expected.abs().max())
-    assert 1e-4 < off < 0.1
+    model = to_float64(load_meta_llama(write_meta_llama(tmp_path / "7B", base, shards=1)))
+    prompt = data["h_prefill"].double()
+    plan = replace(Plan.from_eas_checkpoint(own, data["skip_layers"].tolist()), companion=prompt[0, 0])
+    output = Oracle(model, plan).forward(prompt[:, 1:])
+    assert_close(output.logits[:, -1], data["logits.f64"][0], 1e-10)
+    known = output.cache.rows[0].statistics
+    assert_close(torch.stack([known[layer].weights for layer in range(4)]), data["cache_weights.f64"], 1e-10)
+    pooled: list[Any] = [known[layer].pooled for layer in data["skip_layers"].tolist()]
+    assert_close(torch.stack(pooled).flatten(), data["cache_x_prefill.f64"].flatten(), 1e-10)
+    fast = optimize(model, plan, compile=False)
+    assert_close(logits(fast, {"inputs_embeds": prompt[:, 1:]})[:, -1], data["logits.f64"][0], 1e-10)
+    without = logits(optimize(fast, replace(plan, companion=None)), {"inputs_embeds": prompt[:, 1:]})[:, -1]
+    assert float((without - data["logits.f64"][0]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.shows("skips", "lavin")
+def test_lavin_eas_of_a_checkpoint_is_the_authors(name: str) -> None:
+    """Image, prompt and decode steps, through optimize()."""
+    model, checkpoint = loaded(eas=True)
+    plan = lavin_plan(model, checkpoint, skip=SKIP, image=name == "image")
+    fast, given = optimize(traced(eas=True), plan), inputs(GOLDEN[name])
+    expected, length = golden("lavin")[f"eas.{name}.decode"], given["input_ids"].shape[1]
+    with torch.no_grad():
+        output = fast(**given, use_cache=True)
+        steps = [output.logits[:, -1]]
+        for step, token in enumerate(NEXT.split(1, dim=1)):
+            positions = torch.tensor([[length + step - 1]])  # as in their decode
+            output = fast(input_ids=token, position_ids=positions, **{cache_name(fast): cache_of(output)})
+            steps.append(output.logits[:, -1])
+    assert_relative(torch.cat(steps), expected)
 
 
 def test_what_is_no_llama_of_metas_is_refused(tmp_path: Path) -> None:
@@ -214,7 +241,7 @@ EXITS: dict[str, tuple[int, list[GateExit | StaticExit]]] = {
 def test_optimized_model_gives_the_oracles_numbers_and_tokens(eas: bool, exits: str) -> None:
     layer, candidates = EXITS[exits]
     model = loaded()[0]  # the visual tokens of LaVIN-EAS would be others, but as many
-    plan = Plan(exits=candidates, skips=adapters(eas).skips, adapters=adapters(eas).adapters)
+    plan = replace(adapters(eas), exits=candidates)
     given = inputs(*PROMPTS)
     fast, oracle = optimize(traced(), plan), Oracle(model, plan)
     embeds, visual = embed(model, given["input_ids"], given["pixel_values"])
@@ -259,8 +286,10 @@ def test_plans_have_the_routers_of_the_modality_token() -> None:
         answer = w[f"{router}weight"] @ normed + w[f"{router}bias"]
         assert_close(torch.tensor(first.weights), torch.softmax(answer / 10, -1))
     assert plans[0].adapters[0].adapter.router != plans[1].adapters[0].adapter.router
-    with pytest.raises(InputError, match=r"of LaVIN-EAS: use vte_compile.Plan.from_eas_checkpoint"):
+    with pytest.raises(InputError, match="of LaVIN-EAS: pass skip"):
         lavin_plan(*loaded(eas=True))
+    with pytest.raises(InputError, match="of LaVIN, which skips no attention: leave skip out"):
+        lavin_plan(*loaded(), skip=SKIP)
 
 
 def test_settings_of_the_file_count(tmp_path: Path) -> None:

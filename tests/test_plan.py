@@ -213,12 +213,12 @@ def setter(path: str, value: object) -> Callable[[Any], object]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema_version", 4, "schema_version: 4 is newer than 3, .* upgrade vte-compile"),
-        ("schema_version", 10**4000, "schema_version: 1000.* is newer than 3"),
-        ("schema_version", 0, "schema_version: there is no schema 0; expected 1 to 3"),
+        ("schema_version", 5, "schema_version: 5 is newer than 4, .* upgrade vte-compile"),
+        ("schema_version", 10**4000, "schema_version: 1000.* is newer than 4"),
+        ("schema_version", 0, "schema_version: there is no schema 0; expected 1 to 4"),
         ("schema_version", True, "schema_version: expected an integer, got a boolean"),
         ("schema_version", "1", "schema_version: expected an integer, got a string"),
-        ("more", [], "'more': unknown field; schema version 3 does not have it here"),
+        ("more", [], "'more': unknown field; schema version 4 does not have it here"),
         ("schema_version", 1, "'adapters': unknown field; schema version 1 does not have it here"),
         ("tensors_sha256", "12", "tensors_sha256: expected 64 hexadecimal digits, got '12'"),
         ("tensors_sha256", None, "tensors_sha256: expected a string, got null"),

@@ -178,7 +178,7 @@ def test_files_of_version_2_are_read(tmp_path: Path) -> None:
 
     def older(root: Any) -> None:
         root["schema_version"] = 2
-        del root["co_attention"]
+        del root["co_attention"], root["companion"]
 
     edit(tmp_path, older)
     assert Plan.from_pretrained(tmp_path).describe() == plan.describe()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def full_plan() -> Plan:
         [gate(1)],
         skips=[skip(3, width=4, dtype=torch.bfloat16), SkippedAttention(2), skip(0, router=static)],
         adapters=[kept(5, router=static), kept(1)],
+        companion=torch.linspace(-1, 1, C),
     )
 
 
@@ -59,6 +61,9 @@ def assert_same(mine: Plan, theirs: Plan) -> None:
     assert mine.describe() == theirs.describe()
     for left, right in zip([*mine.skips, *mine.adapters], [*theirs.skips, *theirs.adapters], strict=True):
         assert_same_adapter(left.adapter, right.adapter)
+    assert (mine.companion is None) == (theirs.companion is None)
+    if mine.companion is not None and theirs.companion is not None:
+        assert torch.equal(mine.companion, theirs.companion)
 
 
 # Construction
@@ -151,12 +156,24 @@ def test_round_trip(tmp_path: Path) -> None:
     assert_same(Plan.from_pretrained(tmp_path), full_plan())
 
 
+def test_files_of_version_3_are_read(tmp_path: Path) -> None:
+    plan = replace(full_plan(), companion=None)
+    plan.save_pretrained(tmp_path)
+
+    def older(root: Any) -> None:
+        root["schema_version"] = 3
+        assert root.pop("companion") is None
+
+    edit(tmp_path, older)
+    assert_same(Plan.from_pretrained(tmp_path), plan)
+
+
 def test_files_of_version_1_are_read(tmp_path: Path) -> None:
     Plan([gate(1), StaticExit(2)]).save_pretrained(tmp_path)
 
     def older(root: Any) -> None:
         root["schema_version"] = 1
-        del root["skips"], root["adapters"], root["co_attention"]
+        del root["skips"], root["adapters"], root["co_attention"], root["companion"]
 
     edit(tmp_path, older)
     plan = Plan.from_pretrained(tmp_path)
@@ -177,6 +194,10 @@ PIA_3, PLAIN_1 = "skips/2/adapter", "adapters/0/adapter"
     ("path", "value", "message"),
     [
         ("skips", None, "skips: expected a list, got null"),
+        ("companion", [], "companion: expected an object or null, got a list"),
+        ("companion/extra", 1, "companion.'extra': unknown field"),
+        ("companion/tensors/embedding", "x", "companion.tensors.embedding: vte_plan.safetensors has no tensor 'x'"),
+        ("schema_version", 3, "'companion': unknown field; schema version 3 does not have it here"),
         ("skips/0", 1, r"skips\[0\]: expected an object, got an integer"),
         ("skips/0/extra", 1, r"skips\[0\].'extra': unknown field"),
         ("skips/0/layer", "0", r"skips\[0\].layer: expected an integer, got a string"),
@@ -271,7 +292,7 @@ def test_altered_files_never_raise_anything_else(data: st.DataObject) -> None:
 
 def test_file_says_what_it_holds(saved: Path) -> None:
     root = json.loads((saved / "vte_plan.json").read_text())
-    assert root["schema_version"] == 3
+    assert root["schema_version"] == 4
     assert [entry["layer"] for entry in root["skips"]] == [0, 2, 3]
     assert root["skips"][1]["adapter"] is None
     assert root["skips"][0]["adapter"]["router"] == {"kind": "static", "weights": [0.25, 0.75]}

@@ -372,6 +372,8 @@ def _plan_table(plan: Plan) -> Table | str:
     for row in rows:
         threshold = "" if row["threshold"] is None else f"{row['threshold']:g}"
         table.add_row(str(row["layer"]), row["kind"], threshold, "" if row["width"] is None else str(row["width"]))
+    if plan.companion is not None:
+        table.caption = "A companion token goes along with each prompt."
     return table
 
 

@@ -18,7 +18,8 @@ What is counted:
   biases of gate and up: [2 F, D] by [D] for each expert (once for both where the router is static).
 
 Not counted: norms, rotations, activations, softmax, means, adding biases, blending the weights of two folded experts,
-the token embedding (no matrix products, or under a percent), and everything before the decoder, which no plan changes.
+the token embedding, a companion token (no matrix products, or under a percent), and everything before the decoder,
+which no plan changes.
 """
 
 from __future__ import annotations

@@ -8,13 +8,14 @@ made precise where the authors' code is not: any number of images at any place, 
 Words used here: a *chunk* is what one forward call brings, T new tokens per row (prefill, a later turn, or one decode
 token). Padding is never a token. *Question tokens* are the text tokens after the last visual token of the chunk. A
 row's *prompt* is its first chunk with a token: what adapters know of it, they keep for all later chunks.
+A plan's *companion token* goes along with a prompt: it runs beside it, layer by layer, as a sequence of its own.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -114,6 +115,7 @@ class RowRun:
     statistics: dict[int, PromptStatistics]  # by layer, of the row's prompt
     blocks: Tensor  # int64 [n], tokens of one attend to each other in both directions; -1: as text
     deepstack: Sequence[Tensor] = ()  # [visual tokens, C], added to them behind layers 0, 1 ..
+    companion: Tensor | None = None  # [1, 1, C], beside the tokens of a prompt
     exit_layer: int = -1
     lens: list[int] = field(default_factory=list)
     features: dict[int, Tensor] = field(default_factory=dict)
@@ -231,6 +233,7 @@ class Oracle:
                 dict(past.statistics),
                 blocks,
                 features[b],
+                self._companion(past, embeds),
             )
             rows.append(self._run_row(run, past))
             runs.append(run)
@@ -302,6 +305,11 @@ class Oracle:
             )
         return rows_of(visual, deepstack)
 
+    def _companion(self, past: RowCache, embeds: Tensor) -> Tensor | None:
+        """What goes along with the first chunk of a row."""
+        embedding = self.plan.companion
+        return None if embedding is None or past.next_position else embedding.to(embeds)[None, None]
+
     def _positions(self, positions: Tensor) -> Tensor:
         """A row's positions [n] or [3, n] as the rotary embedding takes them: [1, n], or [3, 1, n]."""
         lead = (self.position_rows, 1) if self.position_rows > 1 else (1,)
@@ -346,6 +354,8 @@ class Oracle:
             cache.update(*past, index)  # copies: `past` stays as it is
             past_length = past[0].shape[-2]
         length = run.hidden.shape[1]
+        if run.companion is not None:
+            self._accompany(index, block, run)
         run.hidden, statistics = block(
             run.hidden,
             run.statistics.get(index),
@@ -367,6 +377,24 @@ class Oracle:
                 "is gradient checkpointing on, or does the layer share another layer's KV?"
             )
         return keys, values
+
+    def _accompany(self, index: int, block: Block, run: RowRun) -> None:
+        """Apply a layer to the companion of a prompt, a sequence of its own, in which the adapter knows the prompt."""
+        assert run.companion is not None
+        tokens = torch.ones_like(run.hidden[..., 0], dtype=torch.bool)
+        known = block.statistics(run.hidden, tokens, run.companion)
+        if known is not None:
+            run.statistics[index] = known
+        # Any position will do: what attends to itself alone does not depend on it.
+        alone = replace(run, hidden=run.companion, positions=run.positions[..., :1])
+        run.companion, _ = block(
+            run.companion,
+            known,
+            attention_mask=None,
+            position_ids=alone.positions,
+            position_embeddings=self._rotary(index, alone),
+            use_cache=False,
+        )
 
     def _check_cache(self, past: RowCache) -> None:
         """Refuse the cache of another plan: a row that has tokens, but not in the layers that attend here."""

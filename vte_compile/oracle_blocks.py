@@ -8,7 +8,8 @@ The forms are those of EAS (arXiv 2403.15226) for pre-norm blocks, literally::
 
 Every block takes one row: x [1, n, C], the statistics of the row's prompt in this layer (None: x is the prompt), and
 the arguments of its attention. It returns its output [1, n, C] and the statistics. With given statistics, a row for
-each, it takes several rows; `statistics()` makes them, where a row holds more than its prompt.
+each, it takes several rows; `statistics()` makes them, where a row holds more than its prompt, or a companion token
+goes along with it: a mean that a PIA pools counts that as one token more.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vte_compile.adapters import PIA, PlainAdapter, apply_pia, apply_plain, pool, route
 from vte_compile.errors import UnsupportedModelError
@@ -46,7 +49,7 @@ class OwnBlock:
         output = self._layer(x, **attention)
         return (output[0] if isinstance(output, tuple) else output), None
 
-    def statistics(self, x: Tensor, prompt_mask: Tensor) -> None:
+    def statistics(self, x: Tensor, prompt_mask: Tensor, companion: Tensor | None = None) -> None:
         """There is no adapter that needs any."""
 
 
@@ -70,8 +73,8 @@ class KeptBlock:
         attended: Tensor = x + self._parts.attention(hidden_states=normed, **attention)[0]
         return attended + _tensor(self._parts.mlp(self._parts.post_norm(attended))), known
 
-    def statistics(self, x: Tensor, prompt_mask: Tensor) -> PromptStatistics | None:
-        """Of rows [B, T, C] whose prompts are the tokens of the mask [B, T]."""
+    def statistics(self, x: Tensor, prompt_mask: Tensor, companion: Tensor | None = None) -> PromptStatistics | None:
+        """Of rows [B, T, C] whose prompts are the tokens of the mask [B, T]; a companion changes nothing here."""
         return self._of(self._parts.input_norm(x), prompt_mask)
 
     def _of(self, normed: Tensor, prompt_mask: Tensor | None = None) -> PromptStatistics | None:
@@ -100,16 +103,22 @@ class SkippedBlock:
         adapted = self._gain * apply_pia(self.adapter, normed, known.weights, known.pooled)
         return x + _tensor(self._parts.mlp(adapted.to(x.dtype))), known
 
-    def statistics(self, x: Tensor, prompt_mask: Tensor) -> PromptStatistics | None:
-        """Of rows [B, T, C] whose prompts are the tokens of the mask [B, T]."""
-        return self._of(self._parts.input_norm(x), prompt_mask)
+    def statistics(self, x: Tensor, prompt_mask: Tensor, companion: Tensor | None = None) -> PromptStatistics | None:
+        """Of rows [B, T, C] whose prompts are the tokens of the mask [B, T], and their companions [B, 1, C]."""
+        return self._of(
+            self._parts.input_norm(x), prompt_mask, None if companion is None else self._parts.input_norm(companion)
+        )
 
-    def _of(self, normed: Tensor, prompt_mask: Tensor | None = None) -> PromptStatistics | None:
+    def _of(
+        self, normed: Tensor, prompt_mask: Tensor | None = None, companion: Tensor | None = None
+    ) -> PromptStatistics | None:
         if self.adapter is None:
             return None
-        return PromptStatistics(
-            route(self.adapter.router, normed, prompt_mask), pool(self.adapter, normed, prompt_mask)
-        )
+        weights = route(self.adapter.router, normed, prompt_mask)
+        if companion is not None and prompt_mask is not None:
+            normed = torch.cat([companion, normed], 1)
+            prompt_mask = F.pad(prompt_mask, (1, 0), value=True)
+        return PromptStatistics(weights, pool(self.adapter, normed, prompt_mask))
 
 
 Block = OwnBlock | KeptBlock | SkippedBlock

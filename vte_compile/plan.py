@@ -157,6 +157,9 @@ class Plan:
             and none on a skipped layer.
         co_attention: what to do to the co-attention layers of a model that has them and no decoder (BridgeTower); in
             any order; kept as a tuple, the text side's first, each side sorted by level. At most one per layer.
+        companion: [C], the embedding of a token that goes along with each prompt (LaVIN-EAS's "modality" token): it
+            attends to itself, no other token attends to it, and nothing of it is cached. The means that PIAs pool count
+            it as one token more; those of routers do not.
 
     Raises:
         PlanError: parts contradict each other or the fingerprint; the message names the part by its sorted index.
@@ -167,6 +170,7 @@ class Plan:
     skips: Sequence[SkippedAttention] = ()
     adapters: Sequence[KeptAdapter] = ()
     co_attention: Sequence[CoAttention] = ()
+    companion: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exits", _sorted_parts("exits", self.exits, GateExit, StaticExit))
@@ -175,6 +179,11 @@ class Plan:
         object.__setattr__(self, "co_attention", _sorted_parts("co_attention", self.co_attention, CoAttention))
         if self.fingerprint is not None and not isinstance(self.fingerprint, Fingerprint):
             raise PlanError(f"fingerprint: expected a Fingerprint or None, got {type(self.fingerprint).__name__}")
+        if self.companion is not None:
+            object.__setattr__(self, "companion", float_tensor("companion", self.companion, 1))
+            check_values("companion", self.companion)
+            if not any(skip.adapter is not None for skip in self.skips):
+                raise PlanError("companion: nothing reads it: no skipped attention has an adapter; leave it out")
         for index, (below, exit_) in enumerate(pairwise(self.exits), 1):
             if isinstance(below, StaticExit):
                 raise PlanError(
@@ -207,7 +216,8 @@ class Plan:
             for name, adapter in part.adapters()
         }
         parts: dict[str, GateExit | Adapter] = {**gates, **pias, **plain, **co_attention}
-        return {name: part.hidden_size for name, part in parts.items()}
+        companion = {} if self.companion is None else {"companion": len(self.companion)}
+        return {name: part.hidden_size for name, part in parts.items()} | companion
 
     def _check_sizes(self, num_layers: int, hidden_size: int, error: type[PlanError]) -> None:
         for field in ("exits", "skips", "adapters"):
@@ -379,8 +389,8 @@ class Plan:
 
         The checkpoint says neither which attentions are skipped, nor the temperature and scale: these are arguments.
         The number of groups follows from the shapes. Assumed is the method of the paper on a model of transformers:
-        means over all prompt tokens (LaVIN's extra "modality" token does not exist there), and decode with the
-        prompt's router weights and pooled vectors.
+        means over all prompt tokens, and decode with the prompt's router weights and pooled vectors. (LaVIN-EAS's
+        "modality" token is another for prompts with and without an image: families.lavin.lavin_plan() adds it.)
 
         METER-EAS: of L levels, attentions 0 to L - 1 are the text side's self attentions by level, the next L its cross
         attentions, then the image side's self and cross attentions. Skipped ones get ``adapter_self_attn`` or
@@ -409,8 +419,9 @@ class Plan:
 
     def __repr__(self) -> str:
         made_for = "any model" if self.fingerprint is None else self.fingerprint.model_type
-        parts = [*self.exits, *self.skips, *self.adapters, *self.co_attention]
-        return f"Plan({', '.join(map(repr, parts)) or 'no exits'}; for {made_for})"
+        parts = [repr(part) for part in (*self.exits, *self.skips, *self.adapters, *self.co_attention)]
+        parts += [] if self.companion is None else ["a companion token"]
+        return f"Plan({', '.join(parts) or 'no exits'}; for {made_for})"
 
 
 def _sorted_parts(field: str, parts: object, *types: type) -> tuple[Any, ...]:

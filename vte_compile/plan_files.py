@@ -1,6 +1,6 @@
 """How a plan is stored: vte_plan.json says everything but the numbers, vte_plan.safetensors holds the weights.
 
-The JSON, schema version 3::
+The JSON, schema version 4::
 
     {"schema_version": 3,
      "tensors_sha256": SHA-256 of vte_plan.safetensors, hexadecimal,
@@ -11,13 +11,14 @@ The JSON, schema version 3::
      "skips": [{"layer", "adapter": null or an adapter}, ...],
      "adapters": [{"layer", "adapter": an adapter}, ...],
      "co_attention": [{"side": "text" or "image", "level", "skip_self": boolean, "skip_cross": boolean, "self_adapter",
-                       "cross_adapter", "ffn_adapter": each null or an adapter}, ...]}
+                       "cross_adapter", "ffn_adapter": each null or an adapter}, ...],
+     "companion": null, or {"tensors": {"embedding": tensor name}}}
 
     an adapter: {"width", "groups", "scale", "router", "tensors": {"down.weight": tensor name, "down.bias", ...}}
     a router: {"kind": "prompt", "temperature"}, its weights being the adapter's tensors "router.weight" and, where it
               has one, "router.bias"; or {"kind": "static", "weights": [w0, w1]}
 
-Version 1 has no skips and adapters, version 2 no co_attention; both are still read.
+Version 1 has no skips and adapters, version 2 no co_attention, version 3 no companion; all are still read.
 
 Plans come from strangers, so a reader accepts exactly this: an unknown, missing or ill-typed field is an error that
 names it, the files' names are fixed, and nothing is unpickled.
@@ -46,7 +47,7 @@ from vte_compile.plan import Exit, GateExit, KeptAdapter, Plan, SkippedAttention
 from vte_compile.plan_co_attention import CoAttention
 from vte_compile.plan_fields import located
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 JSON_NAME = "vte_plan.json"
 TENSORS_NAME = "vte_plan.safetensors"
 AdapterT = TypeVar("AdapterT", bound=Adapter)
@@ -75,6 +76,9 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
         for kept in plan.adapters
     ]
     co_attention = [_co_attention_to_json(part, tensors) for part in plan.co_attention]
+    companion = None
+    if plan.companion is not None:
+        companion = {"tensors": _put_tensors({"embedding": plan.companion}, "companion", tensors)}
     tensor_bytes = safetensors.torch.save(tensors)
     described = {
         "schema_version": SCHEMA_VERSION,
@@ -84,6 +88,7 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> None:
         "skips": skips,
         "adapters": adapters,
         "co_attention": co_attention,
+        "companion": companion,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / TENSORS_NAME, tensor_bytes)
@@ -117,6 +122,7 @@ def load_plan(folder_or_hub_id: str | os.PathLike[str], revision: str | None) ->
         described |= {name: root.take(name, list) for name in ("skips", "adapters")}
     if version >= 3:
         described["co_attention"] = root.take("co_attention", list)
+    companion = root.take("companion", dict, type(None)) if version >= 4 else None
     root.done(version)
     tensors = _load_tensors(_read(folder, TENSORS_NAME), sha256)
     readers: dict[str, Callable[[object, str, dict[str, Tensor]], Any]] = {
@@ -137,11 +143,16 @@ def load_plan(folder_or_hub_id: str | os.PathLike[str], revision: str | None) ->
                     f"{_where(parts[name][index])} is not above {_where(parts[name][index - 1])}, the {field} of "
                     f"{name}[{index - 1}]",
                 )
+    embedding = None
+    if companion is not None:
+        fields = _Object(companion, "companion")
+        embedding = _take_tensors(fields, "companion", ("embedding",), tensors)["embedding"]
+        fields.done()
     if tensors:  # named ones have been taken out
         raise PlanError(f"{TENSORS_NAME}: {JSON_NAME} names no tensor {short_repr(min(tensors))}")
     made_for = None if fingerprint is None else _fingerprint_from_json(fingerprint)
     with located(JSON_NAME, ": "):
-        return Plan(fingerprint=made_for, **parts)
+        return Plan(fingerprint=made_for, companion=embedding, **parts)
 
 
 def _where(part: Any) -> str:

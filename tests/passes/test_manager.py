@@ -68,6 +68,7 @@ def test_the_order_of_the_passes():
         "insert_exits",
         "last_layer_queries",
         "last_token_logits",
+        "companion_token",
         "fuse_rotary",
         "fuse_attention",
         "attention_layout",

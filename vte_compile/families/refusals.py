@@ -13,6 +13,7 @@ from vte_compile.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from vte_compile.families.decoder import DecoderSpec
+    from vte_compile.plan import Plan
 
 # Of layers: how state-space models call the matrix of their recurrence, GPT-OSS its sinks, and others what attends to
 # another sequence.
@@ -88,4 +89,17 @@ def refuse_more_than_causal(spec: DecoderSpec) -> None:
         raise UnsupportedModelError(
             f"{type(spec.decoder).__name__} takes {', '.join(spec.token_inputs)} besides embeddings and positions: "
             "only vte_compile.optimize() and backend='vte' give that so far."
+        )
+
+
+def refuse_companion(name: str, plan: Plan) -> None:
+    """Refuse, where prompts run without it, a plan with a companion token.
+
+    Raises:
+        UnsupportedModelError: It has one; the message calls the plan by `name`.
+    """
+    if plan.companion is not None:
+        raise UnsupportedModelError(
+            f"{name}: has a companion token (LaVIN-EAS), which goes along with prompts in vte_compile.optimize() and "
+            "backend='vte' only so far."
         )

@@ -14,7 +14,7 @@ from vte_compile.capture import DecoderGraph, capture
 from vte_compile.chunk_capture import capture_chunk
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec
-from vte_compile.families.refusals import refuse_more_than_causal
+from vte_compile.families.refusals import refuse_companion, refuse_more_than_causal
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.passes import PASSES, PassResult, PassSettings, run_passes
 from vte_compile.passes.lower_piecewise import PiecewiseGraph, lower_piecewise
@@ -58,7 +58,7 @@ class DecoderRunner(RowRunner):
         self.folded = FoldedWeights() if folded is None else folded
         adapters = [part.adapter for parts in (plan.adapters, plan.skips) for part in parts if part.adapter is not None]
         routed = any(isinstance(adapter.router, Router) for adapter in adapters)
-        super().__init__(bool(plan.exits), routed, decodes_one_row_apart=True, position_rows=spec.position_rows)
+        super().__init__(bool(plan.exits), routed, True, spec.position_rows, plan.companion)
         self._captures: dict[tuple[Any, ...], DecoderGraph] = {}
         self._graphs: dict[tuple[_Key, bool], tuple[PiecewiseGraph, list[PassResult]]] = {}
         """By key, and whether attentions are fused."""
@@ -114,9 +114,11 @@ class DecoderRunner(RowRunner):
 
         Raises:
             CaptureError: The decoder could not be traced or rewritten.
-            UnsupportedModelError: It takes more than embeddings and positions, which engines do not.
+            UnsupportedModelError: It takes more than embeddings and positions, or a companion token goes along with
+                prompts, which engines do not know.
         """
         refuse_more_than_causal(self.spec)
+        refuse_companion("plan", self.plan)
         one_prompt = not self.routed and phase != "chunk"
         return self._lowered((phase, batched, True, one_prompt, self.spec.dtype, self.spec.device), False)[0]
 

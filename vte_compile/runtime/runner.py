@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vte_compile.errors import InputError
 from vte_compile.runtime.cache import RowKV, RowsCache
+from vte_compile.runtime.companion import with_companion, without_companion
 from vte_compile.runtime.prompt_state import PromptState
 from vte_compile.runtime.prompt_value import PromptValue
 from vte_compile.runtime.steps import Phase, StepProgram
@@ -53,11 +54,20 @@ class RowRunner:
         routed: Whether what adapters do depends on the prompt.
         decodes_one_row_apart: Whether there is a decode program for one row alone, without masks.
         position_rows: How many numbers make a token's position.
+        companion: [C], what goes along with each prompt, if anything; then prompts run row by row.
     """
 
-    def __init__(self, may_exit: bool, routed: bool, decodes_one_row_apart: bool, position_rows: int) -> None:
+    def __init__(
+        self,
+        may_exit: bool,
+        routed: bool,
+        decodes_one_row_apart: bool,
+        position_rows: int,
+        companion: Tensor | None = None,
+    ) -> None:
         self.may_exit, self.routed, self._one_row_apart = may_exit, routed, decodes_one_row_apart
         self._position_rows = position_rows
+        self._companion = companion
 
     def program(
         self, phase: Phase, *, batched: bool = False, last: bool = True, one_prompt: bool = True
@@ -180,7 +190,8 @@ class RowRunner:
         """Prefill, and what adapters will want to know of it; and what rows' keys are views of, if it is a cache."""
         # Beams and multiple samples start as copies of one prompt, one behind the other.
         copies = [a is not None and b is not None and _equal(a, b) for a, b in pairwise(inputs)]
-        if not all(copies) and (packed := self.packed_program(last)) is not None:
+        packed = self.packed_program(last) if self._companion is None and not all(copies) else None
+        if packed is not None:
             first = [
                 row for row, copied in zip(inputs, [False, *copies], strict=True) if row is not None and not copied
             ]
@@ -192,7 +203,7 @@ class RowRunner:
         rows: list[_RowOutput | None] = []
         for row, copied in zip(inputs, [False, *copies], strict=True):
             assert row is not None
-            rows.append(rows[-1] if copied else self._row(program, row, []))
+            rows.append(rows[-1] if copied else self._prompt(program, row))
         if program.prompt_state:
             states = [row.prompt_state for row in rows if row is not None]
             cache.prompt_state = PromptState.of_rows(program.prompt_state, states, one_prompt)
@@ -244,6 +255,13 @@ class RowRunner:
             known = [] if state is None else state.select(torch.tensor([b])).values
             rows.append(self._row(program, row, [*past, *known]))
         return rows
+
+    def _prompt(self, program: StepProgram, row: _RowInput) -> _RowOutput:
+        if self._companion is None:
+            return self._row(program, row, [])
+        output = self._row(program, with_companion(row, self._companion), [])
+        output.logits, output.kept = without_companion(output.logits, output.kept)
+        return output
 
     def _row(self, program: StepProgram, row: _RowInput, past: list[Tensor]) -> _RowOutput:
         embeds, visual_mask, positions, *more = row

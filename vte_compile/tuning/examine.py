@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vte_compile.errors import InputError
 from vte_compile.families.decoder import describe
-from vte_compile.families.refusals import refuse_more_than_causal
+from vte_compile.families.refusals import refuse_companion, refuse_more_than_causal
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
 from vte_compile.oracle_blocks import Block, OwnBlock
@@ -102,6 +102,7 @@ class Examiner:
         base = base or Plan()
         if base.exits:
             raise InputError("base: has exits, which are what is to be found: pass a plan of skips and adapters only.")
+        refuse_companion("base", base)
         oracle = Oracle(model, base)  # for its checks
         self.layers, self.decoder, self.lm_head = oracle.layers, oracle.decoder, oracle.lm_head
         self._blocks = oracle.blocks

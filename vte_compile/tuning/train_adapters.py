@@ -31,6 +31,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from vte_compile.adapters import PIA, PlainAdapter
 from vte_compile.errors import InputError
+from vte_compile.families.refusals import refuse_companion
 from vte_compile.plan import Plan
 from vte_compile.plan_files import write_atomically
 from vte_compile.tuning.adapted_model import AdaptedModel, frozen
@@ -120,12 +121,13 @@ def train_adapters(
         InputError: A sample or an argument cannot be used, a loss is not finite, or the folder is of another training;
             or accelerate is missing.
         PlanError: The plan is for another model.
-        UnsupportedModelError: An attention of the model cannot be skipped.
+        UnsupportedModelError: An attention of the model cannot be skipped, or the plan has a companion token.
     """
     settings = settings or TrainingSettings()
     _require_accelerate()
     if plan.exits or not plan.skips:
         raise InputError("plan: expected one that skips attentions, and has no exits.")
+    refuse_companion("plan", plan)
     plan.check(model)
     examiner = Examiner(model)
     answered = _read(examiner, samples, processor, max_new_tokens)

@@ -5,13 +5,14 @@ token. CLIP and LLaMA themselves come from elsewhere.
 
 The modality token stands in front of each prompt, one embedding for prompts with an image and one for those without. It
 attends to itself, and no other token attends to it. LaVIN's routers read nothing but it, so what they say in each layer
-depends on which of the two it is, and is computed here once.
+depends on which of the two it is, and is computed here once. LaVIN-EAS's read the prompt, and it is in the means that
+stand in for skipped attentions: there it is the plan's companion token.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,35 +134,43 @@ def load_lavin(
 
 @torch.no_grad()
 def lavin_plan(
-    model: LavinForConditionalGeneration, checkpoint: LavinCheckpoint | str | Path, *, image: bool = True
+    model: LavinForConditionalGeneration,
+    checkpoint: LavinCheckpoint | str | Path,
+    *,
+    image: bool = True,
+    skip: Iterable[int] = (),
 ) -> Plan:
-    """LaVIN's adapters of LLaMA, for prompts with an image, or for those without.
+    """LaVIN's or LaVIN-EAS's adapters of LLaMA, for prompts with an image, or for those without.
 
-    The routers are static in the plan, so optimize() folds the adapters into LLaMA's weights.
+    LaVIN's routers are static in the plan, so optimize() folds the adapters into LLaMA's weights. LaVIN-EAS's plans
+    have the modality token as companion token, which is all that differs between prompts with an image and without.
 
     Args:
         model: From :func:`load_lavin`: the modality token goes through its layers.
         checkpoint: A file of LaVIN's adapters, or what was read from it.
         image: Whether prompts have an image.
+        skip: The layers whose attentions LaVIN-EAS was trained to skip.
 
     Raises:
-        InputError: The checkpoint is LaVIN-EAS's, or of another hidden size.
+        InputError: LaVIN-EAS without `skip`, or LaVIN with it; a modality token of another hidden size.
         PlanError: Half an adapter, or one of another form.
     """
     if not isinstance(checkpoint, LavinCheckpoint):
         checkpoint = read_lavin_checkpoint(checkpoint)
-    if checkpoint.is_eas:
-        raise InputError(
-            f"{checkpoint.path}: of LaVIN-EAS: use vte_compile.Plan.from_eas_checkpoint(checkpoint.state_dict, "
-            "skip=...), with the layers that it was trained to skip"
-        )
+    skip = sorted(skip)
+    if checkpoint.is_eas and not skip:
+        raise InputError(f"{checkpoint.path}: of LaVIN-EAS: pass skip, the layers that it was trained to skip")
+    if skip and not checkpoint.is_eas:
+        raise InputError(f"{checkpoint.path}: of LaVIN, which skips no attention: leave skip out")
     decoder: Any = model.model.language_model
     token = checkpoint.state_dict[_MODALITIES]
     size = decoder.config.hidden_size
     if list(token.shape) != [2, size]:
         raise InputError(f"{checkpoint.path}: {_MODALITIES}: expected shape {[2, size]}, got {list(token.shape)}")
-    read = Plan.from_eas_checkpoint(checkpoint.state_dict, [], checkpoint.temperature, checkpoint.scale)
+    read = Plan.from_eas_checkpoint(checkpoint.state_dict, skip, checkpoint.temperature, checkpoint.scale)
     read.check(model)
+    if checkpoint.is_eas:
+        return replace(read, companion=token[int(image)].clone())
     hidden = token[int(image)].to(decoder.device, decoder.dtype)[None, None]
     at_zero = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
     rotation = decoder.rotary_emb(hidden, at_zero)
