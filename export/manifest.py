@@ -17,8 +17,9 @@ from vte_compile.runtime.prompt_value import PromptValue
 
 MANIFEST = "manifest.json"
 FORMAT = "vte_compile engine"
-SCHEMA_VERSION = 3
-"""2: the attentions of decode steps are steps of their own. 3: positions may be multimodal."""
+SCHEMA_VERSION = 4
+"""2: the attentions of decode steps are steps of their own. 3: positions may be multimodal. 4: an ONNX engine may
+need an ONNX Runtime of some age."""
 _REMEDY = "export the model again, or copy the whole folder again"
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from vte_compile.errors import CaptureError
 from vte_compile.export.onnx_glue import gate_function
 from vte_compile.export.onnx_graph import OnnxGraph
 from vte_compile.export.onnx_manifest import CacheFacts, PromptFacts
-from vte_compile.export.onnx_ops import ORT, Operators, replace_ops
+from vte_compile.export.onnx_ops import ORT, Operators, replace_ops, windows_of
 from vte_compile.export.onnx_pieces import check, convert
 from vte_compile.passes.lower_piecewise import Piece, PiecewiseGraph
 from vte_compile.plan import GateExit, StaticExit
@@ -86,7 +86,8 @@ class OnnxDecoder:
         outputs = [f"result_{i}" for i in range(len(piece.outputs))]
         model = convert(replace_ops(piece.module, self.operators.lowered), values, dynamic, outputs, self.operators)
         expected = replace_ops(piece.module, self.operators.expected)
-        for tokens, past in ((3, 2), (1, 0)):
+        # Behind a window, its edge shows.
+        for tokens, past in ((3, 2), (1, 0), *((3, window) for window in windows_of(piece.module))):
             tried = [self._value(n, e, tokens, past) for n, e in zip(piece.inputs, inputs, strict=True)]
             check(model, expected, [*tried, *parameters])
         self._converted[piece.key] = model

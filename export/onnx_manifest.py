@@ -68,6 +68,8 @@ class OnnxManifest:
     target: str
     built: Tools
     opset: int
+    runtime: str | None
+    """The oldest ONNX Runtime that computes what these graphs mean, such as "1.24"; None: any that loads them."""
     provider: str
     """Which kind of ONNX Runtime provider the graphs' operators were chosen for: "cpu" or "cuda"."""
     precision: str

@@ -18,6 +18,8 @@ from vte_compile.kernels.cached_attention import cached_attention, rotary
 OPSET = 23
 """The first with RotaryEmbedding and RMSNormalization."""
 OPSETS = {"": OPSET, "com.microsoft": 1}
+WINDOWS_SINCE = "1.24"
+"""The first ONNX Runtime in which GroupQueryAttention counts a token into its own window."""
 
 
 def _group_query_attention(
@@ -31,6 +33,7 @@ def _group_query_attention(
     heads: int,
     kv_heads: int,
     scale: float,
+    window: int = 0,
 ) -> Any:
     totals = (past_lengths + new_lengths).to(torch.int32)
     batch, tokens = query.shape[:2]
@@ -38,7 +41,7 @@ def _group_query_attention(
     return torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         (query, key, value, past_key, past_value, totals - 1, totals.max()),
-        {"num_heads": heads, "kv_num_heads": kv_heads, "scale": scale},
+        {"num_heads": heads, "kv_num_heads": kv_heads, "scale": scale, "local_window_size": window or -1},
         dtypes=(query.dtype,) * 3,
         shapes=(
             (batch, tokens, heads * past_value.shape[3]),
@@ -75,6 +78,12 @@ ORT = Operators(
     fuses_norms=True,
     new_columns=False,
 )
+
+
+def windows_of(module: fx.GraphModule) -> set[int]:
+    """The sliding windows of a piece's attentions."""
+    attentions = [n for n in module.graph.nodes if n.target is cached_attention._opoverload]
+    return {int(window) for n in attentions for window in n.args[10:11] if window}
 
 
 def replace_ops(module: fx.GraphModule, functions: Mapping[Any, Callable[..., Any]]) -> fx.GraphModule:

@@ -15,7 +15,7 @@ from vte_compile.export.manifest import MANIFEST, PatchFacts
 from vte_compile.export.onnx_manifest import OnnxManifest
 from vte_compile.export.ort_decoder import FORMS, Decoder, load_decoder
 from vte_compile.export.ort_inputs import Inputs
-from vte_compile.export.ort_sessions import Array, Device, Graph, Setting
+from vte_compile.export.ort_sessions import Array, Device, Graph, Setting, import_onnxruntime
 from vte_compile.export.patches import encoder_inputs, frame_inputs, split_frames
 
 _DTYPES = {"float32": np.float32, "float16": np.float16}
@@ -94,6 +94,7 @@ def load_parts(
 ) -> Parts:
     """See :func:`vte_compile.load_engine`."""
     setting = Setting.choose(provider or manifest.provider, threads)
+    _check_runtime(manifest)
     if form is not None and form not in FORMS:
         raise InputError(f"form: {form!r} is unknown; there are {', '.join(map(repr, FORMS))}.")
     if manifest.model.dtype not in _DTYPES:
@@ -121,6 +122,19 @@ def load_parts(
         decoder,
         GenerationDefaults.read(folder / "generation_config.json"),
     )
+
+
+def _check_runtime(manifest: OnnxManifest) -> None:
+    """Refuse an ONNX Runtime that would load the graphs and compute something else."""
+    here = import_onnxruntime().__version__
+    if manifest.runtime is not None and _numbers(here) < _numbers(manifest.runtime):
+        raise EngineError(
+            f"onnxruntime {here} counts sliding windows in another way: install {manifest.runtime} or a later one."
+        )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:2]]
 
 
 def _check_named(manifest: OnnxManifest) -> None:

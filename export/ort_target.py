@@ -21,7 +21,7 @@ from vte_compile.export.onnx_decoder import OnnxDecoder
 from vte_compile.export.onnx_glue import embedding_function
 from vte_compile.export.onnx_graph import OnnxGraph
 from vte_compile.export.onnx_manifest import ExitFacts, OnnxManifest, StageFacts, Tools
-from vte_compile.export.onnx_ops import OPSET, ORT, Operators
+from vte_compile.export.onnx_ops import OPSET, ORT, WINDOWS_SINCE, Operators
 from vte_compile.export.onnx_pieces import check, convert
 from vte_compile.export.onnx_quantize import check_quantize
 from vte_compile.export.onnx_weights import WeightFiles
@@ -64,6 +64,7 @@ def write(
             target="onnxruntime",
             built=tools(),
             opset=OPSET,
+            runtime=WINDOWS_SINCE if fast._vte_spec.has_windows and not fast._vte_spec.has_blocks else None,
             provider="cpu",
             precision=quantize or str(fast._vte_spec.dtype).removeprefix("torch."),
             model=facts,

@@ -147,20 +147,24 @@ def model_facts(fast: Any) -> ModelFacts:
 
 @torch.no_grad()
 def embedding_table(fast: Any) -> Tensor:
-    """The table [vocabulary, C]; what else an embedding may do (scale, say) no engine would.
+    """What the model's embedding gives of each token, [vocabulary, C]: its weight, or a table of its own (Gemma).
 
     Raises:
-        UnsupportedModelError: It does.
+        UnsupportedModelError: It does more than to look tokens up.
     """
     module: nn.Module = fast.get_input_embeddings()
     weight = module.get_parameter("weight")
     ids = torch.arange(min(len(weight), 64), device=weight.device)[None]
-    if not torch.equal(module(ids), F.embedding(ids, weight)):
+    if torch.equal(module(ids), F.embedding(ids, weight)):
+        return weight
+    table: Tensor = module(torch.arange(len(weight), device=weight.device))
+    turned = ids.flip(1)
+    if table.shape != weight.shape or not torch.equal(module(turned), F.embedding(turned, table)):
         raise UnsupportedModelError(
             f"{type(fast).__name__}: its {type(module).__name__} does more than look tokens up in a table: engines "
             "cannot embed its tokens."
         )
-    return weight
+    return table
 
 
 def _phase(staged: Staged, phase: str, lowered: PiecewiseGraph) -> PhaseSteps:

@@ -34,6 +34,7 @@ def _attention(
     heads: int,
     kv_heads: int,
     scale: float,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's new tokens stand behind all columns of the cache here; the mask says which of these it has filled.
 
@@ -44,10 +45,13 @@ def _attention(
     new_key, new_value = (x.unflatten(-1, (kv_heads, -1)).transpose(1, 2) for x in (key, value))
     keys, values = torch.cat([past_key, new_key], dim=2), torch.cat([past_value, new_value], dim=2)
     queries = (query * scale).unflatten(-1, (kv_heads, group, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    filled = torch.arange(past_key.shape[2]) < past_lengths[:, None]  # [B, P]
-    index = torch.arange(tokens)
+    columns, index = torch.arange(past_key.shape[2]), torch.arange(tokens)
+    seen = (columns < past_lengths[:, None])[:, None].expand(-1, tokens, -1)  # [B, T, P]
     causal = index <= index[:, None]  # [T, T]: what is padding stands behind all that is not
-    mask = torch.cat([filled[:, None].expand(-1, tokens, -1), causal.expand(batch, -1, -1)], dim=2)
+    if window:
+        own = past_lengths[:, None, None] + index[:, None]
+        seen, causal = seen & (columns > own - window), causal & (index > index[:, None] - window)
+    mask = torch.cat([seen, causal.expand(batch, -1, -1)], dim=2)
     mask = mask[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]
     scores = torch.where(mask, queries @ keys.transpose(2, 3), torch.finfo(query.dtype).min)
     output = torch.softmax(scores, dim=-1) @ values
@@ -65,10 +69,11 @@ def _expected_attention(
     heads: int,
     kv_heads: int,
     scale: float,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the reference gives, with the new tokens' columns of its caches."""
     tensors = (query, key, value, past_key, past_value, past_lengths, new_lengths)
-    output, *caches = cached_attention._opoverload(*tensors, heads, kv_heads, scale)
+    output, *caches = cached_attention._opoverload(*tensors, heads, kv_heads, scale, window)
     columns = past_lengths[:, None] + torch.arange(query.shape[1], device=query.device)
     new = [c.gather(2, columns[:, None, :, None].expand(-1, kv_heads, -1, c.shape[3])) for c in caches]
     return output, new[0], new[1]

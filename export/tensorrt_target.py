@@ -87,6 +87,7 @@ def write(
             target="tensorrt",
             built=tools(),
             opset=(TENSORRT if float8 is None else TENSORRT_FP8).opsets[""],
+            runtime=None,
             provider="cuda",
             precision="fp8" if float8 is not None else str(fast._vte_spec.dtype).removeprefix("torch."),
             model=facts,

@@ -6,6 +6,9 @@ for what exporters have one op for. Their implementations here are the naive ref
 A cache is aligned at the start: row b holds its tokens in columns 0 .. past_lengths[b] - 1, what lies behind is free.
 Rows of a chunk are aligned at the start, too: row b has new_lengths[b] tokens, what lies behind is padding, whose
 output means nothing.
+
+A token attends to all tokens before it, or to the last ones if there is a window; and to those of the chunk that are of
+its block, also behind it, where tokens are in blocks (vte_compile/families/token_blocks.py).
 """
 
 from __future__ import annotations
@@ -51,8 +54,10 @@ def cached_attention(
     heads: int,
     kv_heads: int,
     scale: float,
+    window: int = 0,
+    block_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal attention of a chunk to what its rows have cached, and to itself.
+    """Attention of a chunk to what its rows have cached, and to itself.
 
     Args:
         query: [B, T, heads * D].
@@ -63,6 +68,9 @@ def cached_attention(
         heads: Of the queries, a multiple of ``kv_heads``.
         kv_heads: Of keys and values.
         scale: Of the scores.
+        window: How many columns a token sees at most, of those up to its own; 0: all.
+        block_ids: [B, T] int64: tokens with the same number attend to each other, also to later ones; but for -1, which
+            padding has. None: causal.
 
     Returns:
         [B, T, heads * D]; and the cache with the chunk's keys and values behind each row's past, [B, kv_heads, P + T,
@@ -76,7 +84,7 @@ def cached_attention(
         cache = F.pad(past, (0, 0, 0, tokens))
         index = columns[:, None, :, None].expand_as(heads_second)
         grown.append(cache.scatter(2, index, heads_second))
-    mask = torch.arange(grown[0].shape[2], device=query.device) <= columns[..., None]  # [B, T, P + T]
+    mask = attended(columns, grown[0].shape[2], window, block_ids)  # [B, T, P + T]
     # What is free may hold anything, and 0 times NaN is NaN.
     free = torch.arange(grown[0].shape[2], device=query.device) >= (past_lengths + new_lengths)[:, None]
     filled = (x.masked_fill(free[:, None, :, None], 0) for x in grown)
@@ -84,6 +92,22 @@ def cached_attention(
     queries = query.unflatten(-1, (heads, -1)).transpose(1, 2)
     output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], scale=scale)
     return output.transpose(1, 2).flatten(-2).contiguous(), grown[0], grown[1]
+
+
+def attended(columns: Tensor, count: int, window: int, block_ids: Tensor | None) -> Tensor:
+    """Which columns of a cache tokens attend to: [B, T, count] bool.
+
+    Args:
+        columns: [B, T] int64: the tokens' own.
+        count: Of the cache's columns.
+        window: As `cached_attention` takes it, and ``block_ids``.
+    """
+    index, own = torch.arange(count, device=columns.device), columns[..., None]
+    mask = index <= own
+    if block_ids is not None:
+        of_columns = block_ids.new_full((columns.shape[0], count), -1).scatter(1, columns, block_ids)
+        mask = mask | ((block_ids[..., None] == of_columns[:, None]) & (block_ids[..., None] >= 0))
+    return mask & (index > own - window) if window else mask
 
 
 @cached_attention.register_fake
@@ -98,6 +122,8 @@ def _(
     heads: int,
     kv_heads: int,
     scale: float,
+    window: int = 0,
+    block_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens = query.shape[:2]
     for other in (past_key, past_value, past_lengths, new_lengths):

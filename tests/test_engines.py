@@ -276,7 +276,7 @@ def test_damaged_manifest(folder: Path) -> None:
         (content[:100], "damaged"),
         ("[]", "not of an engine"),
         (
-            content.replace('"schema_version": 3', '"schema_version": 1'),
+            content.replace('"schema_version": 4', '"schema_version": 1'),
             "schema_version 1, but this",
         ),
         (content.replace('"threshold": 0.5', '"threshold": 0.4'), "altered"),

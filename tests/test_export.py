@@ -77,8 +77,15 @@ def test_embeddings_that_are_more_than_a_table(fast, monkeypatch) -> None:
         def forward(self, ids):
             return 2 * super().forward(ids)
 
-    monkeypatch.setattr(type(fast), "get_input_embeddings", lambda self: Scaled(9, 4))
-    with pytest.raises(UnsupportedModelError, match="Scaled does more than look tokens up"):
+    class Numbered(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) + torch.arange(ids.shape[-1])[:, None]
+
+    scaled = Scaled(9, 4)
+    monkeypatch.setattr(type(fast), "get_input_embeddings", lambda self: scaled)
+    assert torch.equal(staged.embedding_table(fast), 2 * scaled.weight)
+    monkeypatch.setattr(type(fast), "get_input_embeddings", lambda self: Numbered(9, 4))
+    with pytest.raises(UnsupportedModelError, match="Numbered does more than look tokens up"):
         staged.stage(fast)
 
 

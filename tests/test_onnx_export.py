@@ -120,10 +120,10 @@ def test_single_graph_goes_on_with_another_chunk(folders, name: str) -> None:
         cache = want.cache
 
 
-@pytest.mark.parametrize("name", ["qwen2", thorough("mistral")])
+@pytest.mark.parametrize("name", ["qwen2", thorough("gemma"), thorough("mistral")])
 @pytest.mark.shows("ONNX Runtime")
 def test_other_decoders(name: str, tmp_path: Path) -> None:
-    """Biases, and a head size that is not hidden size / heads."""
+    """Biases, scaled embeddings, and a head size that is not hidden size / heads."""
     model = tiny(name, **({"head_dim": 16} if name == "mistral" else {}))
     parts = plan(gate(0), StaticExit(2))
     vte_compile.export(optimize(model, parts, compile=False), tmp_path / "engine", target="onnxruntime")

@@ -105,6 +105,7 @@ def test_manifests_that_name_what_is_not_theirs(folder: Path) -> None:
         ({"files": {**known.files, "../outside": known.files["decoder.onnx"]}}, "outside the engine"),
         ({"model": replace(known.model, dtype="bfloat16")}, "dtype 'bfloat16', but the runner takes float32, float16"),
         ({"provider": "abacus"}, "provider: 'abacus' is unknown"),
+        ({"runtime": "1000.1"}, "counts sliding windows in another way: install 1000.1 or a later one"),
     ]:
         rewritten(folder, **changes)
         with pytest.raises((EngineError, InputError), match=message):

@@ -23,7 +23,9 @@ from tiny_models import (
 import vte_compile
 from vte_compile import SkippedAttention, StaticExit, optimize
 from vte_compile.adapters import PIA
+from vte_compile.export.tensorrt_ops import TENSORRT
 from vte_compile.export.tensorrt_profiles import DECODE, PREFILL
+from vte_compile.passes.last_layer_queries import CACHED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -145,6 +147,20 @@ def test_cache_holds_less_above_exits_and_moves_when_full(llava) -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("window", [1, 3, 7])
+def test_windows(window: int) -> None:
+    """What stands for attention sees what the reference sees, in rows that are padded and behind pasts."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 32), (2, 4, 16), (2, 4, 16), (2, 2, 6, 8), (2, 2, 6, 8))
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    rows = (torch.tensor([6, 2]), torch.tensor([4, 3]))
+    function, expected = TENSORRT.lowered[CACHED], TENSORRT.expected[CACHED]
+    got, want = (of(*values, *rows, 4, 2, 0.3, window) for of in (function, expected))
+    for b, count in enumerate(rows[1].tolist()):
+        close(got[0][b, :count], want[0][b, :count])
+    close(got[1], want[1])
+
+
 def test_half_precision(llava, tmp_path: Path) -> None:
     """Types are those of the model; the numbers are compared with the model in float32."""
     fast, _ = llava

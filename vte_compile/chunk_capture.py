@@ -29,7 +29,7 @@ from vte_compile.capture import (
 )
 from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
-from vte_compile.families.refusals import refuse_more_than_causal
+from vte_compile.families.refusals import refuse_token_inputs
 from vte_compile.kernels.cached_attention import cached_attention
 
 _ATTENTION = "vte_chunk"
@@ -60,7 +60,7 @@ def _chunk_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    refuse_extras(module, kwargs)
+    refuse_extras(module, kwargs, windows=True)
     chunk, layer = _chunk.get(), int(module.layer_idx)  # type: ignore[arg-type]
     batch, heads, tokens, size = query.shape
     kv_heads = key.shape[1]
@@ -68,7 +68,8 @@ def _chunk_attention(
     scale = size**-0.5 if scaling is None else scaling
     lengths = (chunk.past_lengths, chunk.new_lengths)
     past = chunk.past[2 * layer : 2 * layer + 2]
-    output, *present = cached_attention._opoverload(*merged, *past, *lengths, heads, kv_heads, scale)
+    window = int(kwargs.get("sliding_window") or 0)
+    output, *present = cached_attention._opoverload(*merged, *past, *lengths, heads, kv_heads, scale, window)
     chunk.present[layer] = (present[0], present[1])
     return output.reshape(batch, tokens, heads, value.shape[-1]), None
 
@@ -120,7 +121,7 @@ def capture_chunk(spec: DecoderSpec) -> DecoderGraph:
         CaptureError: torch.export could not trace the decoder.
         UnsupportedModelError: It takes more than embeddings and positions.
     """
-    refuse_more_than_causal(spec)
+    refuse_token_inputs(spec)
     names = ("inputs_embeds", "position_ids", "new_lengths", "past_lengths")
     return trace(spec, _ChunkDecoder(spec), "chunk", True, _ATTENTION, names, partial(_examples, spec))
 

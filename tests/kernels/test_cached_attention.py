@@ -13,15 +13,16 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
 
 
-def inputs(new, past, columns, heads=4, kv_heads=2, size=8, value_size=8, dtype=torch.float32):
+def inputs(new, past, columns, heads=4, kv_heads=2, size=8, value_size=8, dtype=torch.float32, window=0, blocks=None):
     batch, tokens = len(new), max(new)
     query, key = random(batch, tokens, heads * size, dtype=dtype), random(batch, tokens, kv_heads * size, dtype=dtype)
     value = random(batch, tokens, kv_heads * value_size, dtype=dtype)
     caches = [random(batch, kv_heads, columns, s, dtype=dtype) for s in (size, value_size)]
-    return [query, key, value, *caches, torch.tensor(past), torch.tensor(new), heads, kv_heads, 0.3]
+    ids = None if blocks is None else torch.tensor(blocks)
+    return [query, key, value, *caches, torch.tensor(past), torch.tensor(new), heads, kv_heads, 0.3, window, ids]
 
 
-def naive(query, key, value, past_key, past_value, past, new, heads, kv_heads, scale):
+def naive(query, key, value, past_key, past_value, past, new, heads, kv_heads, scale, window, blocks):
     """Of each real token and head, in float64."""
     batch, tokens, _ = query.shape
     outputs = torch.full((batch, tokens, heads, past_value.shape[3]), torch.nan, dtype=torch.float64)
@@ -30,10 +31,13 @@ def naive(query, key, value, past_key, past_value, past, new, heads, kv_heads, s
         for t in range(int(new[b])):
             for head in range(heads):
                 kv_head = head * kv_heads // heads
-                keys = key[b, : t + 1].unflatten(-1, (kv_heads, -1))[:, kv_head]
-                keys = torch.cat([past_key[b, kv_head, :filled], keys]).double()
-                values = value[b, : t + 1].unflatten(-1, (kv_heads, -1))[:, kv_head]
-                values = torch.cat([past_value[b, kv_head, :filled], values]).double()
+                own = blocks is not None and int(blocks[b, t]) >= 0
+                seen = [s for s in range(int(new[b])) if s <= t or (own and blocks[b, s] == blocks[b, t])]
+                first = max(0, filled + t + 1 - window) if window else 0
+                keys = key[b, seen].unflatten(-1, (kv_heads, -1))[:, kv_head]
+                keys = torch.cat([past_key[b, kv_head, :filled], keys])[first:].double()
+                values = value[b, seen].unflatten(-1, (kv_heads, -1))[:, kv_head]
+                values = torch.cat([past_value[b, kv_head, :filled], values])[first:].double()
                 scores = keys @ query[b, t].unflatten(-1, (heads, -1))[head].double() * scale
                 outputs[b, t, head] = scores.softmax(0) @ values
     return outputs.flatten(-2)
@@ -48,6 +52,10 @@ CASES = {
     "a chunk behind a past": dict(new=[4, 3], past=[3, 9], columns=11),
     "heads alone": dict(new=[3], past=[2], columns=2, heads=3, kv_heads=3, size=5, value_size=7),
     "one head for all": dict(new=[3, 2], past=[1, 0], columns=3, heads=6, kv_heads=1),
+    "a window": dict(new=[5, 3, 1], past=[0, 3, 4], columns=5, window=3),
+    "a window of one": dict(new=[3], past=[2], columns=2, window=1),
+    "blocks": dict(new=[5, 3], past=[0, 2], columns=3, blocks=[[-1, 0, 0, 1, 1], [0, -1, 0, -1, -1]]),
+    "blocks and a window": dict(new=[5], past=[2], columns=2, window=2, blocks=[[-1, 0, 0, 0, -1]]),
     "bfloat16": dict(new=[5, 3], past=[0, 2], columns=4, dtype=torch.bfloat16),
 }
 
@@ -55,7 +63,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_against_naive(case) -> None:
     given = inputs(**case)
-    _, key, value, past_key, past_value, past, new, _, kv_heads, _ = given
+    _, key, value, past_key, past_value, past, new, _, kv_heads, *_ = given
     output, *caches = cached_attention(*given)
     expected = naive(*given)
     real = ~expected.isnan()
@@ -90,4 +98,6 @@ def test_rotary_is_the_models_rotation() -> None:
 
 def test_ops_are_sound() -> None:
     torch.library.opcheck(cached_attention, tuple(inputs(new=[4, 2], past=[3, 1], columns=9)))
+    blocks = [[0, 0, -1, 1], [-1] * 4]
+    torch.library.opcheck(cached_attention, tuple(inputs([4, 2], [3, 1], columns=9, window=2, blocks=blocks)))
     torch.library.opcheck(rotary, (random(3, 5, 32), random(3, 5, 4), random(3, 5, 4), 4))

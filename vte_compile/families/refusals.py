@@ -73,8 +73,8 @@ def refuse_windows(spec: DecoderSpec) -> None:
     if spec.has_windows:
         raise UnsupportedModelError(
             f"{type(spec.decoder).__name__}: decoder layer {spec.sliding_layer} uses sliding_attention: only "
-            "vte_compile.optimize() takes that so far (set sliding_window=None in the config if prompts stay below the "
-            "window)."
+            "vte_compile.optimize(), ONNX and TensorRT engines take that so far (set sliding_window=None in the config "
+            "if prompts stay below the window)."
         )
 
 
@@ -85,6 +85,15 @@ def refuse_more_than_causal(spec: DecoderSpec) -> None:
         UnsupportedModelError: It does.
     """
     refuse_windows(spec)
+    refuse_token_inputs(spec)
+
+
+def refuse_token_inputs(spec: DecoderSpec) -> None:
+    """Refuse, where graphs get embeddings and positions alone, a decoder that takes more of each token.
+
+    Raises:
+        UnsupportedModelError: It does.
+    """
     if spec.token_inputs:
         raise UnsupportedModelError(
             f"{type(spec.decoder).__name__} takes {', '.join(spec.token_inputs)} besides embeddings and positions: "

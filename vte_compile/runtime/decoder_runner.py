@@ -114,10 +114,11 @@ class DecoderRunner(RowRunner):
 
         Raises:
             CaptureError: The decoder could not be traced or rewritten.
-            UnsupportedModelError: It takes more than embeddings and positions, or a companion token goes along with
-                prompts, which engines do not know.
+            UnsupportedModelError: It is more than causal, which graphs of phases other than chunks are not; or a
+                companion token goes along with prompts, which engines do not know.
         """
-        refuse_more_than_causal(self.spec)
+        if phase != "chunk":
+            refuse_more_than_causal(self.spec)
         refuse_companion("plan", self.plan)
         one_prompt = not self.routed and phase != "chunk"
         return self._lowered((phase, batched, True, one_prompt, self.spec.dtype, self.spec.device), False)[0]
