@@ -19,7 +19,7 @@ MANIFEST = "manifest.json"
 FORMAT = "vte_compile engine"
 SCHEMA_VERSION = 4
 """2: the attentions of decode steps are steps of their own. 3: positions may be multimodal. 4: an ONNX engine may
-need an ONNX Runtime of some age."""
+need an ONNX Runtime of some age; decoders may take more of each token (DeepStack, blocks)."""
 _REMEDY = "export the model again, or copy the whole folder again"
 T = TypeVar("T")
 
@@ -140,6 +140,8 @@ class GridFacts:
     """By how much the time of a video counts on in a second; None: by one for each step, however long."""
     whole_seconds: bool
     """Whether the length of a step is cut to whole seconds."""
+    frames_apart: bool = False
+    """Whether each step of a video is numbered as an image is: text stands between them."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +161,21 @@ class ModelFacts:
     """How many numbers make a token's position: 1, or 3 for multimodal rotary ones."""
     grids: GridFacts | None
     """None: positions are those of text alone."""
+    deepstack: int = 0
+    """Behind how many of the first layers features are added to visual tokens."""
+    blocks: str | None = None
+    """Which tokens attend to each other in both directions (export/token_inputs.py); None: all are causal."""
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> ModelFacts:
         """From what the file has."""
         grids = fields["grids"]
         return cls(**(fields | {"grids": None if grids is None else GridFacts(**grids)}))
+
+    @property
+    def feature_size(self) -> int:
+        """Numbers of a visual token: its embedding, and what is added to it behind layers."""
+        return self.hidden_size * (1 + self.deepstack)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vte_compile.errors import CaptureError
+from vte_compile.export.onnx_compact import compact
 from vte_compile.export.onnx_glue import gate_function
 from vte_compile.export.onnx_graph import OnnxGraph
 from vte_compile.export.onnx_manifest import CacheFacts, PromptFacts
 from vte_compile.export.onnx_ops import ORT, Operators, replace_ops, windows_of
 from vte_compile.export.onnx_pieces import check, convert
+from vte_compile.families.token_blocks import NAME as BLOCKS
 from vte_compile.passes.lower_piecewise import Piece, PiecewiseGraph
 from vte_compile.plan import GateExit, StaticExit
 
@@ -42,13 +44,19 @@ class OnnxDecoder:
         lowered: Of the phase "chunk".
         exits: Of the plan, in order.
         layers: How many the decoder has.
+        token_inputs: Names of what it takes of each token besides embedding and position.
         operators: Of the target.
     """
 
     def __init__(
-        self, lowered: PiecewiseGraph, exits: Sequence[_Exit], layers: int, operators: Operators = ORT
+        self,
+        lowered: PiecewiseGraph,
+        exits: Sequence[_Exit],
+        layers: int,
+        token_inputs: Sequence[str] = (),
+        operators: Operators = ORT,
     ) -> None:
-        self.lowered, self.operators = lowered, operators
+        self.lowered, self.operators, self._token_inputs = lowered, operators, token_inputs
         pieces = [step for step in lowered.steps if isinstance(step, Piece)]
         self._preamble = [p for p in pieces if p.layer < 0]
         self.stages = _stages(pieces, exits, layers)
@@ -93,12 +101,15 @@ class OnnxDecoder:
         self._converted[piece.key] = model
 
     def _value(self, name: str, example: Tensor, tokens: int, past: int) -> Tensor:
-        """Numbers for a piece's input: one row, whose cache is full."""
+        """Numbers for a piece's input: one row, whose cache is full, or has room where that is needed."""
         lengths = {"new_lengths": tokens, "past_lengths": past}
         if name in lengths:
             return torch.tensor([lengths[name]])
         batch, length = (_expression(size) for size in self._placeholders["inputs_embeds"].shape[:2])
         sizes = {batch: 1, length: tokens}
+        if name == BLOCKS:
+            return torch.arange(tokens)[None] // 2
+        past += tokens if self.operators.needs_room else 0
         shape = [sizes.get(_expression(size), size if isinstance(size, int) else past) for size in example.shape]
         if not example.dtype.is_floating_point:
             counted = torch.arange(shape[-1]).expand(shape).to(example.dtype)
@@ -150,6 +161,7 @@ class OnnxDecoder:
         env["position_ids"] = graph.input("position_ids", [*self._position_rows, "batch", kept], ir.DataType.INT64)
         for name in ("new_lengths", "past_lengths"):
             env[name] = graph.input(name, ["batch"], ir.DataType.INT64)
+        env |= self._add_token_inputs(graph, [stage], kept)
         self._add_past(graph, stage, env)
         self._run(graph, stage, env)
         if last:
@@ -167,12 +179,13 @@ class OnnxDecoder:
         positions = graph.input("position_ids", [*self._position_rows, "batch", "tokens"], integer)
         lengths = graph.input("new_lengths", ["batch"], integer)
         past_lengths = graph.input("past_lengths", [len(self.stages), "batch"], integer)
+        more = self._add_token_inputs(graph, self.stages, "tokens")
         exit_layer: ir.Value | None = None
         present_lengths = []
         envs = []
         for index, stage in enumerate(self.stages):
             own = graph.op("Gather", [past_lengths, graph.constant(index)], f"exits.{index}", axis=0)
-            env = {stage.stream: stream, "position_ids": positions, "new_lengths": lengths, "past_lengths": own}
+            env = {stage.stream: stream, "position_ids": positions, "new_lengths": lengths, "past_lengths": own, **more}
             self._add_past(graph, stage, env)
             self._run(graph, stage, env)
             envs.append(env)
@@ -185,8 +198,17 @@ class OnnxDecoder:
             reached = graph.op("Where", [fire, graph.constant(layer), graph.constant(-1)], prefix)
             exit_layer = reached if exit_layer is None else graph.op("Max", [exit_layer, reached], prefix)
             leaving = graph.op("And", [visual, graph.op("Unsqueeze", [fire, graph.constant([1])], prefix)], prefix)
-            compacted = _compact(graph, prefix, stream, positions, visual, lengths, leaving, len(self._position_rows))
-            stream, positions, visual, lengths = compacted
+            # Where positions are multimodal, [3, B, T].
+            turned = graph.op("Transpose", [positions], prefix, perm=[1, 2, 0]) if self._position_rows else positions
+            more = {name: value for name, value in more.items() if self._reads(self.stages[index + 1 :], name)}
+            values, lengths, real = compact(graph, prefix, [stream, turned, visual, *more.values()], lengths, leaving)
+            stream, positions, visual = values[:3]
+            positions = graph.op("Transpose", [positions], prefix, perm=[2, 0, 1]) if self._position_rows else positions
+            more = dict(zip(more, values[3:], strict=True))
+            # What is padding now is no visual token, and in no block.
+            visual = graph.op("And", [visual, real], prefix)
+            if BLOCKS in more:
+                more[BLOCKS] = graph.op("Where", [real, more[BLOCKS], graph.constant(-1)], prefix)
         graph.output("logits", envs[-1][self.lowered.outputs[0]], ["batch", 1, self._vocabulary])
         rows = [graph.op("Unsqueeze", [row, graph.constant([0])], "exits") for row in present_lengths]
         graph.output("present_lengths", graph.op("Concat", rows, "exits", axis=0), [len(self.stages), "batch"], integer)
@@ -256,6 +278,19 @@ class OnnxDecoder:
             for name, value in zip(piece.outputs, results, strict=True):
                 env.setdefault(name, value)
 
+    def _reads(self, stages: Sequence[Stage], name: str) -> bool:
+        return any(name in piece.inputs for stage in stages for piece in stage.pieces)
+
+    def _add_token_inputs(self, graph: OnnxGraph, stages: Sequence[Stage], tokens: str) -> dict[str, ir.Value]:
+        """Inputs [B, tokens, ...] that some of these stages read."""
+        added = {}
+        for name in self._token_inputs:
+            if self._reads(stages, name):
+                example = self._placeholders[name]
+                dtype = None if example.dtype.is_floating_point else ir.DataType.INT64
+                added[name] = graph.input(name, ["batch", tokens, *map(int, example.shape[2:])], dtype)
+        return added
+
     def _add_past(self, graph: OnnxGraph, stage: Stage, env: dict[str, ir.Value]) -> None:
         for cache in self.caches(stage):
             for kind, size in (("key", cache.key_size), ("value", cache.value_size)):
@@ -298,46 +333,6 @@ def _stages(pieces: Sequence[Piece], exits: Sequence[_Exit], layers: int) -> lis
             entering = crossing[0]
         start = end
     return stages
-
-
-def _compact(
-    graph: OnnxGraph,
-    prefix: str,
-    stream: ir.Value,
-    positions: ir.Value,
-    visual: ir.Value,
-    lengths: ir.Value,
-    leaving: ir.Value,
-    leading: int,
-) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-    """Move each row's staying tokens to its start, in their order, and cut to the longest row.
-
-    Args:
-        leaving: [B, T] bool.
-        leading: 1 if positions are [3, B, T], 0 if they are [B, T].
-    """
-
-    def op(kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        return graph.op(kind, inputs, prefix, **attributes)
-
-    length = op("Shape", leaving, start=1, end=2)
-    tokens = op("Squeeze", length, graph.constant([0]))
-    index = op("Range", graph.constant(0), tokens, graph.constant(1))
-    padding = op("GreaterOrEqual", index, op("Unsqueeze", lengths, graph.constant([1])))
-    stays = op("Not", op("Or", leaving, padding))
-    kept = op("ReduceSum", op("Cast", stays, to=int(ir.DataType.INT64)), graph.constant([1]), keepdims=0)
-    longest = op("Reshape", op("ReduceMax", kept, keepdims=0), graph.constant([1]))
-    # Staying tokens first: each token has a place of its own, so that the order is stable.
-    place = op("Where", stays, index, op("Add", index, tokens))
-    order = graph.smallest(place, longest, prefix)
-    at = op("Unsqueeze", order, graph.constant([2]))
-    positions = op("Transpose", positions, perm=[1, 2, 0]) if leading else positions
-    moved = [op("GatherND", value, at, batch_dims=1) for value in (stream, positions, visual)]
-    moved[1] = op("Transpose", moved[1], perm=[2, 0, 1]) if leading else moved[1]
-    # A row that has fewer tokens than the longest is padded with tokens that left: they are no visual ones.
-    real = op("Less", op("Range", graph.constant(0), op("Squeeze", longest, graph.constant([0])), graph.constant(1)),
-              op("Unsqueeze", kept, graph.constant([1])))  # fmt: skip
-    return moved[0], moved[1], op("And", moved[2], real), kept
 
 
 def _prefix(piece: Piece) -> str:

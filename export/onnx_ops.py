@@ -1,19 +1,21 @@
 """Which ONNX operators stand for the ops of a chunk's graph: a table for each target.
 
 The one here is for ONNX Runtime: com.microsoft.GroupQueryAttention is the one operator whose CPU and CUDA kernels
-append to a cache in place and take rows of unequal lengths. That for TensorRT: tensorrt_ops.py.
+append to a cache in place and take rows of unequal lengths. It is causal: where tokens of a block attend to later ones,
+Attention stands behind two ScatterND that append, and a mask says what GroupQueryAttention knows by itself. That for
+TensorRT: tensorrt_ops.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from vte_compile.kernels.cached_attention import cached_attention, rotary
+from vte_compile.kernels.cached_attention import attended, cached_attention, rotary
 
 OPSET = 23
 """The first with RotaryEmbedding and RMSNormalization."""
@@ -34,7 +36,9 @@ def _group_query_attention(
     kv_heads: int,
     scale: float,
     window: int = 0,
+    block_ids: Tensor | None = None,
 ) -> Any:
+    assert block_ids is None
     totals = (past_lengths + new_lengths).to(torch.int32)
     batch, tokens = query.shape[:2]
     columns = past_key.shape[2] + tokens
@@ -52,6 +56,57 @@ def _group_query_attention(
     )
 
 
+def _attention_with_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_lengths: Tensor,
+    new_lengths: Tensor,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int = 0,
+    block_ids: Tensor | None = None,
+) -> Any:
+    batch, tokens = query.shape[:2]
+    columns = past_lengths[:, None] + torch.arange(tokens)
+    mask = attended(columns, past_key.shape[2], window, block_ids)[:, None]
+    axes = torch.arange(batch)[:, None, None], torch.arange(kv_heads)[:, None], columns[:, None]
+    places = torch.stack([axis.expand(batch, kv_heads, tokens) for axis in axes], dim=-1)
+    keys, values = (
+        _op("ScatterND", past, places, new.unflatten(-1, (kv_heads, -1)).transpose(1, 2), like=past)
+        for past, new in ((past_key, key), (past_value, value))
+    )
+    queries = query.unflatten(-1, (heads, -1)).transpose(1, 2)
+    shape = (batch, heads, tokens, past_value.shape[3])
+    output = _op("Attention", queries, keys, values, mask, like=query.new_empty(shape), scale=scale)
+    return output.transpose(1, 2).flatten(2), keys, values
+
+
+def _op(kind: str, *inputs: Tensor, like: Tensor, **attributes: Any) -> Tensor:
+    """A standard operator whose result is of the dtype and shape of a tensor."""
+    result: Tensor = torch.onnx.ops.symbolic(
+        kind, inputs, attributes, dtype=like.dtype, shape=like.shape, version=OPSET
+    )
+    return result
+
+
+def _with_room(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    *lengths_and_options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the reference gives, its caches as long as they were."""
+    given = cached_attention._opoverload(query, key, value, past_key, past_value, *lengths_and_options)
+    columns = past_key.shape[2]
+    return given[0], given[1][:, :, :columns], given[2][:, :, :columns]
+
+
 def _rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     return torch.onnx.ops.rotary_embedding(x, cos, sin, num_heads=heads)
 
@@ -61,7 +116,7 @@ class Operators:
     """What a target's graphs are made of."""
 
     opsets: Mapping[str, int]
-    lowered: Mapping[Any, Callable[..., Any]]
+    lowered: dict[Any, Callable[..., Any]]
     """For our ops: functions that torch.onnx exports as the operators that stand for them."""
     expected: Mapping[Any, Callable[..., Any]]
     """For ops whose operators give something else than they do: what those give, from the ops' naive reference."""
@@ -69,6 +124,8 @@ class Operators:
     """Whether RMSNormalization stands for what it is made of."""
     new_columns: bool
     """Graphs give the keys and values of the new tokens alone; else the cache with these behind each row's past."""
+    needs_room: bool = False
+    """Caches have to have columns for the new tokens."""
 
 
 ORT = Operators(
@@ -78,6 +135,15 @@ ORT = Operators(
     fuses_norms=True,
     new_columns=False,
 )
+
+
+ORT_BLOCKS = replace(
+    ORT,
+    lowered=ORT.lowered | {cached_attention._opoverload: _attention_with_mask},
+    expected={cached_attention._opoverload: _with_room},
+    needs_room=True,
+)
+"""Of decoders whose tokens attend to later ones of their block."""
 
 
 def windows_of(module: fx.GraphModule) -> set[int]:

@@ -16,6 +16,7 @@ from vte_compile.export.onnx_manifest import OnnxManifest, StageFacts
 from vte_compile.export.ort_cache import GraphMemory, Layout, OnnxCache
 from vte_compile.export.ort_inputs import Chunk
 from vte_compile.export.ort_sessions import Array, Graph, Setting, Value
+from vte_compile.export.token_inputs import TokenInputs
 
 FORMS = ("staged", "single")
 
@@ -27,12 +28,18 @@ class Decoder:
         graphs: In order.
         stages: How many lengths a row's cache has.
         may_exit: Whether visual tokens may leave.
+        tokens: What graphs take of each token besides embedding and position.
         dtype: Of embeddings, keys and values.
         in_place: Whether the graphs can write new keys and values behind those they read.
     """
 
-    def __init__(self, graphs: list[Graph], stages: int, may_exit: bool, dtype: Any, in_place: bool) -> None:
+    def __init__(
+        self, graphs: list[Graph], stages: int, may_exit: bool, tokens: TokenInputs, dtype: Any, in_place: bool
+    ) -> None:
         self._graphs, self._stages, self._dtype, self._in_place = graphs, stages, dtype, in_place
+        self._tokens = tokens
+        self._token_inputs = [[name for name in tokens.names if name in graph.inputs] for graph in graphs]
+        """Of each graph."""
         self._layouts = [Layout.of(graph) for graph in graphs]
         self._position_rows = _position_rows(graphs[0].inputs.get("position_ids", []))
         self.may_exit = may_exit
@@ -131,11 +138,19 @@ def leaves(gate: Any, stream: Value, visual: Array) -> bool:
 class StagedDecoder(Decoder):
     """stage_0.onnx and so on, with a decision behind all but the last."""
 
-    def __init__(self, folder: Path, stages: list[StageFacts], dtype: Any, setting: Setting, in_place: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stages: list[StageFacts],
+        tokens: TokenInputs,
+        dtype: Any,
+        setting: Setting,
+        in_place: bool,
+    ) -> None:
         if not stages or stages[-1].exit is not None or any(stage.exit is None for stage in stages[:-1]):
             raise EngineError(f"{folder}: the manifest's stages do not end with the only one without exit.")
         graphs = [Graph(folder / stage.file, setting) for stage in stages]
-        super().__init__(graphs, len(stages), len(stages) > 1, dtype, in_place)
+        super().__init__(graphs, len(stages), len(stages) > 1, tokens, dtype, in_place)
         self._exits = [stage.exit for stage in stages]
         self._gates = [
             Graph(folder / stage.exit.gate, setting, small=True) if stage.exit and stage.exit.gate else None
@@ -143,7 +158,7 @@ class StagedDecoder(Decoder):
         ]
         for s, (graph, layout) in enumerate(zip(graphs, self._layouts, strict=True)):
             first = ["hidden_states", "keep"] if s else ["inputs_embeds"]
-            given = [*first, "position_ids", "new_lengths", "past_lengths", *layout.inputs]
+            given = [*first, "position_ids", "new_lengths", "past_lengths", *self._token_inputs[s], *layout.inputs]
             graph.check(given, [self._result(s), *layout.outputs])
         for gate in self._gates:
             if gate is not None:
@@ -157,12 +172,14 @@ class StagedDecoder(Decoder):
         visual = {b: chunk.visual[b] for b in rows}
         positions = {b: chunk.positions(b, int(cache.next_positions[b])) for b in rows}
         keep = {b: np.arange(len(visual[b])) for b in rows}
+        more = {b: self._tokens.of_row(chunk, b, not cache.next_positions[b]) for b in rows}
         stream: dict[int, Value] = {b: chunk.row(b) for b in rows}
         for s, (graph, memory) in enumerate(zip(self._graphs, cache.memories, strict=True)):
             counts = {b: len(keep[b]) for b in rows}
             memory.reserve(max(int(lengths[s, b]) + counts[b] for b in rows) + room)
             inputs = {
                 b: self._inputs(s, stream[b], keep[b], positions[b][..., None, :], [counts[b]], lengths[s, [b]])
+                | {name: more[b][name][None] for name in self._token_inputs[s]}
                 for b in rows
             }
             filled = {b: int(lengths[s, b]) for b in rows}
@@ -178,6 +195,7 @@ class StagedDecoder(Decoder):
                     exit_layer[b] = exit_.layer
                     keep[b] = np.flatnonzero(~visual[b])
                     positions[b] = positions[b][..., keep[b]]
+                    more[b] = {name: value[keep[b]] for name, value in more[b].items()}
         logits = None
         for b in rows:
             row = stream[b].numpy()[0, -1].astype(np.float32)
@@ -189,9 +207,11 @@ class StagedDecoder(Decoder):
     def _step(self, embeds: Value, cache: OnnxCache) -> Array:
         stream = embeds
         positions, ones, keep = cache.next_positions[:, None], [1] * cache.batch, np.zeros(1, np.int64)
+        more = self._tokens.of_step(cache.batch)
         for s, (graph, memory) in enumerate(zip(self._graphs, cache.memories, strict=True)):
             memory.reserve(int(cache.lengths[s].max()) + 1)
             inputs = self._inputs(s, stream, keep, positions, ones, cache.lengths[s])
+            inputs |= {name: more[name] for name in self._token_inputs[s]}
             stream = memory.run_all(graph, inputs, [self._result(s)], step=True)[0]
         return np.asarray(stream.numpy()[:, -1].astype(np.float32))
 
@@ -206,17 +226,19 @@ class StagedDecoder(Decoder):
 class SingleDecoder(Decoder):
     """decoder.onnx, whose exits are inside."""
 
-    def __init__(self, folder: Path, file: str, dtype: Any, setting: Setting, in_place: bool) -> None:
+    def __init__(
+        self, folder: Path, file: str, tokens: TokenInputs, dtype: Any, setting: Setting, in_place: bool
+    ) -> None:
         graph = Graph(folder / file, setting)
         stages = (graph.inputs.get("past_lengths") or [None])[0]
         if not isinstance(stages, int):
             raise EngineError(
                 f"{graph.file}: input past_lengths has no fixed number of stages: export the model again."
             )
-        super().__init__([graph], stages, stages > 1, dtype, in_place)
+        super().__init__([graph], stages, stages > 1, tokens, dtype, in_place)
         layout = self._layouts[0]
-        given = ["inputs_embeds", "visual_mask", "position_ids", "new_lengths", "past_lengths", *layout.inputs]
-        graph.check(given, [*self._RESULTS, *layout.outputs])
+        given = ["inputs_embeds", "visual_mask", "position_ids", "new_lengths", "past_lengths"]
+        graph.check([*given, *self._token_inputs[0], *layout.inputs], [*self._RESULTS, *layout.outputs])
 
     _RESULTS = ("logits", "present_lengths", "exit_layer")
 
@@ -225,6 +247,7 @@ class SingleDecoder(Decoder):
         memory.reserve(int((lengths.max(0) + counts).max()) + room)
         if cache.is_empty:
             inputs = self._inputs(chunk.padded(), chunk.padded_mask(), chunk.padded_positions(), counts, lengths)
+            inputs |= self._only_taken(self._tokens.padded(chunk))
             given = memory.run_all(graph, inputs, self._RESULTS, step=False)
             logits, lengths[:], exit_layer[:] = (value.numpy() for value in given)
             return np.asarray(logits[:, -1].astype(np.float32))
@@ -234,6 +257,8 @@ class SingleDecoder(Decoder):
             positions = chunk.positions(b, int(cache.next_positions[b]))[..., None, :]
             mask = chunk.visual[b][None]
             rows[b] = self._inputs(chunk.row(b), mask, positions, counts[[b]], lengths[:, [b]])
+            more = self._tokens.of_row(chunk, b, not cache.next_positions[b])
+            rows[b] |= self._only_taken({name: value[None] for name, value in more.items()})
         logits = np.zeros((cache.batch, 0), np.float32)
         # Layers above an exit hold less; they all get the columns of those below it.
         filled = {b: int(lengths[:, b].max()) for b in rows}
@@ -249,8 +274,12 @@ class SingleDecoder(Decoder):
         cache.memories[0].reserve(int(cache.lengths.max()) + 1)
         none, ones = np.zeros((batch, 1), bool), np.ones(batch, np.int64)
         inputs = self._inputs(embeds, none, cache.next_positions[:, None], ones, cache.lengths)
+        inputs |= self._only_taken(self._tokens.of_step(batch))
         given = cache.memories[0].run_all(self._graphs[0], inputs, ["logits"], step=True)
         return np.asarray(given[0].numpy()[:, -1].astype(np.float32))
+
+    def _only_taken(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        return {name: inputs[name] for name in self._token_inputs[0]}
 
     def _inputs(self, embeds: Value, visual: Array, positions: Array, new: Array, past: Array) -> dict[str, Value]:
         return {
@@ -274,8 +303,9 @@ def load_decoder(folder: Path, manifest: OnnxManifest, form: str | None, dtype: 
         raise InputError(f"form: {form!r} is not in this engine, which has {', '.join(map(repr, forms))}.")
     if not forms:
         raise EngineError(f"{folder}: the manifest names no decoder: export the model again.")
-    in_place = True  # GroupQueryAttention, which all graphs hold, appends to the memory it reads
+    in_place = True  # GroupQueryAttention, or ScatterND, appends to the memory it reads
+    tokens = TokenInputs(manifest.model, dtype)
     if (form or forms[0]) == "staged":
-        return StagedDecoder(folder, manifest.stages, dtype, setting, in_place)
+        return StagedDecoder(folder, manifest.stages, tokens, dtype, setting, in_place)
     assert manifest.decoder is not None
-    return SingleDecoder(folder, manifest.decoder, dtype, setting, in_place)
+    return SingleDecoder(folder, manifest.decoder, tokens, dtype, setting, in_place)

@@ -20,8 +20,12 @@ class Chunk:
 
     visual: list[Array]
     """[n] bool of each row: which tokens are visual."""
+    placeholders: list[Array]
+    """[n] bool of each row: which tokens are of images, and so are visual, but for those that the caller excepts."""
     places: list[Array] | None
     """[3, n] of each row: multimodal positions, counted from 0; None: tokens are numbered one by one."""
+    hidden_size: int
+    """C."""
 
     @property
     def lengths(self) -> Array:
@@ -43,14 +47,18 @@ class Chunk:
         """[B, T] or [3, B, T] of all rows, counted from 0."""
         if self.places is None:
             return np.repeat(np.arange(int(self.lengths.max()))[None], len(self.visual), 0)
-        return np.moveaxis(_padded([row.T for row in self.places], 0), 2, 0)
+        return np.moveaxis(padded([row.T for row in self.places], 0), 2, 0)
 
     def padded_mask(self) -> Array:
         """[B, T] bool: the visual tokens of all rows; shorter rows are padded at their end."""
-        return _padded(self.visual, False)
+        return padded(self.visual, False)
 
     def row(self, b: int) -> Value:
         """Embeddings [1, n, C] of one row."""
+        raise NotImplementedError
+
+    def added(self, b: int) -> Array:
+        """[n, layers * C] of one row: what is added behind the first layers (DeepStack), zero at text."""
         raise NotImplementedError
 
     def padded(self) -> Value:
@@ -67,17 +75,24 @@ class TokenChunk(Chunk):
     ids: list[Array]
     """[n] int64 of each row."""
     features: list[Array]
-    """[visual tokens of the row, C]."""
+    """[placeholders of the row, C]; with DeepStack [.., (1 + layers) * C]."""
     filler: int
     """A token that is no placeholder."""
 
     def row(self, b: int) -> Value:
         return self._embed(self.ids[b][None], self.features[b])
 
+    def added(self, b: int) -> Array:
+        added = self.features[b][:, self.hidden_size :]
+        spread = np.zeros((len(self.ids[b]), added.shape[1]), added.dtype)
+        spread[self.placeholders[b]] = added
+        return spread
+
     def padded(self) -> Value:
-        return self._embed(_padded(self.ids, self.filler), np.concatenate(self.features))
+        return self._embed(padded(self.ids, self.filler), np.concatenate(self.features))
 
     def _embed(self, ids: Array, features: Array) -> Value:
+        features = features[:, : self.hidden_size]
         return self.graph.run({"input_ids": ids, "image_features": features}, ["inputs_embeds"])[0]
 
 
@@ -86,13 +101,16 @@ class EmbeddedChunk(Chunk):
     """From embeddings."""
 
     embeds: list[Array]
-    """[n, C] of each row."""
+    """[n, C] of each row; with DeepStack [n, (1 + layers) * C]."""
 
     def row(self, b: int) -> Value:
-        return self.embeds[b][None]
+        return self.embeds[b][None, :, : self.hidden_size]
+
+    def added(self, b: int) -> Array:
+        return self.embeds[b][:, self.hidden_size :]
 
     def padded(self) -> Value:
-        return _padded(self.embeds, 0)
+        return padded(self.embeds, 0)[..., : self.hidden_size]
 
 
 class Inputs:
@@ -116,10 +134,11 @@ class Inputs:
         if ids.ndim != 1:
             raise InputError(f"tokens: expected shape [batch], got {list(ids.shape)}.")
         ids = self._checked_ids("tokens", ids)
-        none = np.zeros((0, self._facts.hidden_size), self._dtype)
+        none = np.zeros((0, self._facts.feature_size), self._dtype)
         rows = [ids[b : b + 1] for b in range(len(ids))]
         text = [np.zeros(1, bool)] * len(ids)
-        return TokenChunk(text, None, self._embedding, rows, [none] * len(ids), self._filler)
+        hidden = self._facts.hidden_size
+        return TokenChunk(text, text, None, hidden, self._embedding, rows, [none] * len(ids), self._filler)
 
     def chunk(
         self,
@@ -171,33 +190,41 @@ class Inputs:
         return self._from_rows(rows, visual, image_features, media)
 
     def _from_rows(self, rows: list[Array], visual: list[Array], image_features: Any, media: Media) -> TokenChunk:
-        counts = [int(np.isin(row, self._facts.visual_token_ids).sum()) for row in rows]
+        placeholders = [np.isin(row, self._facts.visual_token_ids) for row in rows]
+        counts = [int(row.sum()) for row in placeholders]
         kinds = [token_kinds(self._facts.grids, row) for row in rows]
         places = media.places(self._facts, kinds)
         if isinstance(image_features, Mapping):
             image_features = _interleaved(kinds, image_features)
-        total, hidden = sum(counts), self._facts.hidden_size
+        total, size = sum(counts), self._facts.feature_size
         if image_features is None:
             if total:
                 raise InputError(f"input_ids hold {total} visual placeholders: pass image_features or pixel_values.")
-            image_features = np.zeros((0, hidden), self._dtype)
+            image_features = np.zeros((0, size), self._dtype)
         one = hasattr(image_features, "shape") or not isinstance(image_features, Sequence)
         parts = [np.asarray(part) for part in ([image_features] if one else image_features)]
-        if any(p.ndim < 2 or p.shape[-1] != hidden for p in parts) or sum(p.size for p in parts) != total * hidden:
+        if any(p.ndim < 2 or p.shape[-1] != size for p in parts) or sum(p.size for p in parts) != total * size:
             raise InputError(
-                f"image_features: expected [{total}, {hidden}], one for each visual placeholder of input_ids, got "
+                f"image_features: expected [{total}, {size}], one for each visual placeholder of input_ids, got "
                 f"{', '.join(str(list(part.shape)) for part in parts)}."
             )
-        flat = np.concatenate([p.reshape(-1, hidden) for p in parts]).astype(self._dtype, copy=False)
+        flat = np.concatenate([p.reshape(-1, size) for p in parts]).astype(self._dtype, copy=False)
         features = np.split(flat, np.cumsum(counts)[:-1])
-        return TokenChunk(visual, places, self._embedding, rows, features, self._filler)
+        hidden = self._facts.hidden_size
+        return TokenChunk(visual, placeholders, places, hidden, self._embedding, rows, features, self._filler)
 
     def _embedded(self, embeds: Array, visual_mask: Any, attention_mask: Any, media: Media) -> EmbeddedChunk:
-        hidden = self._facts.hidden_size
-        if embeds.ndim != 3 or embeds.shape[-1] != hidden or not embeds.size:
-            raise InputError(f"inputs_embeds: expected shape [batch, tokens, {hidden}], got {list(embeds.shape)}.")
-        if visual_mask is None and (self._may_exit or self._facts.grids is not None):
-            why = "exits" if self._may_exit else "multimodal positions"
+        size = self._facts.feature_size
+        if embeds.ndim != 3 or embeds.shape[-1] != size or not embeds.size:
+            raise InputError(f"inputs_embeds: expected shape [batch, tokens, {size}], got {list(embeds.shape)}.")
+        facts = self._facts
+        reasons = {
+            "exits": self._may_exit,
+            "multimodal positions": facts.grids is not None,
+            "tokens that attend to later ones": facts.blocks is not None,
+        }
+        if visual_mask is None and any(reasons.values()):
+            why = next(reason for reason, there in reasons.items() if there)
             raise InputError(
                 f"The engine has {why}, but which of inputs_embeds are visual is not known: pass visual_mask "
                 "([batch, tokens] bool, all False for a text-only prompt)."
@@ -209,7 +236,8 @@ class Inputs:
         marked = [row[keep] for row, keep in zip(visual, real, strict=True)]
         kinds = [row[keep] for row, keep in zip(media.kinds(visual), real, strict=True)]
         places = media.places(self._facts, kinds)
-        return EmbeddedChunk(marked, places, [row[keep] for row, keep in zip(embeds, real, strict=True)])
+        rows = [row[keep] for row, keep in zip(embeds, real, strict=True)]
+        return EmbeddedChunk(marked, marked, places, facts.hidden_size, rows)
 
     def _checked_ids(self, name: str, ids: Array) -> Array:
         if not np.issubdtype(ids.dtype, np.integer):
@@ -262,9 +290,9 @@ def _visual_mask(mask: Any, shape: tuple[int, ...]) -> Array:
     return mask
 
 
-def _padded(rows: list[Array], value: Any) -> Array:
+def padded(rows: list[Array], value: Any) -> Array:
     """Rows [n, ...] of different lengths, filled up at their end: [B, T, ...]."""
-    padded = np.full((len(rows), max(map(len, rows)), *rows[0].shape[1:]), value, rows[0].dtype)
-    for target, row in zip(padded, rows, strict=True):
+    whole = np.full((len(rows), max(map(len, rows)), *rows[0].shape[1:]), value, rows[0].dtype)
+    for target, row in zip(whole, rows, strict=True):
         target[: len(row)] = row
-    return padded
+    return whole

@@ -21,7 +21,7 @@ from vte_compile.export.onnx_decoder import OnnxDecoder
 from vte_compile.export.onnx_glue import embedding_function
 from vte_compile.export.onnx_graph import OnnxGraph
 from vte_compile.export.onnx_manifest import ExitFacts, OnnxManifest, StageFacts, Tools
-from vte_compile.export.onnx_ops import OPSET, ORT, WINDOWS_SINCE, Operators
+from vte_compile.export.onnx_ops import OPSET, ORT, ORT_BLOCKS, WINDOWS_SINCE, Operators
 from vte_compile.export.onnx_pieces import check, convert
 from vte_compile.export.onnx_quantize import check_quantize
 from vte_compile.export.onnx_weights import WeightFiles
@@ -44,7 +44,8 @@ def write(
     _check(fast, forms)
     check_quantize(quantize)
     facts = model_facts(fast)
-    dtype, decoder, table = DTYPES[fast._vte_spec.dtype], trace_decoder(fast, ORT), embedding_table(fast)
+    operators = ORT_BLOCKS if fast._vte_spec.has_blocks else ORT
+    dtype, decoder, table = DTYPES[fast._vte_spec.dtype], trace_decoder(fast, operators), embedding_table(fast)
     with whole_folder(path) as folder:
         decoder.convert_all()
         weights = WeightFiles(folder)
@@ -56,7 +57,7 @@ def write(
             vision, vision_missing = write_patch_vision(vision_graph, fast, facts.grids, folder / "vision.onnx")
         stages = write_stages(decoder, weights, dtype, quantize, folder) if "staged" in forms else []
         if "single" in forms:
-            graph = OnnxGraph("decoder", weights, dtype, quantize)
+            graph = OnnxGraph("decoder", weights, dtype, quantize, operators)
             decoder.add_single(graph)
             graph.save(folder / "decoder.onnx")
         write_companions(fast, processor, folder)
@@ -99,7 +100,8 @@ def trace_decoder(fast: Any, operators: Operators) -> OnnxDecoder:
     lowered = fast._vte_runner.lowered("chunk", batched=True)
     if refused := fast._vte_runner.refused("chunk"):
         raise CaptureError(f"export: {refused}")
-    return OnnxDecoder(lowered, fast.plan.exits, fast._vte_spec.num_layers, operators)
+    spec = fast._vte_spec
+    return OnnxDecoder(lowered, fast.plan.exits, spec.num_layers, spec.token_inputs, operators)
 
 
 def write_companions(fast: Any, processor: Any, folder: Path) -> None:

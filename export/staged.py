@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
+from vte_compile.export.block_facts import block_rule
 from vte_compile.export.grid_facts import grid_facts
 from vte_compile.export.manifest import AttendCall, ExitCall, GateWeights, ModelFacts, PhaseSteps, PieceCall, VisionCall
 from vte_compile.export.vision import image_encoder
@@ -124,7 +125,7 @@ def model_facts(fast: Any) -> ModelFacts:
     """What a manifest says of a model.
 
     Raises:
-        UnsupportedModelError: Its multimodal positions are not those an engine knows.
+        UnsupportedModelError: Its multimodal positions, or its blocks of tokens, are not those an engine knows.
     """
     spec = fast._vte_spec
     generation = fast.generation_config
@@ -142,6 +143,8 @@ def model_facts(fast: Any) -> ModelFacts:
         pad_token_id=int(pad) if pad is not None else (ends[0] if ends else 0),
         position_rows=spec.position_rows,
         grids=grid_facts(fast),
+        deepstack=spec.deepstack,
+        blocks=block_rule(fast),
     )
 
 

@@ -37,6 +37,7 @@ from vte_compile.export.tensorrt_build import build_engine, import_tensorrt
 from vte_compile.export.tensorrt_manifest import BuilderFacts, EngineFacts, TensorRTManifest
 from vte_compile.export.tensorrt_ops import TENSORRT, TENSORRT_FP8
 from vte_compile.export.tensorrt_profiles import Profiles, shell_script, trtexec
+from vte_compile.families.refusals import refuse_token_inputs
 
 logger = logging.getLogger(__name__)
 DTYPES = {
@@ -154,10 +155,10 @@ def in_precision(fast: Any, precision: str | None) -> Any:
 
     Raises:
         InputError: Not an optimized model, or an unknown precision.
-        UnsupportedModelError: Its dtype is none TensorRT computes in.
+        UnsupportedModelError: Its dtype is none TensorRT computes in, or its decoder takes more than embeddings and
+            positions.
     """
-    check_optimized(fast)
-    check_experts(fast)
+    check_model(fast)
     known = (*PRECISIONS, "fp8")
     if precision is not None and precision not in known:
         raise InputError(f"precision: {precision!r} is unknown; there are {', '.join(map(repr, known))}.")
@@ -171,6 +172,18 @@ def in_precision(fast: Any, precision: str | None) -> Any:
             f"TensorRT does not compute in {dtype}: pass precision= ({', '.join(map(repr, PRECISIONS))})."
         )
     return fast
+
+
+def check_model(fast: Any) -> None:
+    """Refuse what has no graphs here.
+
+    Raises:
+        InputError: Not an optimized model.
+        UnsupportedModelError: Its decoder takes more than embeddings and positions, or has experts that are a loop.
+    """
+    check_optimized(fast)
+    check_experts(fast)
+    refuse_token_inputs(fast._vte_spec)
 
 
 def find_ranges(fast: Any, precision: str | None, calibration: object, processor: Any = None) -> Fp8 | None:
@@ -188,8 +201,7 @@ def find_ranges(fast: Any, precision: str | None, calibration: object, processor
         return None
     if precision != "fp8":
         raise InputError(f"calibration: goes with precision='fp8', got {precision!r}.")
-    check_optimized(fast)
-    check_experts(fast)
+    check_model(fast)
     # In the model's own dtype: in half precision CPUs would be slow.
     return calibrate(fast, trace_decoder(fast, TENSORRT_FP8), calibration, processor)
 

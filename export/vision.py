@@ -46,7 +46,7 @@ def image_encoder(fast: Any) -> ImageEncoder:
     """
     encoder = _Encoder(fast.get_submodule(fast._vte_spec.path.rpartition(".")[0]))
     with evaluating(encoder):
-        pixels = _example(fast)
+        pixels = example_image(fast)
         _check(fast, encoder, pixels)
         try:
             exported = torch.export.export(encoder, (pixels,), strict=False).module(check_guards=False)
@@ -55,7 +55,19 @@ def image_encoder(fast: Any) -> ImageEncoder:
     return _lift_weights(exported, pixels)
 
 
-def _example(fast: Any) -> Tensor:
+def tokens_of_image(fast: Any, pixels: Tensor) -> int:
+    """How many visual tokens an image [1, channels, height, width] is."""
+    encoder = _Encoder(fast.get_submodule(fast._vte_spec.path.rpartition(".")[0]))
+    with evaluating(encoder), torch.no_grad():
+        return len(encoder(pixels)[0])
+
+
+def example_image(fast: Any) -> Tensor:
+    """Random pixels [1, channels, height, width].
+
+    Raises:
+        UnsupportedModelError: The model's images are not of one size.
+    """
     vision: Any = getattr(fast.config, "vision_config", None)
     size, channels = (getattr(vision, name, None) for name in ("image_size", "num_channels"))
     if isinstance(size, (list, tuple)) and len(size) == 2:

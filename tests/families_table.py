@@ -64,8 +64,6 @@ def why_empty(family: str, column: str) -> str:
         return "frames are images to the model" if family == "smolvlm" else "the family has none"
     if column == 'backend="vte"' and family in ("llava_mixtral", "mixtral"):
         return "mixtures of experts are left to Inductor, aloud"
-    if column == "ONNX Runtime" and family in ("qwen3_vl", "paligemma", "gemma3"):
-        return "engines take embeddings and positions alone so far: refused"
     if column == 'backend="vte"' and family == "gemma3":
         return "sliding windows are refused there"
     return "no test of its own"

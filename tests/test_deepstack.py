@@ -12,9 +12,9 @@ from tiny_families import family_inputs, shared_family, tiny_family
 from tiny_models import NEVER, assert_relative, gate, plan
 from transformers import Qwen3VLForConditionalGeneration
 
+import vte_compile
 from vte_compile import Oracle, Plan, StaticExit, optimize
 from vte_compile.capture import capture
-from vte_compile.chunk_capture import capture_chunk
 from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
 from vte_compile.families.decoder import describe
 from vte_compile.families.deepstack import rows_of, spread
@@ -119,11 +119,10 @@ def test_another_signature():
         describe(model)
 
 
-def test_where_features_are_not_taken():
-    """Engines; and tuning, which already refuses multimodal positions."""
-    spec = describe(shared_family(NAME))
+def test_where_features_are_not_taken(tmp_path):
+    """AOTInductor's and TensorRT's engines; and tuning, which already refuses multimodal positions."""
     with pytest.raises(UnsupportedModelError, match=r"takes deepstack_0, deepstack_1 besides .* only vte_compile.opt"):
-        capture_chunk(spec)
+        vte_compile.export(optimized(NAME), tmp_path / "engine", target="tensorrt", build=False)
     with pytest.raises(UnsupportedModelError, match="takes deepstack_0"):
         optimized(NAME)._vte_runner.lowered("prefill", batched=False)
     with pytest.raises(UnsupportedModelError):

@@ -1,4 +1,4 @@
-"""ONNX engines of decoders that are more than causal, in both forms: sliding windows."""
+"""ONNX engines of decoders that are more than causal, in both forms: windows, blocks of tokens, DeepStack."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from marks import thorough
+from test_families import handed_over, optimized
 from test_windows import WINDOWS
+from tiny_families import family_inputs, shared_family
 from tiny_models import (
     chunk,
     gate,
@@ -20,9 +22,11 @@ from tiny_models import (
 
 import vte_compile
 from vte_compile import Oracle, StaticExit, load_engine, optimize
+from vte_compile.export.ort_engine import OnnxEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 FORMS = ("staged", "single")
+EXITS = (gate(0), gate(2), gate(3))
 OURS = dict(max_new_tokens=6, eos_token_ids=[])
 
 
@@ -59,3 +63,74 @@ def test_windows(name: str, tmp_path: Path) -> None:
             answer = engine.generate(**given, **OURS)
             assert answer.tokens.tolist() == oracle.generate(**given, max_new_tokens=6).tokens
     assert seen == {-1, 0, 1}
+
+
+NAMES = ("gemma3", thorough("paligemma"))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def family(request: Any, tmp_path_factory: Any) -> tuple[str, Path]:
+    fast = optimize(optimized(request.param), plan(*EXITS))
+    return request.param, vte_compile.export(fast, tmp_path_factory.mktemp("e") / "engine", target="onnxruntime")
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def engine(family: tuple[str, Path], request: Any) -> tuple[str, OnnxEngine]:
+    loaded = load_engine(family[1], threads=1, form=request.param)
+    assert isinstance(loaded, OnnxEngine)
+    return family[0], loaded
+
+
+def given_to(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an engine takes of a model's inputs."""
+    return {name: value for name, value in inputs.items() if name != "token_type_ids"}
+
+
+def turn_of(name: str, inputs: dict[str, torch.Tensor], later: bool) -> dict[str, Any]:
+    """Arguments of the oracle."""
+    turn = handed_over(name, inputs)
+    if later and name == "paligemma":  # a turn of text is causal
+        turn["block_ids"][~turn["visual_mask"].any(1)] = -1
+    return turn
+
+
+@pytest.mark.shows("ONNX Runtime")
+def test_prompts_and_answers(engine: tuple[str, OnnxEngine]) -> None:
+    """Batches that leave behind different layers, several images, text alone, padding on either side."""
+    name, ours = engine
+    oracle, seen = Oracle(shared_family(name), plan(*EXITS)), set()
+    batches = [([2, 0, 1], "left"), ([1, 0, 1], "right"), ([0, 0], "left"), ([1], "left"), ([3, 1], "left")]
+    for seed, (images, side) in enumerate(batches):
+        inputs = family_inputs(name, images, seed=seed, side=side)
+        prompt = handed_over(name, inputs)
+        want, got = oracle.forward(**prompt), ours.prefill(**given_to(inputs))
+        close(got.logits, last(want.logits, inputs["attention_mask"]))
+        assert got.exit_layer.tolist() == want.exit_layer.tolist()
+        answer = ours.generate(**given_to(inputs), **OURS)
+        assert answer.tokens.tolist() == oracle.generate(**prompt, max_new_tokens=6).tokens
+        seen.update(got.exit_layer.tolist())
+    assert seen == {-1, 0, 2, 3}
+
+
+def test_second_turn(engine: tuple[str, OnnxEngine]) -> None:
+    """One row brings an image, the other text; then a token of each."""
+    name, ours = engine
+    oracle = Oracle(shared_family(name), plan(*EXITS))
+    first, second = family_inputs(name, [1, 2], seed=3), family_inputs(name, [1, 0], seed=4)
+    known = oracle.forward(**turn_of(name, first, False)).cache
+    turn = turn_of(name, second, True)
+    turn["position_ids"] = following(turn["position_ids"], known)
+    want = oracle.forward(**turn, cache=known)
+    got = ours.prefill(**given_to(second), cache=ours.prefill(**given_to(first)).cache)
+    close(got.logits, last(want.logits, second["attention_mask"]))
+    assert got.exit_layer.tolist() == want.exit_layer.tolist()
+    tokens = torch.tensor([5, 7])
+    embeds = shared_family(name).get_input_embeddings()(tokens[:, None])
+    close(ours.decode(tokens, got.cache).logits, oracle.forward(embeds, cache=want.cache).logits[:, -1])
+
+
+def following(positions: torch.Tensor | None, cache: Any) -> torch.Tensor | None:
+    """Multimodal positions of a turn that follows another."""
+    if positions is None:
+        return None
+    return positions + torch.tensor(cache.next_positions())[:, None]

@@ -112,6 +112,7 @@ def test_rows_run_one_by_one(caplog):
 
 
 def test_where_blocks_are_not_taken():
+    """AOTInductor's and TensorRT's engines, and tuning."""
     with pytest.raises(UnsupportedModelError, match=r"^GemmaModel takes block_ids besides embeddings and positions"):
         refuse_more_than_causal(describe(shared_family("paligemma")))
 

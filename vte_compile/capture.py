@@ -422,6 +422,12 @@ def _reader(wrapper: nn.Module, module: fx.GraphModule, target: str) -> Paramete
     return lambda: getattr(owner, name)
 
 
+def example_token_inputs(spec: DecoderSpec, embeds: Tensor) -> list[Tensor]:
+    """What a decoder takes of each token beside embeddings [B, T, C], as ``DecoderSpec.token_inputs`` names it."""
+    blocks = [torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)] if spec.has_blocks else []
+    return [*(torch.zeros_like(embeds) for _ in range(spec.deepstack)), *blocks]
+
+
 def _examples(spec: DecoderSpec, phase: Phase, batched: bool, layers: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     options: dict[str, Any] = {"device": spec.device, "dtype": spec.dtype}
     batch = _EXAMPLE_BATCH if batched else 1
@@ -441,8 +447,6 @@ def _examples(spec: DecoderSpec, phase: Phase, batched: bool, layers: int) -> tu
             if batched:
                 kv_start.append(torch.zeros(batch, dtype=torch.long, device=spec.device))
     past_dims = ({0: Dim.AUTO} if batched else {}) | {2: Dim.AUTO}
-    more = [] if phase == "decode" else [torch.zeros_like(embeds) for _ in range(spec.deepstack)]
-    if phase != "decode" and spec.has_blocks:
-        more.append(torch.zeros_like(positions))
+    more = [] if phase == "decode" else example_token_inputs(spec, embeds)
     shapes = (dims, position_dims, [dims] * len(more), [past_dims] * len(past), [{0: Dim.AUTO}] * len(kv_start))
     return (embeds, positions, more, past, kv_start), shapes

@@ -1,8 +1,9 @@
 """Trace a decoder into one FX graph for all phases, as engines want it: prefill, continuation and decode.
 
-    chunk    (inputs_embeds [B, T, C], position_ids [B, T], new_lengths [B], past_lengths [B],
+    chunk    (inputs_embeds [B, T, C], position_ids [B, T], new_lengths [B], past_lengths [B], more ...,
               past_key_0 [B, key/value heads, P, head size], past_value_0 ...)     -> logits, key_0, value_0, key_1 ...
 
+``more`` is what else a decoder is told of each token (``DecoderSpec.token_inputs``); mostly nothing.
 One set of weights then serves all phases. Rows and caches are aligned at the start (kernels/cached_attention.py).
 Attention is one op, vte::cached_attention. All layers are traced with one ``past_lengths``; after an exit those above
 it get another: the graph is cut there.
@@ -24,12 +25,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from vte_compile.capture import (
     DecoderGraph,
     decoder_module,
+    example_token_inputs,
     refuse_extras,
     trace,
 )
 from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
-from vte_compile.families.refusals import refuse_token_inputs
+from vte_compile.families.deepstack import adding, given
 from vte_compile.kernels.cached_attention import cached_attention
 
 _ATTENTION = "vte_chunk"
@@ -44,6 +46,7 @@ class _Chunk:
     past: list[Tensor]
     past_lengths: Tensor
     new_lengths: Tensor
+    block_ids: Tensor | None
     present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -69,7 +72,8 @@ def _chunk_attention(
     lengths = (chunk.past_lengths, chunk.new_lengths)
     past = chunk.past[2 * layer : 2 * layer + 2]
     window = int(kwargs.get("sliding_window") or 0)
-    output, *present = cached_attention._opoverload(*merged, *past, *lengths, heads, kv_heads, scale, window)
+    options = (heads, kv_heads, scale, window, chunk.block_ids)
+    output, *present = cached_attention._opoverload(*merged, *past, *lengths, *options)
     chunk.present[layer] = (present[0], present[1])
     return output.reshape(batch, tokens, heads, value.shape[-1]), None
 
@@ -91,7 +95,9 @@ class _ChunkDecoder(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.decoder, self.lm_head = decoder_module(spec), spec.lm_head
-        self.cache_name = cache_name(spec.decoder.forward)
+        if spec.deepstack:
+            self.decoder = adding(self.decoder, spec.deepstack)
+        self.cache_name, self.has_blocks = cache_name(spec.decoder.forward), spec.has_blocks
 
     def forward(
         self,
@@ -99,16 +105,18 @@ class _ChunkDecoder(nn.Module):
         position_ids: Tensor,
         new_lengths: Tensor,
         past_lengths: Tensor,
+        token_inputs: list[Tensor],
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
         cache: Any = DynamicCache()
         cache.layer_class_to_replicate = _PassingLayer
-        chunk = _Chunk(past, past_lengths, new_lengths)
+        chunk = _Chunk(past, past_lengths, new_lengths, token_inputs[-1] if self.has_blocks else None)
         token = _chunk.set(chunk)
         try:
-            hidden = self.decoder(
-                inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=True, **{self.cache_name: cache}
-            ).last_hidden_state
+            with given(token_inputs):
+                hidden = self.decoder(
+                    inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=True, **{self.cache_name: cache}
+                ).last_hidden_state
         finally:
             _chunk.reset(token)
         return self.lm_head(hidden), *[t for layer in sorted(chunk.present) for t in chunk.present[layer]]
@@ -119,10 +127,8 @@ def capture_chunk(spec: DecoderSpec) -> DecoderGraph:
 
     Raises:
         CaptureError: torch.export could not trace the decoder.
-        UnsupportedModelError: It takes more than embeddings and positions.
     """
-    refuse_token_inputs(spec)
-    names = ("inputs_embeds", "position_ids", "new_lengths", "past_lengths")
+    names = ("inputs_embeds", "position_ids", "new_lengths", "past_lengths", *spec.token_inputs)
     return trace(spec, _ChunkDecoder(spec), "chunk", True, _ATTENTION, names, partial(_examples, spec))
 
 
@@ -141,10 +147,12 @@ def _examples(spec: DecoderSpec, layers: int) -> tuple[tuple[Any, ...], tuple[An
     auto: dict[int, Any] = {0: Dim.AUTO, 1: Dim.AUTO}
     batch = {0: Dim.AUTO}
     position_dims = {dim + len(rows): kind for dim, kind in auto.items()}
-    return (embeds, positions, new_lengths, past_lengths, past), (
+    more = example_token_inputs(spec, embeds)
+    return (embeds, positions, new_lengths, past_lengths, more, past), (
         auto,
         position_dims,
         batch,
         batch,
+        [auto] * len(more),
         [{0: Dim.AUTO, 2: Dim.AUTO}] * len(past),
     )

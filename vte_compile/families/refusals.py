@@ -97,7 +97,7 @@ def refuse_token_inputs(spec: DecoderSpec) -> None:
     if spec.token_inputs:
         raise UnsupportedModelError(
             f"{type(spec.decoder).__name__} takes {', '.join(spec.token_inputs)} besides embeddings and positions: "
-            "only vte_compile.optimize() and backend='vte' give that so far."
+            "only vte_compile.optimize(), backend='vte' and ONNX engines (target='onnxruntime') give that so far."
         )
 
 
