@@ -39,15 +39,16 @@ def grid_facts(fast: Any) -> GridFacts | None:
     seconds = getattr(vision, "tokens_per_second", None)
     video, reason = getattr(config, "video_token_id", None), ""
     # transformers 5.17 counts the time of videos in whole seconds, later versions do not.
-    for whole_seconds in (False, True) if seconds is not None else (False,):
-        facts = GridFacts(image, video, merge, seconds, whole_seconds)
+    ways = [(whole, False) for whole in ((False, True) if seconds is not None else (False,))]
+    for whole_seconds, frames_apart in (*ways, (False, True)):
+        facts = GridFacts(image, video, merge, seconds, whole_seconds, frames_apart)
         found = [_difference(fast, facts, tried) for tried in ((None, 1.7) if seconds is not None else (None,))]
         if not any(found):
             return facts
         reason = reason or next(filter(None, found))
     raise UnsupportedModelError(
-        f"{name} has multimodal rotary positions, and engines number images and videos as Qwen2-VL does: its own code, "
-        f"asked for those of a prompt with both, {reason}."
+        f"{name} has multimodal rotary positions, and engines number images and videos as Qwen2-VL or Qwen3-VL does: "
+        f"its own code, asked for those of a prompt with both, {reason}."
     )
 
 
@@ -58,8 +59,9 @@ def _difference(fast: Any, facts: GridFacts, seconds: float | None) -> str:
     if facts.video_token_id is not None:
         parts.insert(1, (VIDEO, [3, 2 * merge, merge]))
     kinds = [0, 0]
-    for kind, grid in parts:
-        kinds += [kind] * (int(np.prod(grid)) // merge**2) + [0, 0]
+    for kind, (time, height, width) in parts:
+        runs = time if kind == VIDEO and facts.frames_apart else 1
+        kinds += ([kind] * (time // runs * height * width // merge**2) + [0, 0]) * runs
     images, videos = ([grid for kind, grid in parts if kind == wanted] for wanted in (IMAGE, VIDEO))
     tokens = {0: next(i for i in range(len(spec.visual_token_ids) + 1) if i not in spec.visual_token_ids),
               IMAGE: facts.image_token_id, VIDEO: facts.video_token_id}  # fmt: skip

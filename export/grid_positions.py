@@ -1,9 +1,9 @@
-"""Multimodal rotary positions of prompts with images and videos, as Qwen2-VL numbers them; with numpy alone.
+"""Multimodal rotary positions of prompts with images and videos, as Qwen2-VL and Qwen3-VL number them.
 
 A token's position is three numbers: time, height and width. Text counts all three on, one by one. A visual token has
 its frame, row and column in the grid of its image, counted from where the text before it ended; the text behind goes on
-beyond the grid's longer side. At export, the numbers are compared with those of the model's own code
-(`export/grid_facts.py`).
+beyond the grid's longer side. In Qwen3-VL, each frame of a video is numbered as an image, and text stands between them.
+At export, the numbers are compared with those of the model's own code (`export/grid_facts.py`). With numpy alone.
 """
 
 from __future__ import annotations
@@ -83,7 +83,12 @@ class Grids:
         if facts.tokens_per_second is not None:
             seconds = np.floor(self.seconds) if facts.whole_seconds else self.seconds
             intervals = seconds * np.float32(facts.tokens_per_second)
-        videos = _sized("video_grid_thw", facts, self.videos, intervals)
+        grids = self.videos
+        if facts.frames_apart:
+            steps = grids[:, 0]
+            grids, intervals = np.repeat(grids, steps, 0), np.repeat(intervals, steps)
+            grids[:, 0] = 1
+        videos = _sized("video_grid_thw", facts, grids, intervals)
         result = [_row(kinds, {IMAGE: images, VIDEO: videos}) for kinds in rows]
         for name, left in (("image_grid_thw", images), ("video_grid_thw", videos)):
             if next(left.grids, None) is not None:

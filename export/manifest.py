@@ -94,6 +94,8 @@ class PatchFacts:
     """So many patches, in height and in width, are one token."""
     window: int | None
     """So many tokens, in height and in width, attend to each other in some layers; None: all do."""
+    learned: int | None = None
+    """So many learned positions, in height and in width, are spread over an image; None: there are none."""
 
 
 @dataclass(frozen=True)

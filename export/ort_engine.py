@@ -140,8 +140,10 @@ class OnnxEngine:
         Args:
             input_ids: [B, T] integers, with a placeholder for each visual token; or a list of rows of different
                 lengths, without padding. Either these or ``inputs_embeds``.
-            inputs_embeds: [B, T, C], visual features in place; then pass ``visual_mask`` too if there are any.
-            image_features: Embeddings of the visual tokens, [n, C] or a list of such, in the order of the placeholders.
+            inputs_embeds: [B, T, C], visual features in place; then pass ``visual_mask`` too if there are any. With
+                DeepStack (Qwen3-VL) [B, T, (1 + layers) * C]: behind an embedding what is added to it, zeros at text.
+            image_features: Embeddings of the visual tokens, [n, C] or a list of such, in the order of the placeholders;
+                with DeepStack [n, (1 + layers) * C], as :meth:`encode_images` gives them.
             pixel_values: [images, channels, height, width]; the engine's own encoder makes features of them. Of models
                 that take images of any size as patches (Qwen2-VL): [patches, numbers of a patch].
             pixel_values_videos: [patches, numbers of a patch], of videos, of those models.
@@ -343,7 +345,8 @@ class OnnxEngine:
     def encode_images(self, pixel_values: Any, image_grid_thw: Any = None) -> Array:
         """[images, channels, height, width] -> their visual tokens' embeddings [n, C], image after image.
 
-        Of models that take patches (see :meth:`prefill`): [patches, numbers of a patch], with ``image_grid_thw``.
+        Of models that take patches (see :meth:`prefill`): [patches, numbers of a patch], with ``image_grid_thw``. With
+        DeepStack [n, (1 + layers) * C] come out: behind a token's embedding what is added to it behind each layer.
 
         Raises:
             InputError: The engine has no image encoder (the message says why), or takes images of another size.

@@ -41,7 +41,7 @@ class ImageEncoder:
             grid_thw: [n, 3], of an encoder that takes patches.
 
         Returns:
-            [n, C] of each image.
+            [n, C] of each image; with DeepStack [n, (1 + layers) * C].
 
         Raises:
             InputError: The engine has no image encoder (the message says why), or takes images of another size.

@@ -16,7 +16,7 @@ from torch import Tensor
 from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
 from vte_compile.export.folder import check_target_folder, facts_of, whole_folder
 from vte_compile.export.fp8_numbers import Fp8
-from vte_compile.export.manifest import MANIFEST, GridFacts, VisionCall, encode
+from vte_compile.export.manifest import MANIFEST, ModelFacts, VisionCall, encode
 from vte_compile.export.onnx_decoder import OnnxDecoder
 from vte_compile.export.onnx_glue import embedding_function
 from vte_compile.export.onnx_graph import OnnxGraph
@@ -54,7 +54,7 @@ def write(
         if facts.grids is None:
             vision, vision_missing = write_vision(vision_graph, fast, folder / "vision.onnx")
         else:
-            vision, vision_missing = write_patch_vision(vision_graph, fast, facts.grids, folder / "vision.onnx")
+            vision, vision_missing = write_patch_vision(vision_graph, fast, facts, folder / "vision.onnx")
         stages = write_stages(decoder, weights, dtype, quantize, folder) if "staged" in forms else []
         if "single" in forms:
             graph = OnnxGraph("decoder", weights, dtype, quantize, operators)
@@ -158,11 +158,12 @@ def write_vision(graph: OnnxGraph, fast: Any, file: Path) -> tuple[VisionCall | 
 
 
 def write_patch_vision(
-    graph: OnnxGraph, fast: Any, grids: GridFacts, file: Path
+    graph: OnnxGraph, fast: Any, model: ModelFacts, file: Path
 ) -> tuple[VisionCall | None, str | None]:
     """vision.onnx, for one frame of patches; or why there is none."""
+    assert model.grids is not None
     try:
-        encoder = patch_encoder(fast, grids)
+        encoder = patch_encoder(fast, model.grids)
     except (CaptureError, UnsupportedModelError) as error:
         logger.warning("export: the engine has no image encoder and takes image_features: %s", error)
         return None, str(error)
@@ -177,6 +178,11 @@ def write_patch_vision(
             graph.input("windows", ["windows", "longest_window"], integer),
             graph.input("window_places", ["patches"], integer),
         ]
+    if facts.learned is not None:
+        inputs += [
+            graph.input("learned_index", ["patches", 4], integer),
+            graph.input("learned_weights", ["patches", 4], ir.DataType.FLOAT),
+        ]
     weights = list(encoder.weights.values())
     dims = [*dynamic_dims(facts), *(set[int]() for _ in weights)]
     piece = convert(encoder.function, [*encoder.frames[0], *weights], dims, ["image_features"], graph.operators)
@@ -186,7 +192,7 @@ def write_patch_vision(
         (f"vision.{name}", partial(_same, tensor)) for name, tensor in encoder.weights.items()
     ]
     [features] = graph.add(piece, "vision", [*inputs, *named])
-    graph.output("image_features", features, ["visual_tokens", fast._vte_spec.hidden_size])
+    graph.output("image_features", features, ["visual_tokens", model.feature_size])
     graph.save(file)
     return VisionCall(file.name, [], [], facts), None
 

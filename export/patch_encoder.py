@@ -1,4 +1,4 @@
-"""The encoder of images of any size, cut into patches (Qwen2-VL, Qwen2.5-VL), as a function of one frame.
+"""The encoder of images of any size, cut into patches (Qwen2-VL, Qwen2.5-VL, Qwen3-VL), as a function of one frame.
 
 Its own code cuts attention at lengths that it reads from tensors, which cannot be traced. Here one frame is one run, so
 that all of it attends to itself; windows are gathered into rows of one length, and masked behind their last patch. What
@@ -66,7 +66,8 @@ AttentionInterface.register(_ATTENTION, _attention)
 class PatchEncoder:
     """A function that torch.export can trace.
 
-    Patches of a frame, what :func:`frame_inputs` gives, and weights in; features [tokens, C] out.
+    Patches of a frame, what :func:`frame_inputs` gives, and weights in; features [tokens, C] out, with DeepStack
+    [tokens, (1 + layers) * C]: behind a token's embedding what is added to it.
     """
 
     function: Callable[..., tuple[Tensor]]
@@ -80,18 +81,25 @@ class PatchEncoder:
 class _Encoder(nn.Module):
     def __init__(self, visual: nn.Module, facts: PatchFacts) -> None:
         super().__init__()
-        self.visual, self._windowed = visual, facts.window is not None
+        self.visual, self._windowed, self._learned = visual, facts.window is not None, facts.learned is not None
 
-    def forward(self, pixel_values: Tensor, position_ids: Tensor, *windows: Tensor) -> tuple[Tensor]:
+    def forward(self, pixel_values: Tensor, position_ids: Tensor, *more: Tensor) -> tuple[Tensor]:
         whole = position_ids[:, 0]  # no numbers are read from it
         given: dict[str, Any] = {"position_ids": position_ids, "cu_seqlens": whole, "max_seqlen": 1}
+        if self._learned:
+            *windows, index, weights = more
+            given |= {"interp_indices": index, "interp_weights": weights}
+        else:
+            windows = list(more)
         if self._windowed:
             index, bounds, places = windows
             given |= {"window_index": index, "cu_window_seqlens": bounds, "max_window_seqlen": 1}
             token = _places.set(places)
         try:
             grid = torch.ones(1, 3, dtype=torch.long)
-            return (self.visual(pixel_values, grid_thw=grid, **given).pooler_output,)
+            output = self.visual(pixel_values, grid_thw=grid, **given)
+            added = getattr(output, "deepstack_features", None) or ()
+            return (torch.cat([output.pooler_output, *added], dim=-1),)
         finally:
             if self._windowed:
                 _places.reset(token)
@@ -114,7 +122,8 @@ def patch_encoder(fast: Any, grids: GridFacts) -> PatchEncoder:
     channels, frames, patch = sizes
     window = getattr(visual, "window_size", None)
     window = None if window is None else window // grids.merge_size // patch
-    facts = PatchFacts(channels * frames * patch**2, grids.merge_size, window)
+    learned = getattr(visual, "num_grid_per_side", None)
+    facts = PatchFacts(channels * frames * patch**2, grids.merge_size, window, learned)
     encoder = _Encoder(visual, facts)
     sizes_tried = (_EXAMPLE, *_TRIED)
     examples = [_frame(fast, facts, *size) for size in sizes_tried]
@@ -144,7 +153,7 @@ def patch_encoder(fast: Any, grids: GridFacts) -> PatchEncoder:
 
 def dynamic_dims(facts: PatchFacts) -> list[set[int]]:
     """Of the inputs, in order: which dims are of any size."""
-    return [{0}, {0}, {0}, {0, 1}, {0}][: len(encoder_inputs(facts))]
+    return [{0, 1} if name == "windows" else {0} for name in encoder_inputs(facts)]
 
 
 def _frame(fast: Any, facts: PatchFacts, height: int, width: int) -> list[Tensor]:
@@ -167,7 +176,8 @@ def _own(fast: Any, grids: GridFacts, facts: PatchFacts, pixels: Tensor, size: t
     given = {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": torch.ones_like(ids)}
     options: dict[str, Any] = {"inputs_embeds": None, "visual_mask": None, "may_exit": False}
     try:
-        return decoder_inputs(fast, spec, input_ids=ids, multimodal=given, **options).embeds[0]
+        made = decoder_inputs(fast, spec, input_ids=ids, multimodal=given, **options)
+        return torch.cat([made.embeds[0], *(added[0] for added in made.token_inputs[: spec.deepstack])], dim=-1)
     except VTEError:
         raise
     except Exception as error:  # whatever the model's own code raises

@@ -1,8 +1,8 @@
-"""Images of any size as an encoder of patches takes them (Qwen2-VL, Qwen2.5-VL), frame by frame; with numpy alone.
+"""Images of any size as an encoder of patches takes them (Qwen2-VL, Qwen3-VL), frame by frame; with numpy alone.
 
 Processors cut each image into patches, ``merge_size`` x ``merge_size`` of which stand next to each other: one token.
 Frames do not attend to each other, so each is one run of the encoder. What it wants to know of a frame: rows,
-columns and windows, follows from its height and width.
+columns, windows and learned positions, follows from its height and width.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from vte_compile.export.manifest import PatchFacts
 
 Array = np.ndarray[Any, Any]
 _WINDOWS = ("window_index", "windows", "window_places")
+_LEARNED = ("learned_index", "learned_weights")
 
 
 def encoder_inputs(facts: PatchFacts) -> list[str]:
     """Names of the inputs of vision.onnx."""
-    return ["pixel_values", "position_ids", *(_WINDOWS if facts.window is not None else ())]
+    windows, learned = facts.window is not None, facts.learned is not None
+    return ["pixel_values", "position_ids", *(_WINDOWS if windows else ()), *(_LEARNED if learned else ())]
 
 
 def split_frames(
@@ -69,12 +71,15 @@ def frame_inputs(facts: PatchFacts, height: int, width: int) -> dict[str, Array]
     Returns:
         ``position_ids`` [n, 2], row and column of each patch; and if it has windows, ``window_index`` [tokens], the
         order in which windows are contiguous; ``windows`` [W, L], the patches of each window in that order, -1 behind
-        the last; ``window_places`` [n], where each patch is among these.
+        the last; ``window_places`` [n], where each patch is among these. If it has learned positions,
+        ``learned_index`` [n, 4], the four nearest of them, and ``learned_weights`` [n, 4] float32, theirs.
     """
     merge = facts.merge_size
     blocks = (height // merge, merge, width // merge, merge)
     rows, columns = (x.reshape(blocks).swapaxes(1, 2).ravel() for x in np.indices((height, width)))
     inputs = {"position_ids": np.stack([rows, columns], 1)}
+    if facts.learned is not None:
+        inputs |= _learned(facts.learned, (rows, height), (columns, width))
     if facts.window is None:
         return inputs
     row, column = (x.ravel() for x in np.indices((height // merge, width // merge)))
@@ -88,3 +93,21 @@ def frame_inputs(facts: PatchFacts, height: int, width: int) -> dict[str, Array]
         "windows": np.where(inside, starts[:, None] + longest, -1),
         "window_places": np.flatnonzero(inside),
     }
+
+
+def _learned(side: int, *axes: tuple[Array, int]) -> dict[str, Array]:
+    """Bilinear interpolation in a square of learned positions, corners on corners.
+
+    Args:
+        side: Of the square.
+        axes: Of rows and columns: where each patch is [n], and how many there are.
+    """
+    taps, weights = [], []
+    for places, size in axes:
+        exact = places.astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
+        nearest = np.floor(exact)[:, None] + np.arange(2, dtype=np.float32)
+        taps.append(nearest.astype(np.int64).clip(0, side - 1))
+        weights.append((1 - np.abs(exact[:, None] - nearest)).clip(0))
+    index = taps[0][:, :, None] * side + taps[1][:, None]
+    both = weights[0][:, :, None] * weights[1][:, None]
+    return {"learned_index": index.reshape(-1, 4), "learned_weights": both.reshape(-1, 4)}

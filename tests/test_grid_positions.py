@@ -13,7 +13,11 @@ import torch
 from PIL import Image
 from tiny_families import IMAGE_TOKEN, VIDEO_TOKEN, family_inputs, shared_family, tiny_family, video_inputs
 from transformers import Qwen2VLImageProcessor
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.export.grid_facts import grid_facts
@@ -36,7 +40,7 @@ def described(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-GRIDS = ("qwen2_vl", "qwen2_5_vl")
+GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 @pytest.fixture(scope="module", params=GRIDS)
@@ -73,7 +77,7 @@ def test_a_model_that_numbers_images_in_another_way(monkeypatch) -> None:
         patch.setattr(
             type(fast.model), "get_rope_index", lambda *a, **k: (before(*a, **k)[0].flip(0), before(*a, **k)[1])
         )
-        with pytest.raises(UnsupportedModelError, match=r"as Qwen2-VL does: its own code, .* gives others"):
+        with pytest.raises(UnsupportedModelError, match=r"as Qwen2-VL or Qwen3-VL does: its own code, .* gives others"):
             grid_facts(fast)
     monkeypatch.setattr(fast, "config", SimpleNamespace(image_token_id=IMAGE_TOKEN, vision_config=SimpleNamespace()))
     with pytest.raises(UnsupportedModelError, match=r"no vision_config\.spatial_merge_size"):
@@ -131,6 +135,16 @@ def test_layouts_of_frames(height: int, width: int, window: int) -> None:
     assert list(frame_inputs(PatchFacts(12, 2, None), height, width)) == ["position_ids"]
 
 
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (2, 2), (10, 6), (2, 18)])
+def test_learned_positions_of_frames(height: int, width: int) -> None:
+    options: dict[str, Any] = dict(mode="bilinear", align_corners=True, spatial_merge_size=2)
+    index, weights = get_vision_interpolation_indices_and_weights(torch.tensor([[1, height, width]]), 8, **options)
+    ours = frame_inputs(PatchFacts(12, 2, None, 8), height, width)
+    assert np.array_equal(ours["learned_index"], index.numpy())
+    np.testing.assert_allclose(ours["learned_weights"], weights.numpy(), atol=1e-6)
+    assert ours["learned_weights"].dtype == np.float32
+
+
 def test_frames_of_images_and_videos() -> None:
     facts, pixels = PatchFacts(3, 2, None), np.arange(60.0).reshape(20, 3)
     split = split_frames(facts, pixels, torch.tensor([[1, 2, 2], [2, 2, 4]]))
@@ -152,10 +166,12 @@ def test_encoders_of_patches(known, dtype: torch.dtype) -> None:
     name, _, facts = known
     model = described(name, dtype)
     encoder = patch_encoder(model, facts)
-    assert encoder.facts == PatchFacts(3 * 2 * 4**2, 2, 2 if name == "qwen2_5_vl" else None)
-    assert len(encoder.frames[0]) == (5 if name == "qwen2_5_vl" else 2)
+    window, learned = 2 if name == "qwen2_5_vl" else None, 8 if name == "qwen3_vl" else None
+    assert encoder.facts == PatchFacts(3 * 2 * 4**2, 2, window, learned)
+    assert len(encoder.frames[0]) == {"qwen2_vl": 2, "qwen2_5_vl": 5, "qwen3_vl": 4}[name]
     [features] = encoder.function(*encoder.frames[1], *encoder.weights.values())
-    assert (features.shape, features.dtype) == ((4, 32), dtype)
+    width = 3 * 32 if name == "qwen3_vl" else 32  # embedding, and what is added behind two layers
+    assert (features.shape, features.dtype) == ((4, width), dtype)
 
 
 def test_encoders_that_do_something_else(monkeypatch) -> None:

@@ -11,8 +11,9 @@ import torch
 from marks import thorough
 from test_families import handed_over, optimized
 from test_windows import WINDOWS
-from tiny_families import family_inputs, shared_family
+from tiny_families import IMAGE_TOKEN, family_inputs, shared_family, video_inputs
 from tiny_models import (
+    C,
     chunk,
     gate,
     one_thread,  # noqa: F401
@@ -22,6 +23,7 @@ from tiny_models import (
 
 import vte_compile
 from vte_compile import Oracle, StaticExit, load_engine, optimize
+from vte_compile.errors import InputError
 from vte_compile.export.ort_engine import OnnxEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -65,7 +67,7 @@ def test_windows(name: str, tmp_path: Path) -> None:
     assert seen == {-1, 0, 1}
 
 
-NAMES = ("gemma3", thorough("paligemma"))
+NAMES = ("gemma3", thorough("paligemma"), "qwen3_vl")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -99,9 +101,16 @@ def test_prompts_and_answers(engine: tuple[str, OnnxEngine]) -> None:
     """Batches that leave behind different layers, several images, text alone, padding on either side."""
     name, ours = engine
     oracle, seen = Oracle(shared_family(name), plan(*EXITS)), set()
-    batches = [([2, 0, 1], "left"), ([1, 0, 1], "right"), ([0, 0], "left"), ([1], "left"), ([3, 1], "left")]
-    for seed, (images, side) in enumerate(batches):
-        inputs = family_inputs(name, images, seed=seed, side=side)
+    batches = [
+        ([2, 0, 1], "left"),
+        ([1, 0, 1], "right"),
+        ([0, 0], "left"),
+        ([1], "left"),
+        ([3, 1], "left"),
+        ([1, 2, 1], "left"),
+    ]
+    prompts = [family_inputs(name, images, seed=seed, side=side) for seed, (images, side) in enumerate(batches)]
+    for inputs in [*prompts, *([video_inputs(name)] if name == "qwen3_vl" else [])]:
         prompt = handed_over(name, inputs)
         want, got = oracle.forward(**prompt), ours.prefill(**given_to(inputs))
         close(got.logits, last(want.logits, inputs["attention_mask"]))
@@ -127,6 +136,27 @@ def test_second_turn(engine: tuple[str, OnnxEngine]) -> None:
     tokens = torch.tensor([5, 7])
     embeds = shared_family(name).get_input_embeddings()(tokens[:, None])
     close(ours.decode(tokens, got.cache).logits, oracle.forward(embeds, cache=want.cache).logits[:, -1])
+
+
+def test_features_and_embeddings_instead_of_pixels(engine: tuple[str, OnnxEngine]) -> None:
+    """With DeepStack, what is added behind layers comes with a visual token's embedding."""
+    name, ours = engine
+    inputs = given_to(family_inputs(name, [1, 2], seed=5))
+    want, pixels, grid = ours.prefill(**inputs), inputs.pop("pixel_values"), inputs.get("image_grid_thw")
+    features = ours.encode_images(pixels, grid)
+    assert features.shape[1] == C * (3 if name == "qwen3_vl" else 1)
+    np.testing.assert_allclose(ours.prefill(**inputs, image_features=features).logits, want.logits, rtol=1e-5)
+    ids = inputs.pop("input_ids")
+    inputs.pop("mm_token_type_ids", None)
+    embeds = np.zeros((*ids.shape, features.shape[1]), np.float32)
+    embeds[..., :C] = shared_family(name).get_input_embeddings()(ids).detach()
+    embeds[ids == IMAGE_TOKEN] = features
+    got = ours.prefill(inputs_embeds=embeds, visual_mask=ids == IMAGE_TOKEN, **inputs)
+    np.testing.assert_allclose(got.logits, want.logits, rtol=1e-5)
+    with pytest.raises(InputError, match="which of inputs_embeds are visual is not known"):
+        ours.prefill(inputs_embeds=embeds, **inputs)
+    with pytest.raises(InputError, match=rf"inputs_embeds: expected shape \[batch, tokens, {features.shape[1]}\]"):
+        ours.prefill(inputs_embeds=embeds[..., 1:], visual_mask=ids == IMAGE_TOKEN, **inputs)
 
 
 def following(positions: torch.Tensor | None, cache: Any) -> torch.Tensor | None:
