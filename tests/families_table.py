@@ -62,10 +62,6 @@ def why_empty(family: str, column: str) -> str:
         return "adapters cannot fold into blocks with extra norms, or into experts: refused; without adapters: no test"
     if column == "videos":
         return "frames are images to the model" if family == "smolvlm" else "the family has none"
-    if column == 'backend="vte"' and family in ("llava_mixtral", "mixtral"):
-        return "mixtures of experts are left to Inductor, aloud"
-    if column == 'backend="vte"' and family == "gemma3":
-        return "sliding windows are refused there"
     return "no test of its own"
 
 

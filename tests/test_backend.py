@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 from marks import thorough
-from test_families import handed_over
-from tiny_families import FAMILIES, family_inputs, shared_family, tiny_family
+from test_families import ALL, handed_over
+from tiny_families import family_inputs, shared_family, tiny_family
 from tiny_models import gate, plan, random_adapter, tiny
 from torch._inductor.exc import InductorError
 from transformers import DynamicCache
@@ -20,6 +20,8 @@ from vte_compile.errors import InputError, PlanMismatchError
 
 TOKENS = 6
 _COMMON = ("llava", "qwen2_vl")
+UNSUPPORTED = {"num_hidden_layers": 2, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+"""Of a Llama."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +55,9 @@ def gates():
     ("family", "cache"),
     # A StaticCache is another graph, but the same one in all families of one kind of positions.
     [
-        # VipLLaVA and Mistral3 merge images as LLaVA does, SmolVLM as Idefics3; Qwen3-VL has a test of its own.
         *((family, "dynamic") for family in _COMMON),
-        *(thorough(f, "dynamic") for f in (*FAMILIES, "idefics3", "paligemma") if f not in _COMMON and f != "qwen3_vl"),
+        # Qwen3-VL has a test of its own.
+        *(thorough(family, "dynamic") for family in ALL if family not in (*_COMMON, "qwen3_vl")),
         ("llava", "static"),
         thorough("qwen2_vl", "static"),
     ],
@@ -214,13 +216,12 @@ def test_a_plan_for_another_model():
 
 
 def test_an_unsupported_decoder_runs_as_it_is(caplog):
-    """A sliding window is refused; the model still gives what it gives uncompiled."""
-    options = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
-    model, ids = tiny("qwen2", **options), torch.tensor([[5, 6, 7, 8, 9]])
-    expected = generate(tiny("qwen2", **options), {"input_ids": ids})
+    """The model still gives what it gives uncompiled."""
+    model, ids = tiny(**UNSUPPORTED), torch.tensor([[5, 6, 7, 8, 9]])
+    expected = generate(tiny(**UNSUPPORTED), {"input_ids": ids})
     with caplog.at_level(logging.WARNING, "vte_compile"):
         got = generate(compiled(model, plan(StaticExit(0))), {"input_ids": ids})
-    assert "sliding_attention" in caplog.text
+    assert "dynamic rotary positions" in caplog.text
     assert torch.equal(got.sequences, expected.sequences)
 
 
@@ -288,10 +289,9 @@ def test_explain_names_passes_layers_and_phases():
 
 
 def test_explain_of_an_unsupported_block():
-    model = tiny("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    told = explain(model, {"input_ids": torch.tensor([[5, 6, 7, 8, 9]])}, plan(StaticExit(0)))
+    told = explain(tiny(**UNSUPPORTED), {"input_ids": torch.tensor([[5, 6, 7, 8, 9]])}, plan(StaticExit(0)))
     assert {f.name for f in told.refused} == {"decoder"}
-    assert "sliding_attention" in str(told)
+    assert "dynamic rotary positions" in str(told)
 
 
 def test_what_inductor_cannot_compile_runs_uncompiled_aloud(caplog, monkeypatch):

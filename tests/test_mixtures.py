@@ -24,6 +24,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen
 
 import vte_compile
 from vte_compile import Oracle, Plan, StaticExit, load_engine, optimize
+from vte_compile.dynamo.decoder_call import exit_layers
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.plan import SkippedAttention
 
@@ -36,11 +37,10 @@ EXITS = {
 GREEDY = dict(do_sample=False, max_new_tokens=8)
 
 
-@functools.cache
-def mixture(name):
-    """A random language model whose tokens choose two of four experts; nobody changes it."""
+def mixture_of(name, layers):
+    """A random language model whose tokens choose two of four experts."""
     torch.manual_seed(0)
-    experts = dict(**TINY, num_experts_per_tok=2)
+    experts = TINY | dict(num_hidden_layers=layers, num_experts_per_tok=2)
     if name == "mixtral":
         model = MixtralForCausalLM(MixtralConfig(**experts, num_local_experts=4, sliding_window=None))
     else:  # with an expert that all tokens share, and a layer without experts
@@ -48,6 +48,12 @@ def mixture(name):
         model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**experts, **sizes, decoder_sparse_step=1, mlp_only_layers=[1]))
     model.generation_config.eos_token_id = None
     return model.eval()
+
+
+@functools.cache
+def mixture(name):
+    """One that nobody changes."""
+    return mixture_of(name, LAYERS)
 
 
 @functools.cache
@@ -118,17 +124,40 @@ def test_onnx_engine(tmp_path):
     assert_relative(torch.from_numpy(out.logits), Oracle(model, fast.plan).forward(embeds, visual).logits[:, -1])
 
 
-def test_backend_refuses(caplog):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", thorough("qwen2_moe")])
+@pytest.mark.shows('backend="vte"', "mixtral")
+def test_backend(name):
+    """Prompts with the placeholder of an image and without, and decode steps, token for token as optimize()."""
+    torch._dynamo.reset()
+    parts, ids = [gate(0, 0.1), StaticExit(1)], torch.tensor([[3, 60, 60, 60, 6, 7, 8], [9, 8, 7, 6, 5, 4, 3]])
+    model = mixture_of(name, layers=2)
+    fast = optimize(mixture_of(name, layers=2), plan(*parts), compile=False)
+    options = {"plan": plan(*parts), "compile": False, "visual_token_ids": [60]}
+    model.forward = torch.compile(model.forward, backend="vte", options=options)
+    want = fast.generate(ids, visual_mask=ids == 60, **GREEDY)
+    out = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, want)
+    assert exit_layers(out.past_key_values).tolist() == want.exit_layer.tolist()
+    assert min(want.exit_layer.tolist()) == -1 < max(want.exit_layer.tolist())
+
+
+@pytest.mark.parametrize("kind", ["loop", "expert choice"])
+def test_backend_refuses(kind, caplog):
     """The model still gives what it gives uncompiled."""
-    model = MixtralForCausalLM(copy.deepcopy(mixture("mixtral").config))
-    model.load_state_dict(mixture("mixtral").state_dict())
-    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    torch._dynamo.reset()
+    model, ids = mixture_of("mixtral", layers=1 if kind == "loop" else LAYERS), torch.tensor([[3, 4, 5, 6, 7]])
+    if kind == "loop":
+        model.config._experts_implementation = "eager"
+    else:
+        for layer in model.model.layers:
+            layer.mlp = ExpertChoice()
     with torch.no_grad():
-        want = mixture("mixtral")(ids, use_cache=False).logits
-        options = {"plan": plan(StaticExit(1)), "compile": False}
-        out = torch.compile(model.eval(), backend="vte", options=options)(ids, use_cache=False)
+        want = model(ids, use_cache=False).logits
+        options = {"plan": plan(StaticExit(0)), "compile": False}
+        out = torch.compile(model, backend="vte", options=options)(ids, use_cache=True)
     assert_relative(out.logits, want)
-    assert "has a mixture of experts" in caplog.text
+    assert {"loop": "set_experts_implementation('grouped_mm')", "expert choice": "expert-choice"}[kind] in caplog.text
 
 
 class ExpertChoice(nn.Module):

@@ -67,8 +67,8 @@ def test_a_token_sees_the_last_columns(window):
 def test_where_windows_are_not_taken():
     """AOTInductor's engines and tuning would attend to all tokens."""
     model = tiny("qwen2", **WINDOWS["qwen2"])
-    message = r"^Qwen2Model: decoder layer 1 uses sliding_attention: only vte_compile.optimize\(\), ONNX and TensorRT"
+    message = r"^Qwen2Model: decoder layer 1 uses sliding_attention: only vte_compile.optimize\(\), backend='vte', ONNX"
     with pytest.raises(UnsupportedModelError, match=message):
         optimize(model, Plan(), compile=False)._vte_runner.lowered("prefill", batched=False)
-    assert describe(shared_model("llama")).sliding_layer is None
+    assert not describe(shared_model("llama")).has_windows
     optimized("llama")._vte_runner.lowered("prefill", batched=False)

@@ -26,7 +26,7 @@ from vte_compile.dynamo.report import Graph, record
 from vte_compile.dynamo.visual import remember
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec, describe, find_decoder
-from vte_compile.families.refusals import refuse_windows
+from vte_compile.families.independence import check_independence
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.plan import Plan
@@ -97,11 +97,11 @@ def vte(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     try:
         _refuse_training(model)
         spec = describe(model)
-        _refuse_experts(model, spec)
-        refuse_windows(spec)
+        _refuse_loops(model, spec)
         _refuse_unseen_features(spec)
-        region = find_region(gm.graph, weights, spec.num_layers)
+        region = find_region(gm.graph, weights, spec.windowed)
         _refuse_other_features(spec, region)
+        _refuse_company(model, spec)
     except UnsupportedModelError as error:
         logger.warning("backend='vte': no pass applies to this graph, it runs as Inductor compiles it: %s", error)
         report.refusal = str(error)
@@ -139,11 +139,22 @@ def _refuse_training(model: nn.Module) -> None:
         raise UnsupportedModelError("gradients are wanted: call the model under torch.no_grad() or inference_mode().")
 
 
-def _refuse_experts(model: nn.Module, spec: DecoderSpec) -> None:
-    if spec.has_experts:
+def _refuse_loops(model: nn.Module, spec: DecoderSpec) -> None:
+    if spec.has_experts and spec.config._experts_implementation == "eager":
         raise UnsupportedModelError(
-            f"{type(model).__name__} has a mixture of experts, which only vte_compile.optimize() takes so far."
+            f"{type(model).__name__} runs its experts in a loop over those that some token chose, which splits the "
+            "decoder in Dynamo: call model.set_experts_implementation('grouped_mm') before the first call."
         )
+
+
+_independent: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Decoders of which it is known."""
+
+
+def _refuse_company(model: nn.Module, spec: DecoderSpec) -> None:
+    if spec.decoder not in _independent:
+        check_independence(model, spec)
+        _independent.add(spec.decoder)
 
 
 def _refuse_unseen_features(spec: DecoderSpec) -> None:

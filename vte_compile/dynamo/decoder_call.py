@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from vte_compile.dynamo.handles import attach, cache_behind, cache_of, make_handle
+from vte_compile.dynamo.handles import HandleShape, attach, cache_behind, cache_of, columns_of, make_handle
 from vte_compile.dynamo.visual import visual_mask_of
 from vte_compile.families.deepstack import spread
 from vte_compile.families.token_blocks import blocks_of, unmasked_block
@@ -26,7 +26,7 @@ class CallLayout:
     """Which inputs a call has, and what it gives, as the graph it stands in wants it."""
 
     masked: bool
-    """Whether the attention mask [B, 1, T, columns] is given."""
+    """Whether an attention mask [B, 1, T, columns] is given."""
     ids: bool
     """Whether the token ids [B, T] are given."""
     visual: bool
@@ -37,9 +37,8 @@ class CallLayout:
     """Whether how many tokens a StaticCache holds, these included, is given."""
     deepstack: int
     """Behind how many layers features are given; before them, where in [B, T] the visual tokens are."""
-    kv: tuple[tuple[int, ...] | None, ...]
-    """Of keys and values in turn, what of them is returned: the shape where it is fixed and -1 elsewhere ([B, heads,
-    tokens, size]); None of buffers that are given and stay."""
+    kv: tuple[HandleShape | None, ...]
+    """Of keys and values in turn, what of them is returned; None of buffers that are given and stay."""
     last: bool
     """Whether hidden states of the last token alone are wanted."""
 
@@ -68,7 +67,7 @@ class DecoderCall:
         batch, tokens = embeds.shape[:2]
         seen = 0
         if past:
-            seen = int(counted) - tokens if counted is not None else past[0].shape[2]
+            seen = int(counted) - tokens if counted is not None else columns_of(past[0])
         if seen:
             cache = cache_of(past, seen)
         else:
@@ -79,43 +78,36 @@ class DecoderCall:
         visual_mask = torch.zeros(batch, tokens, dtype=torch.bool, device=embeds.device)
         if runner.plan.exits and not decoding:
             visual_mask = visual_mask_of(embeds, ids, visual, runner.spec.visual_token_ids)
-        chunk = _chunk(mask, batch, tokens, seen, embeds)
+        # A window's mask has fewer columns than were seen, that of a StaticCache more.
+        begin = seen if mask is None else min(seen, mask.shape[-1] - tokens)
+        chunk = _chunk(mask, batch, tokens, begin, embeds)
         if added:
             token_inputs = spread(added[0], added[1:], embeds)
         else:
             token_inputs = [torch.zeros_like(embeds) for _ in range(runner.spec.deepstack)]
         if runner.spec.has_blocks:
-            token_inputs.append(_blocks(mask, chunk, seen, -1 if seen else unmasked_block(runner.spec.decoder)))
+            token_inputs.append(_blocks(mask, chunk, begin, -1 if seen else unmasked_block(runner.spec.decoder)))
         output = runner.run(
             embeds, visual_mask, chunk, position_ids, cache, last=layout.last, token_inputs=token_inputs
         )
-        columns = seen + tokens
-        handles = [
-            make_handle([_size(size, i, batch, columns) for i, size in enumerate(shape)], embeds, cache)
-            for shape in layout.kv
-            if shape is not None
-        ]
+        handles = [make_handle(shape, seen + tokens, embeds, cache) for shape in layout.kv if shape is not None]
         return output.logits, *handles
 
 
-def _size(size: int, dim: int, batch: int, columns: int) -> int:
-    return size if size >= 0 else (batch if dim == 0 else columns)
-
-
-def _chunk(mask: Tensor | None, batch: int, tokens: int, seen: int, embeds: Tensor) -> Tensor:
+def _chunk(mask: Tensor | None, batch: int, tokens: int, begin: int, embeds: Tensor) -> Tensor:
     """[B, T] bool: the tokens of this chunk that are not padding. A causal mask lets each of them attend to itself."""
     if mask is None:
         return torch.ones(batch, tokens, dtype=torch.bool, device=embeds.device)
     allowed = mask if mask.dtype == torch.bool else mask == 0
-    return allowed[:, 0].diagonal(seen, dim1=-2, dim2=-1)[:, :tokens].expand(batch, -1)
+    return allowed[:, 0].diagonal(begin, dim1=-2, dim2=-1)[:, :tokens].expand(batch, -1)
 
 
-def _blocks(mask: Tensor | None, chunk: Tensor, seen: int, unmasked: int) -> Tensor:
+def _blocks(mask: Tensor | None, chunk: Tensor, begin: int, unmasked: int) -> Tensor:
     """[B, T]: the blocks of a chunk's tokens, padding left aside."""
     tokens = chunk.shape[1]
     blocks = torch.full_like(chunk, -1, dtype=torch.long)
     for b, real in enumerate(chunk):
-        own = None if mask is None else mask[b % len(mask), :, real, seen : seen + tokens][None, ..., real]
+        own = None if mask is None else mask[b % len(mask), :, real, begin : begin + tokens][None, ..., real]
         blocks[b, real] = blocks_of(own, 1, int(real.sum()), unmasked, chunk.device)[0]
     return blocks
 

@@ -2,9 +2,10 @@
 
 After an exit the layers' keys and values differ in length, but a model's forward makes one mask for all layers and
 counts positions by the first layer's, so it would not trace. So the compiled function hands out handles: tensors of the
-full length, with stride 0, that take no memory, and carry the ExitCache that holds the real ones. All that transformers
-asks of them, shapes, is then as without exits, and nothing is compiled again because of an exit. Whatever copies or
-slices a handle loses the cache, and the next call says so instead of reading the numbers.
+full length (or of the window, where a layer has one), with stride 0, that take no memory, and carry the ExitCache that
+holds the real ones. All that transformers asks of them, shapes, is then as without exits, and nothing is compiled again
+because of an exit. Whatever copies or slices a handle loses the cache, and the next call says so instead of reading the
+numbers.
 
 Buffers of a StaticCache that exist before the decoder runs are given the cache likewise, and stay as they are.
 
@@ -18,26 +19,58 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from vte_compile.errors import InputError
 from vte_compile.runtime.exit_cache import ExitCache
 
-_ATTRIBUTE = "_vte_cache"
+_ATTRIBUTE, _COLUMNS = "_vte_cache", "_vte_columns"
 
 
-def make_handle(shape: Sequence[int], like: Tensor, cache: ExitCache) -> Tensor:
-    """A tensor of this shape, NaN all over, that carries a cache."""
-    handle = torch.empty_strided(tuple(shape), (0,) * len(shape), dtype=like.dtype, device=like.device)
+@dataclass(frozen=True)
+class HandleShape:
+    """The shape [B, heads, tokens, size] of a handle, as the graph it leaves wants it."""
+
+    heads: int
+    tokens: int | None
+    """Of a StaticCache's buffer; None: those seen so far."""
+    most: int | None
+    """Not more tokens than these: a sliding window."""
+    size: int
+
+    def of(self, batch: int, columns: int) -> tuple[int, int, int, int]:
+        """Behind so many tokens."""
+        tokens = columns if self.tokens is None else self.tokens
+        return batch, self.heads, tokens if self.most is None else min(tokens, self.most), self.size
+
+
+def make_handle(shape: HandleShape, columns: int, like: Tensor, cache: ExitCache) -> Tensor:
+    """A tensor, NaN all over, that carries a cache.
+
+    Args:
+        shape: Of it.
+        columns: How many tokens were seen so far, which a window's shape does not tell.
+        like: Hidden states [B, ...].
+        cache: What it carries.
+    """
+    sizes = shape.of(len(like), columns)
+    handle = torch.empty_strided(sizes, (0,) * len(sizes), dtype=like.dtype, device=like.device)
     torch.as_strided(handle, (1,), (1,)).fill_(math.nan)
     # Else Dynamo would take the length of the first decode step for a constant, and trace all layers once more.
     torch._dynamo.maybe_mark_dynamic(handle, 2)
     attach(handle, cache)
+    setattr(handle, _COLUMNS, columns)
     return handle
+
+
+def columns_of(handle: Tensor) -> int:
+    """How many tokens were seen when a handle was made."""
+    return int(getattr(handle, _COLUMNS, handle.shape[2]))
 
 
 def attach(tensor: Tensor, cache: ExitCache) -> None:
@@ -82,8 +115,8 @@ def cache_of(tensors: Sequence[Tensor], columns: int) -> ExitCache:
 
 
 def refuse_uncompiled_use() -> None:
-    """Let DynamicLayer and StaticLayer refuse to append to handles in code that is not compiled; once is enough."""
-    for layer_class in (DynamicLayer, StaticLayer):
+    """Let layers of a cache refuse to append to handles in code that is not compiled; once is enough."""
+    for layer_class in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
         if not hasattr(layer_class.update, "_vte_refuses"):
             layer_class.update = _refusing(layer_class.update)  # type: ignore[method-assign]
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from vte_compile.dynamo.decoder_call import CallLayout
+from vte_compile.dynamo.stored import Stored, find_stored
 from vte_compile.dynamo.visual import looked_up, scatter_mask
 from vte_compile.errors import UnsupportedModelError
 
@@ -37,27 +38,31 @@ class Region:
     embeds: fx.Node
     positions: fx.Node
     mask: fx.Node | None
+    """Of layers that see all tokens, if there is such a one."""
     hidden: fx.Node
     """What leaves the decoder: hidden states of all tokens, or what slices the last one's from them."""
     last: bool
-    past: list[fx.Node]
-    """Keys and values of all layers in turn, inputs of the graph; empty in prefill."""
-    kv: list[fx.Node | None]
-    """Keys and values of all layers in turn that the graph returns; None of buffers that are changed in place."""
+    kv: list[Stored]
+    """Keys and values of all layers in turn."""
     counted: fx.Node | None
     """How many tokens a StaticCache holds."""
     deepstack: list[fx.Node]
     """Where visual tokens are, and what is added to them behind layers 0, 1 ..; empty where nothing is."""
     nodes: list[fx.Node] = field(repr=False)
 
+    @property
+    def past(self) -> list[fx.Node]:
+        """Keys and values of all layers in turn, inputs of the graph; empty in prefill."""
+        return [stored.past for stored in self.kv if stored.past is not None]
 
-def find_region(graph: fx.Graph, weights: Sequence[fx.Node], num_layers: int) -> Region:
+
+def find_region(graph: fx.Graph, weights: Sequence[fx.Node], windowed: Sequence[bool]) -> Region:
     """The decoder in a graph.
 
     Args:
         graph: Dynamo's.
         weights: Its inputs that are weights of the decoder's first layer.
-        num_layers: Of the decoder.
+        windowed: Of each layer, whether it has a sliding window.
 
     Raises:
         UnsupportedModelError: The graph does not hold the decoder as a whole, or not as transformers writes it.
@@ -68,34 +73,36 @@ def find_region(graph: fx.Graph, weights: Sequence[fx.Node], num_layers: int) ->
     for node in nodes:
         if (layer := _layer(node, path)) is not None:
             by_layer.setdefault(layer, []).append(node)
+    num_layers = len(windowed)
     if sorted(by_layer) != list(range(num_layers)):
         raise UnsupportedModelError(
             f"the graph holds {len(by_layer)} of the decoder's {num_layers} layers: a graph break splits the decoder."
         )
     attentions = [_attention(by_layer[layer], layer) for layer in range(num_layers)]
-    kv = [_stored(attention, which, layer) for layer, attention in enumerate(attentions) for which in (1, 2)]
     returned = set(next(n for n in graph.nodes if n.op == "output").all_input_nodes)
-    past = [_past(node) for node in kv]
-    if any(p is None for p in past) and any(p is not None for p in past):
+    kv = [find_stored(attention, i, layer, returned) for layer, attention in enumerate(attentions) for i in (1, 2)]
+    if len({stored.past is None for stored in kv}) > 1:
         raise UnsupportedModelError("some layers have earlier keys and values, others have none.")
-    masks = {_mask(attention) for attention in attentions}
-    if len(masks) > 1:
-        raise UnsupportedModelError("the layers attend through different masks.")
-    hidden, last = _hidden(by_layer[num_layers - 1], nodes, kv)
+    if any(windowed) and any(stored.is_buffer for stored in kv):
+        raise UnsupportedModelError(
+            "a StaticCache of layers with sliding windows overwrites what left the window: use a DynamicCache, as "
+            "generate() does unless it is told otherwise."
+        )
+    held = {node for stored in kv for node in (stored.read, stored.kept) if node is not None}
+    hidden, last = _hidden(by_layer[num_layers - 1], nodes, held)
     region = Region(
         path,
         _embeds(by_layer[0], path),
         _positions(nodes, path),
-        masks.pop(),
+        _mask(attentions, windowed),
         hidden,
         last,
-        [p for p in past if p is not None],
-        [node if node in returned else None for node in kv],
+        kv,
         _counted(graph, nodes),
         _deepstack(nodes, path),
         nodes,
     )
-    _refuse_other_outputs(region, set(nodes) | {hidden}, set(kv))
+    _refuse_other_outputs(region, set(nodes) | {hidden}, held)
     return region
 
 
@@ -135,32 +142,15 @@ def _attention(nodes: list[fx.Node], layer: int) -> fx.Node:
     return found[0]
 
 
-def _mask(attention: fx.Node) -> fx.Node | None:
-    mask = attention.kwargs.get("attn_mask", attention.args[3] if len(attention.args) > 3 else None)
-    return mask if isinstance(mask, fx.Node) else None
-
-
-def _stored(attention: fx.Node, which: int, layer: int) -> fx.Node:
-    """What a cache layer keeps of the keys (1) or values (2) that an attention reads, repeated heads undone."""
-    node: Any = attention.args[which]
-    while isinstance(node, fx.Node):
-        name = getattr(node.target, "__name__", str(node.target))
-        if node.op == "placeholder" or name in ("cat", "zeros"):
-            return node
-        if not node.args:
-            break
-        node = node.args[0]
-    raise UnsupportedModelError(f"layer {layer}: its attention does not read keys and values that a cache holds.")
-
-
-def _past(stored: fx.Node) -> fx.Node | None:
-    """The input that held the earlier ones."""
-    if stored.op == "placeholder":
-        return stored
-    if getattr(stored.target, "__name__", "") == "zeros":
-        return None  # a StaticCache that begins in this graph
-    earlier: Any = stored.args[0]
-    return earlier[0] if isinstance(earlier[0], fx.Node) and earlier[0].op == "placeholder" else None
+def _mask(attentions: Sequence[fx.Node], windowed: Sequence[bool]) -> fx.Node | None:
+    """The mask of the layers without windows, or of all if each has one; layers of a kind share theirs."""
+    masks: dict[bool, set[fx.Node | None]] = {}
+    for attention, window in zip(attentions, windowed, strict=True):
+        mask = attention.kwargs.get("attn_mask", attention.args[3] if len(attention.args) > 3 else None)
+        masks.setdefault(window, set()).add(mask if isinstance(mask, fx.Node) else None)
+    if any(len(of_kind) > 1 for of_kind in masks.values()):
+        raise UnsupportedModelError("layers of one kind attend through different masks.")
+    return masks[min(masks)].pop()
 
 
 def _embeds(first: list[fx.Node], path: str) -> fx.Node:
@@ -176,6 +166,8 @@ def _embeds(first: list[fx.Node], path: str) -> fx.Node:
 
 def _is_stream(node: fx.Node) -> bool:
     value = node.meta.get("example_value")
+    if isinstance(value, torch.nn.Parameter):  # experts' weights have three dims, too
+        return False
     return isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point()
 
 
@@ -193,9 +185,9 @@ def _positions(nodes: list[fx.Node], path: str) -> fx.Node:
     raise UnsupportedModelError("no positions enter the decoder's rotary_emb.")
 
 
-def _hidden(top: list[fx.Node], nodes: list[fx.Node], kv: list[fx.Node]) -> tuple[fx.Node, bool]:
+def _hidden(top: list[fx.Node], nodes: list[fx.Node], held: set[fx.Node]) -> tuple[fx.Node, bool]:
     """What leaves the decoder besides keys and values, and whether that is the last token's only."""
-    inside, held = set(nodes), set(kv)
+    inside = set(nodes)
     first = nodes.index(top[0])
     leaving = [n for n in nodes[first:] if n not in held and _is_stream(n) and any(u not in inside for u in n.users)]
     if len(leaving) != 1:
@@ -212,7 +204,9 @@ def _counted(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node | None:
     """The first layer's count of a StaticCache that existed before."""
     inside = set(nodes)
     for node in graph.nodes:
-        if node.op == "placeholder" and "cumulative_length" in node.name and any(u in inside for u in node.users):
+        # (A window of a DynamicCache counts in a number.)
+        counts = "cumulative_length" in node.name and isinstance(node.meta.get("example_value"), torch.Tensor)
+        if node.op == "placeholder" and counts and any(user in inside for user in node.users):
             return node
     return None
 
@@ -246,11 +240,13 @@ def _given(node: Any, inside: set[fx.Node]) -> fx.Node:
     return node
 
 
-def _refuse_other_outputs(region: Region, inside: set[fx.Node], kv: set[fx.Node]) -> None:
+def _refuse_other_outputs(region: Region, inside: set[fx.Node], held: set[fx.Node]) -> None:
     for node in region.nodes:
         value = node.meta.get("example_value")
         # Whole numbers are what a StaticCache counts.
-        if node in kv or node is region.hidden or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        if node in held or node is region.hidden:
+            continue
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             continue
         if any(user not in inside for user in node.users) and _layer(node, region.path) is not None:
             raise UnsupportedModelError(
@@ -275,7 +271,7 @@ def replace_region(gm: fx.GraphModule, region: Region) -> CallLayout:
     after = region.hidden if region.last else region.nodes[-1]
     with graph.inserting_after(after):
         node = graph.call_function(decoder_call, tuple(named + region.past))
-    results = [region.hidden, *[n for n in region.kv if n is not None]]
+    results = [region.hidden, *[stored.kept for stored in region.kv if stored.kept is not None]]
     at = node
     for i, old in enumerate(results):
         with graph.inserting_after(at):
@@ -293,16 +289,9 @@ def replace_region(gm: fx.GraphModule, region: Region) -> CallLayout:
         past=bool(region.past),
         counted=region.counted is not None,
         deepstack=max(len(region.deepstack) - 1, 0),
-        kv=tuple(None if n is None else _fixed_sizes(n, region) for n in region.kv),
+        kv=tuple(stored.shape for stored in region.kv),
         last=region.last,
     )
-
-
-def _fixed_sizes(node: fx.Node, region: Region) -> tuple[int, ...]:
-    """[-1, heads, -1 or the length of a StaticCache's buffer, size]."""
-    shape = node.meta["example_value"].shape
-    buffer = getattr(node.target, "__name__", "") == "zeros"
-    return (-1, int(shape[1]), int(shape[2]) if buffer else -1, int(shape[3]))
 
 
 def _remove(graph: fx.Graph, region: Region) -> None:

@@ -66,17 +66,17 @@ class DecoderSpec:
         return self.lm_head.get_parameter("weight")
 
     @property
-    def sliding_layer(self) -> int | None:
-        """The first layer whose tokens see a window of those before them; None if all see all of them."""
+    def windowed(self) -> tuple[bool, ...]:
+        """Of each layer, whether its tokens see a window of those before them only."""
         types = getattr(self.config, "layer_types", None)
         if types is None:
-            return 0 if getattr(self.config, "sliding_window", None) else None
-        return next((layer for layer, kind in enumerate(types) if kind == "sliding_attention"), None)
+            return (bool(getattr(self.config, "sliding_window", None)),) * self.num_layers
+        return tuple(kind == "sliding_attention" for kind in types[: self.num_layers])
 
     @property
     def has_windows(self) -> bool:
-        """Whether tokens of some layer see a window of those before them."""
-        return self.sliding_layer is not None
+        """Whether tokens of some layer do."""
+        return any(self.windowed)
 
     @property
     def token_inputs(self) -> tuple[str, ...]:

@@ -72,9 +72,9 @@ def refuse_windows(spec: DecoderSpec) -> None:
     """
     if spec.has_windows:
         raise UnsupportedModelError(
-            f"{type(spec.decoder).__name__}: decoder layer {spec.sliding_layer} uses sliding_attention: only "
-            "vte_compile.optimize(), ONNX and TensorRT engines take that so far (set sliding_window=None in the config "
-            "if prompts stay below the window)."
+            f"{type(spec.decoder).__name__}: decoder layer {spec.windowed.index(True)} uses sliding_attention: only "
+            "vte_compile.optimize(), backend='vte', ONNX and TensorRT engines take that so far (set "
+            "sliding_window=None in the config if prompts stay below the window)."
         )
 
 
