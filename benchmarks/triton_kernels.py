@@ -139,11 +139,9 @@ def prefill_rows(name: str, tokens: int, batch: int, ceilings: dict[str, float])
     options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     query, key, value = (torch.randn(batch * tokens, HEADS, SIZE, **options) for _ in range(3))
     cos, sin = (torch.randn(batch * tokens, SIZE // 2, **options) for _ in range(2))
-    positions = torch.arange(tokens, device="cuda", dtype=torch.int32).repeat(batch)
     bounds = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * tokens
     zeros = torch.zeros(batch, device="cuda", dtype=torch.int32)
     caches = [torch.empty(batch, HEADS, tokens + 64, SIZE, **options) for _ in range(2)]
-    at = torch.zeros(batch, tokens + 64, device="cuda", dtype=torch.int32)
     flops = 2 * batch * HEADS * tokens**2 * SIZE  # half of both products
 
     def row(case: str, function: Callable[[], Any]) -> dict[str, Any]:
@@ -155,7 +153,7 @@ def prefill_rows(name: str, tokens: int, batch: int, ceilings: dict[str, float])
     yield row(
         "vte::varlen_attention",
         lambda: varlen_attention(
-            query, key, value, cos, sin, positions, bounds, zeros, zeros, *caches, at, tokens, SIZE**-0.5, 0, 0.0
+            query, key, value, cos, sin, bounds, zeros, zeros, *caches, tokens, SIZE**-0.5, 0, 0.0
         ),
     )
     q, k, v = (x.view(batch, tokens, HEADS, SIZE).transpose(1, 2) for x in (query, key, value))
@@ -192,7 +190,7 @@ def decode_rows(name: str, tokens: int, batch: int, ceilings: dict[str, float]) 
         ends = torch.tensor(lengths, device="cuda", dtype=torch.int32)
 
         def step(ends: Tensor = ends) -> Tensor:
-            return decode_attention(query, *caches, starts, ends, None, None, tokens, SIZE**-0.5, 0, 0.0)
+            return decode_attention(query, *caches, starts, ends, None, tokens, SIZE**-0.5, 0, 0.0)
 
         times = timed(step)
         reached = 2 * 2 * HEADS * SIZE * sum(lengths) / times["median_s"]

@@ -193,19 +193,8 @@ def _prefill(size: int, dtype: torch.dtype) -> Callable[[Settings], tuple[float,
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], device="cuda", dtype=torch.int32)
     starts = max(lengths) - bounds.diff()
     caches = [torch.zeros(len(lengths), KV_HEADS, max(lengths) + 64, size, **options) for _ in "kv"]
-    tensors = [
-        query,
-        key,
-        value,
-        angles.cos().to(dtype),
-        angles.sin().to(dtype),
-        None,
-        bounds,
-        None,
-        starts,
-        *caches,
-        None,
-    ]
+    tables = angles.cos().to(dtype), angles.sin().to(dtype)
+    tensors = [query, key, value, *tables, bounds, None, starts, *caches]
     wide = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors]
     expected = reference(*wide, size**-0.5, 0, 0.0)
 
@@ -230,7 +219,7 @@ def _decode(size: int, dtype: torch.dtype) -> Callable[[Settings], tuple[float, 
     starts = torch.tensor([0, TOKENS - 64] * (BATCH // 2), device="cuda")
     angles = torch.rand(BATCH, size // 2, device="cuda") * 6
     new = [key, value, angles.cos().to(dtype), angles.sin().to(dtype)]
-    rest = (starts, None, None, None, TOKENS, size**-0.5, 0, 0.0)
+    rest = (starts, None, None, TOKENS, size**-0.5, 0, 0.0)
     wide = [x.float() for x in (query, *caches)]
     expected = reference(*wide, *rest, *(x.float() for x in new))
 

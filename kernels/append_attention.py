@@ -8,8 +8,9 @@ the graph there, and ``append_and_attend`` writes one column into a cache with r
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from vte_compile.kernels.causal_attention import attend
 
 
 def append_and_attend(
@@ -21,6 +22,7 @@ def append_and_attend(
     starts: Tensor | None,
     scale: float | None,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Write a token into the last column of ``keys`` and ``values``, and attend to all columns, or to the last ones.
 
@@ -31,17 +33,18 @@ def append_and_attend(
         starts: [B] int64: the first real column of each row; None where all rows begin at 0.
         scale: Of the scores; None for 1 / sqrt(D).
         window: How many columns are seen, the last ones; 0: all.
+        softcap: Scores s become ``softcap * tanh(s / softcap)``; 0: as they are.
 
     Returns:
         [B, 1, heads, D of the values], contiguous.
     """
     keys.narrow(2, keys.shape[2] - 1, 1).copy_(key)
     values.narrow(2, values.shape[2] - 1, 1).copy_(value)
-    return _attend(query, keys, values, starts, scale, window)
+    return _attend(query, keys, values, starts, scale, window, softcap)
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None, scale: float | None, window: int
+    query: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None, scale: float | None, window: int, softcap: float
 ) -> Tensor:
     batch, heads, _, size = query.shape
     if window and (hidden := keys.shape[2] - window) > 0:
@@ -53,7 +56,7 @@ def _attend(
         mask = (torch.arange(columns, device=query.device) >= starts[:, None])[:, None, None]
     # The heads of a group are rows of their key/value head, so that keys need no repetition.
     query = query.reshape(batch, kv_heads, heads // kv_heads, size)
-    output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+    output = attend(query, keys, values, mask, scale, softcap)
     return output.reshape(batch, 1, heads, values.shape[3])
 
 
@@ -67,6 +70,7 @@ def append_attention(
     starts: Tensor | None,
     scale: float | None,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What :func:`append_and_attend` does, without changing anything.
 
@@ -77,19 +81,12 @@ def append_attention(
         The attention's output [B, 1, heads, D of the values], and keys and values with one column more.
     """
     keys, values = torch.cat([past_keys, key], 2), torch.cat([past_values, value], 2)
-    return _attend(query, keys, values, starts, scale, window), keys, values
+    return _attend(query, keys, values, starts, scale, window, softcap), keys, values
 
 
 @append_attention.register_fake
 def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_keys: Tensor,
-    past_values: Tensor,
-    starts: Tensor | None,
-    scale: float | None,
-    window: int = 0,
+    query: Tensor, key: Tensor, value: Tensor, past_keys: Tensor, past_values: Tensor, *args: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads = query.shape[:2]
     keys, values = (

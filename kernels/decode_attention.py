@@ -22,7 +22,6 @@ def reference(
     starts: Tensor | None,
     ends: Tensor | None,
     block_table: Tensor | None,
-    cache_positions: Tensor | None,
     longest: int,
     scale: float,
     window: int,
@@ -40,6 +39,8 @@ def reference(
         query, key = _turned(query, cos, sin), None if key is None else _turned(key, cos, sin)
     firsts = [0] * batch if starts is None else starts.tolist()
     for b, (start, end) in enumerate(zip(firsts, [longest] * batch if ends is None else ends.tolist(), strict=True)):
+        if window > 0:
+            start = max(start, end - window)
         if key is not None and value is not None:
             for cache, new in ((key_cache, key), (value_cache, value)):
                 _column(cache, b, end - 1, block_table).copy_(new[b])
@@ -47,10 +48,6 @@ def reference(
         scores = query[b, :, None] @ keys.repeat_interleave(group, 0).mT * scale  # [heads, 1, columns]
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
-        if window > 0:
-            assert cache_positions is not None
-            at = _row(cache_positions[:, None, :, None], b, block_table)[0, start:end, 0]
-            scores = scores.masked_fill(at[-1] - at >= window, -torch.inf)
         output[b] = (scores.softmax(-1) @ values.repeat_interleave(group, 0))[:, 0]
     return output
 
@@ -80,7 +77,6 @@ def decode_attention(
     starts: Tensor | None,
     ends: Tensor | None,
     block_table: Tensor | None,
-    cache_positions: Tensor | None,
     longest: int,
     scale: float,
     window: int,
@@ -100,11 +96,9 @@ def decode_attention(
         starts: [B] int32 or int64; None: all rows begin at column 0.
         ends: [B] int32 or int64, behind ``starts``; None: all rows end at ``longest``.
         block_table: [B, pages of a row] int32: the pages of each row, in order.
-        cache_positions: [B, columns] int32, or [pages, columns of a page]: positions, which a window counts; the
-            token's own is there.
         longest: Columns of the longest row, or more.
         scale: Of the scores.
-        window: A token sees those whose position is less than this behind its own; 0: all.
+        window: How many columns the token sees, the last ones, its own included; 0: all.
         softcap: Scores s become ``softcap * tanh(s / softcap)``; 0: as they are.
         key: [B, kv_heads, D], of the token, rotated if ``query`` is; ``value`` likewise. None: they are in the cache.
         cos: [B, D / 2], of the token's position, or [B, D] of two equal halves; ``sin`` likewise.
@@ -113,8 +107,7 @@ def decode_attention(
         [B, heads, D].
     """
     return reference(
-        query, key_cache, value_cache, starts, ends, block_table, cache_positions, longest, scale, window, softcap, key,
-        value, cos, sin,
+        query, key_cache, value_cache, starts, ends, block_table, longest, scale, window, softcap, key, value, cos, sin,
     )  # fmt: skip
 
 

@@ -32,6 +32,8 @@ def rotary_packed_attention(
     cu_queries: Tensor,
     cu_keys: Tensor,
     scale: float | None,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate queries and keys of packed rows, and attend causally as ``vte::packed_attention`` does.
 
@@ -42,6 +44,8 @@ def rotary_packed_attention(
         cu_queries: [B + 1] int32: ``cu_keys``, or 0, 1 .. B where a row has one query, its last.
         cu_keys: [B + 1] int32.
         scale: Of the scores; None for 1 / sqrt(D).
+        window: How many columns of its row a token sees, the last ones; 0: all.
+        softcap: Scores s become ``softcap * tanh(s / softcap)``; 0: as they are.
 
     Returns:
         The attention's output [1, heads, N, D], laid out as [1, N, heads, D] is; and what the cache takes: keys [1,
@@ -52,7 +56,8 @@ def rotary_packed_attention(
     if query.shape[1] != key.shape[1]:
         last = cu_keys[1:].long() - 1
         cos, sin = cos[:, last], sin[:, last]
-    output = packed_attention(_heads_first(query, cos, sin), keys, values, cu_queries, cu_keys, scale)
+    rotated = _heads_first(query, cos, sin)
+    output = packed_attention(rotated, keys, values, cu_queries, cu_keys, scale, window, softcap)
     return output, keys, values
 
 
@@ -73,6 +78,8 @@ def rotary_append_attention(
     past_values: Tensor,
     starts: Tensor | None,
     scale: float | None,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate a token's query and key, append, and attend as ``vte::append_attention`` does.
 
@@ -83,12 +90,15 @@ def rotary_append_attention(
         past_keys: [B, kv_heads, columns, D], and ``past_values``: without the new token.
         starts: [B] int64: the first real column of each row; None where all rows begin at 0.
         scale: Of the scores; None for 1 / sqrt(D).
+        window: How many columns of its row a token sees, the last ones; 0: all.
+        softcap: Scores s become ``softcap * tanh(s / softcap)``; 0: as they are.
 
     Returns:
         The attention's output [B, 1, heads, D], and keys and values with one column more.
     """
     turned = (_heads_first(x, cos, sin) for x in (query, key))
-    output, keys, values = append_attention(*turned, value.transpose(1, 2), past_keys, past_values, starts, scale)
+    past = past_keys, past_values
+    output, keys, values = append_attention(*turned, value.transpose(1, 2), *past, starts, scale, window, softcap)
     return output.contiguous(), keys, values
 
 

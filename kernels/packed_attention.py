@@ -9,13 +9,21 @@ from __future__ import annotations
 from itertools import groupby, pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from vte_compile.kernels.causal_attention import attend_causally
 
 
 @torch.library.custom_op("vte::packed_attention", mutates_args=())
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_queries: Tensor, cu_keys: Tensor, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    scale: float | None,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attend, in each row, causally: a row's last query sees all of its keys, the one before all but the last.
 
@@ -25,22 +33,21 @@ def packed_attention(
         cu_queries: [B + 1] int32: row b has the queries ``cu_queries[b] .. cu_queries[b + 1] - 1``.
         cu_keys: [B + 1] int32, likewise; a row has as many keys as queries, or one query, its last.
         scale: Of the scores; None for 1 / sqrt(D).
+        window: How many of these keys are seen, the last ones; 0: all.
+        softcap: Scores s become ``softcap * tanh(s / softcap)``; 0: as they are.
 
     Returns:
         [1, heads, N, D of the values], laid out as [1, N, heads, D] is.
     """
     output = _empty_output(query, value)
-    repeated = query.shape[1] != key.shape[1]
     rows = zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True)
-    for (queries, keys), run in groupby(rows, lambda row: tuple(end - begin for begin, end in row)):
+    for _, run in groupby(rows, lambda row: tuple(end - begin for begin, end in row)):
         spans = list(run)
         q, k, v, out = (
             x[:, :, spans[0][i][0] : spans[-1][i][1]].unflatten(2, (len(spans), -1))[0].transpose(0, 1)
             for x, i in ((query, 0), (key, 1), (value, 1), (output, 0))
         )
-        # (of one query, is_causal would mean that it sees the first key)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=queries == keys, scale=scale, enable_gqa=repeated)
-        out.copy_(attended)
+        out.copy_(attend_causally(q, k, v, scale, window, softcap))
     return output
 
 
@@ -50,5 +57,5 @@ def _empty_output(query: Tensor, value: Tensor) -> Tensor:
 
 
 @packed_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, cu_queries: Tensor, cu_keys: Tensor, scale: float | None) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
     return _empty_output(query, value)

@@ -24,9 +24,9 @@ _PROGRAMS_PER_PROCESSOR = 4
 
 @triton.jit(do_not_specialize=["longest"])  # it grows with each step
 def split_kernel(
-    query, key, value, cos, sin, key_cache, value_cache, starts, ends, block_table, cache_positions, parts, logs,
-    longest, per_split, scale, window, softcap, stride_qb, stride_qh, stride_nb, stride_nh, stride_ub, stride_uh,
-    stride_cb, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn, stride_tb, stride_pb,
+    query, key, value, cos, sin, key_cache, value_cache, starts, ends, block_table, parts, logs, longest, per_split,
+    scale, window, softcap, stride_qb, stride_qh, stride_nb, stride_nh, stride_ub, stride_uh,
+    stride_cb, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn, stride_tb,
     STARTS: tl.constexpr, ENDS: tl.constexpr, ROTATE: tl.constexpr, APPEND: tl.constexpr, GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr,
@@ -35,12 +35,17 @@ def split_kernel(
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, kv_heads = tl.num_programs(0), tl.num_programs(1)
     wide_row = row.to(tl.int64)
-    low = split * per_split
-    if STARTS:
-        low += tl.load(starts + row).to(tl.int32)
     end = longest
     if ENDS:
         end = tl.load(ends + row).to(tl.int32)
+    low = split * per_split
+    if WINDOW:
+        begin = tl.maximum(end - window, 0)
+        if STARTS:
+            begin = tl.maximum(begin, tl.load(starts + row).to(tl.int32))
+        low += begin
+    elif STARTS:
+        low += tl.load(starts + row).to(tl.int32)
     last = end - 1
     high = tl.minimum(low + per_split, end)
     member, whole = tl.arange(0, GROUP_PADDED), tl.arange(0, PADDED)
@@ -65,9 +70,6 @@ def split_kernel(
     if PAGE > 0:
         last_block = tl.load(block_table + row * stride_tb + last // PAGE).to(tl.int64)
         last_place = (last % PAGE).to(tl.int64)
-    own = 0
-    if WINDOW:
-        own = tl.load(cache_positions + last_block * stride_pb + last_place)
     to_base_2 = 1.4426950408889634
     highest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PADDED], tl.float32)
@@ -99,11 +101,7 @@ def split_kernel(
         scores = tl.dot(q, k, input_precision="ieee") * scale
         if SOFTCAP:
             scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
-        visible = there
-        if WINDOW:
-            at = tl.load(cache_positions + block * stride_pb + place, mask=there, other=0)
-            visible = visible & (own - at < window)
-        scores = tl.where(visible[None, :], scores * to_base_2, float("-inf"))
+        scores = tl.where(there[None, :], scores * to_base_2, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(scores - finite[:, None])
@@ -125,7 +123,7 @@ def split_kernel(
         total = total * shrink + weight
         summed = summed * shrink[:, None] + weight[:, None] * v_new.to(tl.float32)[None, :]
         highest = higher
-    # A split without columns, or without any in the window, weighs nothing.
+    # A split without columns weighs nothing.
     weighs = total > 0
     divisor = tl.where(weighs, total, 1.0)
     part = ((row * kv_heads + kv_head) * GROUP + member).to(tl.int64) * splits + split
@@ -160,7 +158,7 @@ def split_columns(longest: int, programs: int, processors: int, block: int) -> t
     """How many splits, and columns in each (whole blocks): enough programs for the chip, and no tiny splits.
 
     Args:
-        longest: Columns of the longest row.
+        longest: Columns of the longest row, of those that are seen.
         programs: Without splits.
         processors: Of the chip.
         block: Columns of a step.
@@ -178,7 +176,6 @@ def launch(
     starts: Tensor | None,
     ends: Tensor | None,
     block_table: Tensor | None,
-    cache_positions: Tensor | None,
     longest: int,
     scale: float,
     window: int,
@@ -196,18 +193,17 @@ def launch(
     """
     batch, heads, size = query.shape
     kv_heads = key_cache.shape[1]
-    given = (query, key_cache, value_cache, block_table, cache_positions, key, value, cos, sin)
+    given = (query, key_cache, value_cache, block_table, key, value, cos, sin)
     if any(x.stride(-1) != 1 for x in given if x is not None):
         raise ValueError("decode_attention: the last dim of query, caches and tables must be contiguous.")
-    if window > 0 and cache_positions is None:
-        raise ValueError("decode_attention: a window counts positions: pass cache_positions.")
     if (key is None) != (value is None) or (cos is None) != (sin is None):
         raise ValueError("decode_attention: pass key and value together, and cos and sin.")
     if cos is not None and sin is not None and cos.stride() != sin.stride():
         raise ValueError("decode_attention: cos and sin must be laid out alike.")
     chosen = settings or settings_for("decode_attention", query)
     processors = _processors(query.device) if processors is None else processors
-    splits, per_split = split_columns(longest, batch * kv_heads, processors, chosen.block_n)
+    seen = min(longest, window) if window > 0 else longest
+    splits, per_split = split_columns(seen, batch * kv_heads, processors, chosen.block_n)
     parts = torch.empty(batch, heads, splits, size, dtype=torch.float32, device=query.device)
     logs = torch.empty(batch, heads, splits, dtype=torch.float32, device=query.device)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -218,9 +214,9 @@ def launch(
 
     split_kernel[(splits, kv_heads, batch)](
         query, *or_query(key, value, cos, sin), key_cache, value_cache,
-        *or_query(starts, ends, block_table, cache_positions), parts, logs, longest, per_split, scale, window, softcap,
+        *or_query(starts, ends, block_table), parts, logs, longest, per_split, scale, window, softcap,
         *query.stride()[:2], *_strides(key, 2), *_strides(value, 2), *_strides(cos, 1), *key_cache.stride()[:3],
-        *value_cache.stride()[:3], *_strides(block_table, 1), *_strides(cache_positions, 1),
+        *value_cache.stride()[:3], *_strides(block_table, 1),
         STARTS=starts is not None, ENDS=ends is not None, ROTATE=cos is not None, APPEND=key is not None, GROUP=group,
         GROUP_PADDED=max(chosen.block_m, triton.next_power_of_2(group)), SIZE=size, PADDED=padded,
         PAGE=0 if block_table is None else key_cache.shape[2], WINDOW=window > 0, SOFTCAP=softcap > 0,

@@ -24,8 +24,8 @@ from vte_compile.kernels.triton_settings import Settings, table
 
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _TYPES = {
-    "*i32": "positions cu_queries cu_seqlens past_lengths starts ends block_table cache_positions question_starts "
-    "arrived new_positions new_cu_seqlens",
+    "*i32": "positions cu_queries cu_seqlens past_lengths starts ends block_table question_starts arrived "
+    "new_positions new_cu_seqlens",
     "*i1": "keep fires",
     "*fp32": "parts logs",
     "fp32": "scale softcap threshold",
@@ -79,7 +79,7 @@ def resources(
     )
     extras = [(False, 0)] + ([(True, 16)] if windows else [])
     launches: list[tuple[Any, Settings, str, dict[str, Any]]] = []
-    own: dict[str, Any] = {"HALF": half, "BLOCK": triton_varlen_attention.APPEND_BLOCK, "PAST": True, "POSITIONS": True}
+    own: dict[str, Any] = {"HALF": half, "BLOCK": triton_varlen_attention.APPEND_BLOCK, "PAST": True}
     launches.append((triton_varlen_attention.append_kernel, _DEFAULTS, "", own))
     for masked, page in extras:
         variant = "window, softcap" if masked else ""

@@ -20,10 +20,9 @@ APPEND_BLOCK = 32
 
 @triton.jit
 def append_kernel(
-    key, value, cos, sin, positions, cu_seqlens, past_lengths, starts, key_cache, value_cache, cache_positions,
-    stride_kt, stride_kh, stride_vt, stride_vh, stride_ct, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg,
-    stride_vn, stride_pb, PAST: tl.constexpr, POSITIONS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
+    key, value, cos, sin, cu_seqlens, past_lengths, starts, key_cache, value_cache, stride_kt, stride_kh, stride_vt,
+    stride_vh, stride_ct, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn, PAST: tl.constexpr,
+    SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Rotate a block of one row's keys, and write them and their values behind what the row has cached."""
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -53,17 +52,15 @@ def append_kernel(
     target = value_cache + row * stride_vb + head * stride_vg + column[:, None] * stride_vn + half[None, :]
     tl.store(target, tl.load(source, mask=both, other=0.0), mask=both)
     tl.store(target + SIZE // 2, tl.load(source + SIZE // 2, mask=both, other=0.0), mask=both)
-    if POSITIONS and head == 0:
-        tl.store(cache_positions + row * stride_pb + column, tl.load(positions + token, mask=inside), mask=inside)
 
 
 @triton.jit
 def attention_kernel(
-    query, cos, sin, positions, cu_queries, cu_seqlens, past_lengths, starts, key_cache, value_cache, cache_positions,
-    output, scale, window, softcap, stride_qt, stride_qh, stride_ct, stride_kb, stride_kg, stride_kn, stride_vb,
-    stride_vg, stride_vn, stride_pb, stride_ot, stride_oh, PAST: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
-    HALF: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr,
+    query, cos, sin, cu_queries, cu_seqlens, past_lengths, starts, key_cache, value_cache, output, scale, window,
+    softcap, stride_qt, stride_qh, stride_ct, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn,
+    stride_ot, stride_oh, PAST: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+    PADDED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """A block of one row's queries, of one head."""
     block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -95,7 +92,6 @@ def attention_kernel(
 
     keys = key_cache + row * stride_kb + (head // GROUP) * stride_kg + start.to(tl.int64) * stride_kn
     values = value_cache + row * stride_vb + (head // GROUP) * stride_vg + start.to(tl.int64) * stride_vn
-    at = cache_positions + row * stride_pb + start
     # Base 2: exp2 is what the hardware has.
     to_base_2 = 1.4426950408889634
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -103,8 +99,6 @@ def attention_kernel(
     summed = tl.zeros([BLOCK_M, PADDED], tl.float32)
     low = 0
     if WINDOW:
-        q_position = tl.load(positions + token, mask=inside, other=0)
-        # Positions ascend, so what is further behind by index is out of the window.
         low = tl.maximum(0, past + block * BLOCK_M - window + 1) // BLOCK_N * BLOCK_N
     high = tl.minimum(past + (block + 1) * BLOCK_M, past + length)
     for n in range(low, high, BLOCK_N):
@@ -119,10 +113,10 @@ def attention_kernel(
         scores = tl.dot(q2, k2, scores, input_precision="ieee") * scale
         if SOFTCAP:
             scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
-        visible = there[None, :] & (column[None, :] <= past + index[:, None])
+        own = past + index[:, None]
+        visible = there[None, :] & (column[None, :] <= own)
         if WINDOW:
-            k_position = tl.load(at + column, mask=there, other=0)
-            visible = visible & (q_position[:, None] - k_position[None, :] < window)
+            visible = visible & (column[None, :] > own - window)
         scores = tl.where(visible, scores * to_base_2, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         # A block may hold nothing that a row sees, in front of a window.
@@ -144,13 +138,11 @@ def launch(
     value: Tensor,
     cos: Tensor,
     sin: Tensor,
-    positions: Tensor | None,
     cu_seqlens: Tensor,
     past_lengths: Tensor | None,
     starts: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_positions: Tensor | None,
     longest: int,
     scale: float,
     window: int,
@@ -164,30 +156,25 @@ def launch(
     """
     heads, size = query.shape[1:]
     kv_heads, batch = key.shape[1], len(starts)
-    positioned = positions is not None and cache_positions is not None
-    at, cached_at = (x if positioned and x is not None else starts for x in (positions, cache_positions))
-    last = (query, key, value, cos, sin, at, key_cache, value_cache, cached_at)
+    last = (query, key, value, cos, sin, key_cache, value_cache)
     if any(x.stride(-1) != 1 for x in last) or cos.stride() != sin.stride():
         raise ValueError("varlen_attention: the last dim must be contiguous, and cos laid out as sin.")
-    if window > 0 and not positioned:
-        raise ValueError("varlen_attention: a window counts positions: pass positions and cache_positions.")
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if longest == 0:
         return output
     chosen = settings or settings_for("varlen_attention", query)
     half, padded = triton.next_power_of_2(size // 2), triton.next_power_of_2(size)
     past = starts if past_lengths is None else past_lengths
-    position_stride = cached_at.stride(0) if positioned else 0
     append_kernel[(triton.cdiv(longest, APPEND_BLOCK), kv_heads, batch)](
-        key, value, cos, sin, at, cu_seqlens, past, starts, key_cache, value_cache, cached_at, *key.stride()[:2],
-        *value.stride()[:2], cos.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3], position_stride,
-        PAST=past_lengths is not None, POSITIONS=positioned, SIZE=size, HALF=half, BLOCK=APPEND_BLOCK, num_warps=4,
+        key, value, cos, sin, cu_seqlens, past, starts, key_cache, value_cache, *key.stride()[:2], *value.stride()[:2],
+        cos.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3], PAST=past_lengths is not None, SIZE=size,
+        HALF=half, BLOCK=APPEND_BLOCK, num_warps=4,
     )  # fmt: skip
     queries = longest if cu_queries is None else 1
     attention_kernel[(triton.cdiv(queries, chosen.block_m), heads, batch)](
-        query, cos, sin, at, cu_seqlens if cu_queries is None else cu_queries, cu_seqlens, past, starts, key_cache,
-        value_cache, cached_at, output, scale, window, softcap, *query.stride()[:2], cos.stride(0),
-        *key_cache.stride()[:3], *value_cache.stride()[:3], position_stride, *output.stride()[:2],
+        query, cos, sin, cu_seqlens if cu_queries is None else cu_queries, cu_seqlens, past, starts, key_cache,
+        value_cache, output, scale, window, softcap, *query.stride()[:2], cos.stride(0), *key_cache.stride()[:3],
+        *value_cache.stride()[:3], *output.stride()[:2],
         PAST=past_lengths is not None, GROUP=heads // kv_heads, SIZE=size, HALF=half, PADDED=padded,
         WINDOW=window > 0, SOFTCAP=softcap > 0, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
         COMPUTE=chosen.compute, num_warps=chosen.num_warps, num_stages=chosen.num_stages,

@@ -3,7 +3,7 @@
 Rows of a chunk stand one behind the other in one tensor of T tokens, without padding: row b is
 ``cu_seqlens[b] .. cu_seqlens[b + 1] - 1``. Its keys and values in the cache begin at column ``starts[b]``; behind the
 ``past_lengths[b]`` that are there, this op writes those of the chunk, keys rotated. Positions only enter through the
-tables of cosines and sines, and through a window: they need not be contiguous, since an exit leaves gaps.
+tables of cosines and sines: they need not be contiguous, since an exit leaves gaps. A window counts columns of the row.
 
 ``vte::varlen_attention`` is the op: on CPUs the naive reference, on CUDA kernels/triton_varlen_attention.py.
 """
@@ -24,13 +24,11 @@ def reference(
     value: Tensor,
     cos: Tensor,
     sin: Tensor,
-    positions: Tensor | None,
     cu_seqlens: Tensor,
     past_lengths: Tensor | None,
     starts: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_positions: Tensor | None,
     scale: float,
     window: int,
     softcap: float,
@@ -52,8 +50,6 @@ def reference(
         new = slice(first[b] + past[b], first[b] + past[b] + end - begin)
         key_cache[b, :, new] = turned_key[begin:end].transpose(0, 1)
         value_cache[b, :, new] = value[begin:end].transpose(0, 1)
-        if positions is not None and cache_positions is not None:
-            cache_positions[b, new] = positions[begin:end]
         seen = slice(first[b], new.stop)
         keys, values = (c[b, :, seen].repeat_interleave(group, 0) for c in (key_cache, value_cache))
         asking = slice(end - (last_query - first_query), end)  # which tokens the queries are
@@ -62,11 +58,10 @@ def reference(
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
         index = torch.arange(seen.stop - seen.start, device=query.device)
-        visible = index <= index[len(index) - len(queries) :, None]
+        own = index[len(index) - len(queries) :, None]
+        visible = index <= own
         if window > 0:
-            assert positions is not None
-            assert cache_positions is not None
-            visible &= positions[asking, None] - cache_positions[b, seen] < window
+            visible &= index > own - window
         output[first_query:last_query] = (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ values).transpose(0, 1)
     return output
 
@@ -75,22 +70,18 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(x.flatten(1)[None], cos[None], sin[None], x.shape[1])[0].view_as(x)
 
 
-@torch.library.custom_op(
-    "vte::varlen_attention", mutates_args=("key_cache", "value_cache", "cache_positions"), device_types="cpu"
-)
+@torch.library.custom_op("vte::varlen_attention", mutates_args=("key_cache", "value_cache"), device_types="cpu")
 def varlen_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     cos: Tensor,
     sin: Tensor,
-    positions: Tensor | None,
     cu_seqlens: Tensor,
     past_lengths: Tensor | None,
     starts: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_positions: Tensor | None,
     longest: int,
     scale: float,
     window: int,
@@ -103,15 +94,13 @@ def varlen_attention(
         query: [N, heads, D], not rotated; D is 64, 80, 96, 128 or 256 on CUDA. N is T without ``cu_queries``.
         key: [T, kv_heads, D], not rotated; ``value`` likewise. ``heads`` is a multiple of ``kv_heads``.
         cos: [T, D / 2], of each token's position, or [T, D] of two equal halves; ``sin`` likewise.
-        positions: [T] int32, of the tokens; ascending in each row. Only for a window, and else may be None.
         cu_seqlens: [B + 1] int32: where rows begin and end in the chunk.
         past_lengths: [B] int32: how many tokens of each row are cached; None: none.
         starts: [B] int32: the column where each row begins in the cache.
         key_cache: [B, kv_heads, columns, D], and ``value_cache``: room for the chunk is there; written in place.
-        cache_positions: [B, columns] int32: positions of what is cached, written in place; or None, as ``positions``.
         longest: Tokens of the longest row of the chunk, or more.
         scale: Of the scores.
-        window: A token sees those whose position is less than this behind its own (Mistral, arXiv 2310.06825); 0: all.
+        window: How many columns of its row a token sees, the last ones (Mistral, arXiv 2310.06825); 0: all.
         softcap: Scores s become ``softcap * tanh(s / softcap)`` (Gemma 2, arXiv 2408.00118); 0: as they are.
         cu_queries: [B + 1] int32: of each row only the last token has a query, N is B; None: all have.
 
@@ -119,8 +108,8 @@ def varlen_attention(
         [N, heads, D].
     """
     return reference(
-        query, key, value, cos, sin, positions, cu_seqlens, past_lengths, starts, key_cache, value_cache,
-        cache_positions, scale, window, softcap, cu_queries,
+        query, key, value, cos, sin, cu_seqlens, past_lengths, starts, key_cache, value_cache, scale, window, softcap,
+        cu_queries,
     )  # fmt: skip
 
 

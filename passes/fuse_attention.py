@@ -86,8 +86,6 @@ def _match(graph: DecoderGraph, node: fx.Node, proven: dict[fx.Node, bool]) -> _
         return reason
     cached: tuple[fx.Node, ...] = ()
     last: fx.Node | None = None
-    if node.target is APPEND and len(node.args) > 7 and node.args[7]:
-        return "its sliding window counts columns, not positions."
     if node.target is PACKED:
         outputs: Any = next(n for n in graph.graph.nodes if n.op == "output").args[0]
         first = 1 + 2 * graph.kv_layers.index(graph.layer_of[node])
@@ -159,7 +157,7 @@ def _fuse_packed(graph: DecoderGraph, match: _Match) -> None:
             with torch.no_grad():
                 query.meta["val"] = match.query.meta["val"].index_select(1, match.last.meta["val"])
         op = rotary_packed_attention._opoverload
-        arguments = (query, match.key, match.value, *match.tables, *bounds, node.args[5])
+        arguments = (query, match.key, match.value, *match.tables, *bounds, *node.args[5:])
         fused = graph.graph.call_function(op, arguments)
         results = [graph.graph.call_function(operator.getitem, (fused, i)) for i in range(3)]
     with torch.no_grad(), node.meta["val"].fake_mode:
@@ -179,4 +177,4 @@ def _fuse_packed(graph: DecoderGraph, match: _Match) -> None:
 def _fuse_append(graph: DecoderGraph, match: _Match) -> None:
     node = match.node
     node.target = rotary_append_attention._opoverload
-    node.args = (match.query, match.key, match.value, *match.tables, *node.args[3:7])  # a window of 0 is no argument
+    node.args = (match.query, match.key, match.value, *match.tables, *node.args[3:])

@@ -20,7 +20,7 @@ from torch import fx
 from vte_compile.kernels.cached_attention import cached_attention
 from vte_compile.passes.last_tokens import LastTokens, last_tokens
 from vte_compile.passes.manager import PassResult, PassSettings, Refusal
-from vte_compile.passes.residual import PACKED, SDPA, residual_add
+from vte_compile.passes.residual import CAUSAL, PACKED, SDPA, residual_add
 
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
@@ -60,7 +60,7 @@ def _cut_attention(graph: DecoderGraph, layer: int) -> Refusal | None:
         return found
     add, stream = found
     own = [n for n in graph.graph.nodes if graph.layer_of.get(n) == layer]
-    attention = next(n for n in own if n.target in (SDPA, PACKED, CACHED))
+    attention = next(n for n in own if n.target in (SDPA, CAUSAL, PACKED, CACHED))
     if attention.target is CACHED:  # its other results are what the layer caches
         attention = next(n for n in attention.users if n.args[1] == 0)
     length = _length(graph)
@@ -83,7 +83,7 @@ def _cut_attention(graph: DecoderGraph, layer: int) -> Refusal | None:
         attention.update_arg(3, last.cu_seqlens())
     elif len(attention.args) > 3 and attention.args[3] is not None:
         _cut(last, attention, 3, 2)
-    else:  # one query, the last: it sees all keys
+    elif attention.target is SDPA:  # one query, the last: it sees all keys
         query, key, value = attention.args[:3]
         attention.args = (query, key, value, None, 0.0, False)
     _cut(last, add, add.args.index(stream), 1)

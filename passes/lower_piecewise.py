@@ -88,8 +88,10 @@ class AttendPoint:
     """The attention's output, keys and values."""
     scale: float | None
     """Of the scores; None for 1 / sqrt(head size)."""
-    window: int = 0
+    window: int
     """How many columns the token sees, the last ones; 0: all."""
+    softcap: float
+    """Scores s become ``softcap * tanh(s / softcap)``; 0: as they are."""
 
 
 @dataclass
@@ -176,13 +178,12 @@ def _appends(node: object) -> bool:
 
 
 def _attend_point(node: fx.Node) -> AttendPoint:
-    kind, arguments = _ATTENDING[node.target], list(node.args)
+    # torch.export leaves out arguments that are as by default.
+    schema: Any = node.target._schema.arguments  # type: ignore[union-attr]
+    arguments: Any = [*node.args, *(argument.default_value for argument in schema[len(node.args) :])]
     inputs = [n.name for n in arguments if isinstance(n, fx.Node)]
-    # The defaults of an op's last arguments are left out.
-    window: Any = arguments.pop() if kind == "append" and len(arguments) > 7 else 0
-    scale: Any = arguments.pop()
     outputs = {user.args[1]: user.name for user in node.users}
-    return AttendPoint(kind, inputs, [outputs[i] for i in range(3)], scale, window)
+    return AttendPoint(_ATTENDING[node.target], inputs, [outputs[i] for i in range(3)], *arguments[-3:])
 
 
 def _pieces(graph: DecoderGraph, nodes: list[fx.Node], modules: dict[str, fx.GraphModule]) -> list[Piece]:

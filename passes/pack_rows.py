@@ -15,7 +15,7 @@ from torch import fx
 from vte_compile.families.token_blocks import NAME as BLOCKS
 from vte_compile.kernels.packed_attention import packed_attention
 from vte_compile.passes.manager import PassResult, PassSettings, Refusal
-from vte_compile.passes.residual import SDPA
+from vte_compile.passes.residual import CAUSAL, SDPA
 
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
@@ -31,7 +31,7 @@ def pack_rows(graph: DecoderGraph, settings: PassSettings) -> PassResult:
     result = PassResult("pack_rows")
     if graph.phase != "packed":
         return result
-    attentions = [n for n in graph.graph.nodes if n.target is SDPA]
+    attentions = [n for n in graph.graph.nodes if n.target in (SDPA, CAUSAL)]
     if refusal := _refuse(graph, attentions):
         graph.phase = "prefill"
         result.refusals.append(refusal)
@@ -41,8 +41,9 @@ def pack_rows(graph: DecoderGraph, settings: PassSettings) -> PassResult:
     bounds.meta["val"] = _example(graph.placeholder("inputs_embeds").meta["val"])
     for node in attentions:
         query, key, value = node.args[:3]
+        options: Any = node.args[4:] if node.target is CAUSAL else (node.kwargs.get("scale"),)
         node.target = packed_attention._opoverload
-        node.args, node.kwargs = (query, key, value, bounds, bounds, node.kwargs.get("scale")), {}
+        node.args, node.kwargs = (query, key, value, bounds, bounds, *options), {}
         result.applied += 1
     return result
 
@@ -56,7 +57,7 @@ def _refuse(graph: DecoderGraph, attentions: list[fx.Node]) -> Refusal | None:
     for node in attentions:
         arguments: Any = node.args
         mask = arguments[3] if len(arguments) > 3 else None
-        causal = len(arguments) > 5 and bool(arguments[5])
+        causal = node.target is CAUSAL or (len(arguments) > 5 and bool(arguments[5]))
         if mask is not None or not causal or node.kwargs.keys() - {"scale", "enable_gqa"}:
             return Refusal(f"{node.name} is not known to be plain causal.", node.name, graph.layer_of.get(node))
     return None

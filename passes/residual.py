@@ -9,6 +9,7 @@ from torch import fx
 
 from vte_compile.kernels.append_attention import append_attention
 from vte_compile.kernels.cached_attention import cached_attention
+from vte_compile.kernels.causal_attention import causal_attention
 from vte_compile.kernels.packed_attention import packed_attention
 from vte_compile.passes.manager import Refusal
 
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
+CAUSAL = causal_attention._opoverload
 PACKED = packed_attention._opoverload
-ATTENTIONS = (SDPA, PACKED, append_attention._opoverload, cached_attention._opoverload)
-"""Of a layer: in prefill and extend, of packed rows, in decode, and in chunks of any phase."""
+ATTENTIONS = (SDPA, CAUSAL, PACKED, append_attention._opoverload, cached_attention._opoverload)
+"""Of a layer: in prefill and extend (torch's own, or ours), of packed rows, in decode, and in chunks of any phase."""
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.alias.default)
 
 
@@ -31,7 +33,7 @@ def residual_add(graph: DecoderGraph, layer: int) -> tuple[fx.Node, fx.Node] | R
         where = own[0].name if own else ""
         return Refusal(f"{len(attentions)} attentions in this layer, expected 1.", where, layer)
     result = attentions[0]
-    if result.target not in (SDPA, PACKED):  # its other results are what the layer caches
+    if result.target not in (SDPA, CAUSAL, PACKED):  # its other results are what the layer caches
         result = next(n for n in result.users if n.args[1] == 0)
     behind = {result}
     for node in own:

@@ -32,6 +32,7 @@ FAMILIES = {
     "idefics3": "Idefics3",
     "smolvlm": "SmolVLM",
     "paligemma": "PaliGemma",
+    "paligemma2": "PaliGemma 2",
     "gemma3": "Gemma3",
     "llava_mixtral": "LLaVA with Mixtral",
     "vila": "VILA, NVILA-Lite",
@@ -43,10 +44,11 @@ FAMILIES = {
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "gemma": "Gemma",
+    "gemma2": "Gemma2",
     "mixtral": "Mixtral, Qwen2-MoE",
 }
 """In the order of the table; the names are those of parameters of tests."""
-TEXT = ("llama", "mistral", "qwen2", "gemma", "mixtral")
+TEXT = ("llama", "mistral", "qwen2", "gemma", "gemma2", "mixtral")
 CO_ATTENTION = ("meter", "bridgetower")
 WITH_VIDEOS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "vila", "eagle2")
 _BEGIN, _END = "<!-- {}: written by tests/families_table.py -->", "<!-- {}: end -->"
@@ -58,10 +60,12 @@ def why_empty(family: str, column: str) -> str:
         return "a language model alone: pass `visual_mask`"
     if family in CO_ATTENTION and column != "ONNX Runtime":
         return "no decoder: no token leaves, nothing is generated"
-    if column == "skips" and family in ("gemma3", "llava_mixtral", "mixtral"):
+    if column == "skips" and family in ("paligemma2", "gemma2", "gemma3", "llava_mixtral", "mixtral"):
         return "adapters cannot fold into blocks with extra norms, or into experts: refused; without adapters: no test"
     if column == "videos":
         return "frames are images to the model" if family == "smolvlm" else "the family has none"
+    if column in ('backend="vte"', "ONNX Runtime") and family in ("paligemma2", "gemma2"):
+        return "capped scores are refused there"
     return "no test of its own"
 
 

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tiny_models import GEMMA2
 from torch import Tensor, fx
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
     LlamaConfig,
@@ -36,6 +39,7 @@ _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "gemma": (GemmaConfig, GemmaForCausalLM, {"head_dim": HEAD_SIZE, "num_key_value_heads": 1}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, GEMMA2),
 }
 
 

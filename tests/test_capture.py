@@ -283,8 +283,8 @@ def test_attention_that_is_not_plain_is_refused_by_layer():
     model = tiny(num_hidden_layers=2)
     attention = model.model.layers[1].self_attn
     inner = attention.forward
-    attention.forward = lambda *args, **kwargs: inner(*args, **kwargs, softcap=30.0)
-    with pytest.raises(CaptureError, match="layer 1: attention with softcap is not supported yet"):
+    attention.forward = lambda *args, **kwargs: inner(*args, **kwargs, s_aux=torch.zeros(4))
+    with pytest.raises(CaptureError, match="layer 1: attention with s_aux is not supported yet"):
         capture(describe(model), "decode")
     assert model.config._attn_implementation == "sdpa"
 

@@ -14,6 +14,7 @@ from tiny_families import (
     FURTHER,
     IMAGE_TOKEN,
     MROPE,
+    PREFIX,
     VIDEO_TOKEN,
     family_inputs,
     shared_family,
@@ -52,7 +53,7 @@ PROMPTS = {
     "mixed, padded left": dict(images=[2, 0, 1]),
     "mixed, padded right": dict(images=[1, 0, 1], side="right"),
 }
-NO_ADAPTERS = ("gemma3", "llava_mixtral")
+NO_ADAPTERS = ("paligemma2", "gemma3", "llava_mixtral")
 """Families with extra norms in their blocks, or experts: adapters are refused there."""
 VIDEO = ("llava_onevision", *MROPE)
 ALL = (*FAMILIES, *FURTHER)
@@ -117,7 +118,7 @@ def block_ids(name, inputs):
     if name not in BLOCKS:
         return None
     types = inputs["token_type_ids"]
-    if name == "paligemma":
+    if name in PREFIX:
         return types.masked_fill(types == 1, -1)
     begins = torch.cat([types[:, :1], types.diff(dim=1).clamp(min=0)], 1)
     return torch.where(types == 1, begins.cumsum(1), -1)
@@ -154,7 +155,10 @@ def joined(name, first, second):
 @pytest.mark.parametrize(
     ("name", "prompt"),
     # A window of the model's own counts padding between a prompt and what follows.
-    [(n, p.replace("right", "left") if n == "gemma3" else p) for n, p in cases(PROMPTS, ["mixed, padded right"])],
+    [
+        (n, p.replace("right", "left") if n in ("paligemma2", "gemma3") else p)
+        for n, p in cases(PROMPTS, ["mixed, padded right"])
+    ],
 )
 def test_without_exits_equals_the_model(name, prompt):
     """Prefill, and then decode steps."""

@@ -11,14 +11,18 @@ import torch
 from tiny_families import family_inputs, shared_family
 from tiny_models import (
     assert_relative,
+    chunk,
     gate,
     image_prompt,
     one_thread,  # noqa: F401
+    plan,
     shared_model,
+    tiny,
 )
 from transformers import LlavaForConditionalGeneration
 
-from vte_compile import Oracle, Plan, optimize
+from vte_compile import Oracle, Plan, StaticExit, optimize
+from vte_compile.families.cache_name import CACHE, cache_of
 from vte_compile.oracle import embed
 from vte_compile.passes.fuse_attention import fuse_attention
 from vte_compile.plan import SkippedAttention
@@ -119,6 +123,28 @@ def test_a_skipped_attention(llava, fast, launches):
     inputs, rows = prompt(llava, *PROMPTS[:3])
     compare(llava, SKIP, optimize(fast, SKIP), inputs, rows, steps=1)
     assert launches == {"varlen": 1 + 1 + 1, "decode": 1 + 1}
+
+
+def test_windows_and_caps(launches):
+    """Gemma 2: capped scores, and a window behind the exit, which reaches over what left."""
+    types = ["full_attention", "sliding_attention"]
+    model, exits = tiny("gemma2", num_hidden_layers=2, head_dim=64, layer_types=types), plan(StaticExit(0))
+    fast = optimize(model, exits, compile=False)
+    fast._vte_runner.fuse_attention = True
+    oracle = Oracle(model, exits)
+    rows = ("ttvvvvttt", "..ttttttt", "tttvvttvt")
+    embeds, visual, real = chunk(*rows)
+    out = fast(inputs_embeds=embeds, visual_mask=visual, attention_mask=real.long())
+    want = oracle.forward(embeds, visual, real)
+    assert out.exit_layer.tolist() == want.exit_layer.tolist() == [0, -1, 0]
+    assert_relative(out.logits, want.logits, 1e-4)
+    for step in range(2):
+        token, text, _ = chunk("t", "t", "t", seed=5 + step)
+        real = torch.cat([real, torch.ones(3, 1, dtype=torch.bool)], 1)
+        out = fast(inputs_embeds=token, visual_mask=text, attention_mask=real.long(), **{CACHE: cache_of(out)})
+        want = oracle.forward(token, text, cache=want.cache)
+        assert_relative(out.logits, want.logits, 1e-4)
+    assert launches == {"varlen": 2 + 2 + 2, "decode": 2 + 4}
 
 
 def test_the_first_step_behind_a_prompt_copies_nothing(llava, fast):

@@ -83,10 +83,9 @@ def test_second_turn_of_a_prefix(images):
     assert_same(out, oracle.forward(**turn, cache=oracle.forward(**handed_over(name, first)).cache))
 
 
-@pytest.mark.parametrize("kind", ["none", "suffix"])
-def test_types_of_tokens(kind):
-    """Without types, and with those of an answer behind the prompt, which is causal."""
-    name = "paligemma"
+@pytest.mark.parametrize(("name", "kind"), [("paligemma", "none"), ("paligemma2", "none"), ("paligemma", "suffix")])
+def test_types_of_tokens(name, kind):
+    """Without types, which is causal where attention is eager, and with those of a causal answer behind the prompt."""
     inputs = family_inputs(name, images=1)
     if kind == "none":
         del inputs["token_type_ids"]

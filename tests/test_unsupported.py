@@ -12,8 +12,6 @@ from transformers import (
     BartForConditionalGeneration,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     JambaConfig,
@@ -77,10 +75,6 @@ def _mllama() -> Any:
     return MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision))
 
 
-def _gemma2() -> Any:
-    return Gemma2ForCausalLM(Gemma2Config(**TINY, head_dim=8, layer_types=FULL, final_logit_softcapping=None))
-
-
 def _gpt_oss() -> Any:
     experts = dict(num_local_experts=4, num_experts_per_tok=2)
     return GptOssForCausalLM(GptOssConfig(**TINY, **experts, head_dim=8, layer_types=FULL))
@@ -113,13 +107,6 @@ def test_refused(name, record_property):
         with pytest.raises(UnsupportedModelError, match=reason) as refusal:
             use(model, Plan([StaticExit(0)]))
     record_property("refused", [name, str(refusal.value)])
-
-
-def test_soft_capping():
-    """Eager attention has it, so the oracle does; the graphs' attention does not."""
-    model = _gemma2().eval()
-    with pytest.raises(UnsupportedModelError, match=r"^Gemma2ForCausalLM: .*attn_logit_softcapping"):
-        optimize(model, Plan(), compile=False)
 
 
 def test_keys_and_values_of_other_sizes():

@@ -15,10 +15,12 @@ from vte_compile.kernels.append_attention import append_and_attend, append_atten
 WINDOWS = {
     "mistral": dict(num_hidden_layers=2, sliding_window=3),
     "qwen2": dict(num_hidden_layers=2, use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    "gemma2": dict(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"]),
 }
-"""In both layers, and in the last."""
+"""In both layers, in the last, and there with scores that are capped."""
 
 
+@pytest.mark.shows("exits")
 @pytest.mark.parametrize("name", list(WINDOWS))
 def test_equals_the_oracle(name):
     """Rows that exit and one of text, padded; a further turn with an image, and a decode step."""
@@ -36,6 +38,7 @@ def test_equals_the_oracle(name):
             assert out.exit_layer.tolist() == want.exit_layer.tolist()
             assert_relative(out.logits, want.logits)
             cache, seen = cache_of(out), mask
+        assert "packed" in {key[0] for key in fast._vte_runner._programs}
         assert cache.lengths.T.tolist() == want.cache.lengths()
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tiny_models import TINY, VOCAB
+from tiny_models import GEMMA2, TINY, VOCAB
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    Gemma2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GemmaConfig,
@@ -57,11 +58,13 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfi
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-FURTHER = ("vipllava", "mistral3", "idefics3", "smolvlm", "llava_mixtral", "paligemma", "gemma3")
+FURTHER = ("vipllava", "mistral3", "idefics3", "smolvlm", "llava_mixtral", "paligemma", "paligemma2", "gemma3")
 """Families whose decoders are as those of FAMILIES, or nearly so: they take part in some tests of each kind."""
 MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families whose positions have three rows."""
-BLOCKS = ("paligemma", "gemma3")
+PREFIX = ("paligemma", "paligemma2")
+"""Families in which all tokens of type 0 attend to each other."""
+BLOCKS = (*PREFIX, "gemma3")
 """Families in which tokens attend to later ones, by their token_type_ids."""
 BY_ROW = ("idefics3", "smolvlm")
 """Families whose images are [rows, images of a row, ...], filled up with images of zeros."""
@@ -185,7 +188,7 @@ def _smolvlm() -> Any:
     return _pixel_shuffled(SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMVisionConfig)
 
 
-def _paligemma() -> Any:
+def _paligemma(text: Any) -> Any:
     """Image and prompt, all of type 0, attend to each other in both directions."""
     vision = SiglipVisionConfig(
         **_VISION,
@@ -195,7 +198,7 @@ def _paligemma() -> Any:
     )
     config = PaliGemmaConfig(
         vision_config=vision,
-        text_config=GemmaConfig(**TINY, head_dim=8),
+        text_config=text,
         image_token_index=IMAGE_TOKEN,
         projection_dim=TINY["hidden_size"],
     )
@@ -289,7 +292,8 @@ _BUILDERS = {
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
     "llava_mixtral": _llava_mixtral,
-    "paligemma": _paligemma,
+    "paligemma": lambda: _paligemma(GemmaConfig(**TINY, head_dim=8)),
+    "paligemma2": lambda: _paligemma(Gemma2Config(**TINY | GEMMA2 | {"sliding_window": 7})),
     "gemma3": _gemma3,
 }
 
@@ -383,7 +387,7 @@ def _padded(name: str, rows: list[list[int]], side: str) -> dict[str, Tensor]:
     if name in MROPE:
         inputs["mm_token_type_ids"] = (ids == IMAGE_TOKEN).long() + 2 * (ids == VIDEO_TOKEN)
     if name in BLOCKS:
-        inputs["token_type_ids"] = torch.zeros_like(ids) if name == "paligemma" else (ids == IMAGE_TOKEN).long()
+        inputs["token_type_ids"] = torch.zeros_like(ids) if name in PREFIX else (ids == IMAGE_TOKEN).long()
     return inputs
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
     LlamaConfig,
@@ -49,6 +51,15 @@ TINY = dict(
     initializer_range=0.3,  # large enough for attention to matter
     pad_token_id=None,
 )
+GEMMA2 = dict(
+    attn_implementation="eager",  # which transformers 5.17 does not take by itself
+    head_dim=8,
+    query_pre_attn_scalar=8,
+    sliding_window=3,
+    attn_logit_softcapping=2.0,
+    final_logit_softcapping=5.0,
+)
+"""Every other layer has a window; caps are low enough to matter."""
 NEVER = 1e9  # a threshold no gate reaches
 
 
@@ -112,9 +123,12 @@ def tiny(name: str = "llama", **options):
         "mistral": (MistralConfig, MistralForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "gemma": (GemmaConfig, GemmaForCausalLM),
+        "gemma2": (Gemma2Config, Gemma2ForCausalLM),
     }[name]
     if name == "gemma":
         options.setdefault("head_dim", 8)
+    if name == "gemma2":
+        options = GEMMA2 | options
     if name == "mistral":
         options.setdefault("sliding_window", None)
     return cls(config(**{**TINY, **options})).eval()

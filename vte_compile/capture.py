@@ -34,8 +34,10 @@ from vte_compile.errors import CaptureError
 from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.families.deepstack import adding, given
-from vte_compile.families.token_blocks import allowed
+from vte_compile.families.logits import capped
+from vte_compile.families.token_blocks import allowed, same_block
 from vte_compile.kernels.append_attention import append_attention
+from vte_compile.kernels.causal_attention import causal_attention
 from vte_compile.module_tree import with_stand_ins
 from vte_compile.repeated_layers import (
     NotRepeatable,
@@ -161,19 +163,19 @@ _blocks: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("vte_blo
 """What the attentions of a prompt take besides, where tokens are in blocks: [1, S]."""
 
 
-def refuse_extras(module: nn.Module, arguments: Mapping[str, Any], windows: bool = False) -> None:
+def refuse_extras(module: nn.Module, arguments: Mapping[str, Any], taken: Sequence[str] = ()) -> None:
     """Refuse attention that is more than a softmax of scaled products.
 
     Args:
         module: The attention.
         arguments: Those beyond queries, keys, values, mask and scale.
-        windows: Whether a window is taken.
+        taken: Names of what is taken nevertheless.
 
     Raises:
         CaptureError: It has a window, soft-capping, a bias or sinks.
     """
     for name in ("sliding_window", "softcap", "position_bias", "s_aux"):
-        if not (windows and name == "sliding_window") and arguments.get(name) is not None:
+        if name not in taken and arguments.get(name) is not None:
             raise CaptureError(f"layer {module.layer_idx}: attention with {name} is not supported yet.")
 
 
@@ -188,33 +190,51 @@ def _capture_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention with a mask of its own in each layer: the model makes one for all, and lengths differ."""
-    refuse_extras(module, kwargs, windows=True)
-    window = int(kwargs.get("sliding_window") or 0)
+    refuse_extras(module, kwargs, ("sliding_window", "softcap"))
+    window, softcap = int(kwargs.get("sliding_window") or 0), float(kwargs.get("softcap") or 0)
     if (step := _decode_step.get()) is not None:
-        return _append_attention(step, module.layer_idx, query, key, value, scaling, window), None  # type: ignore[arg-type]
+        settings = scaling, window, softcap
+        return _append_attention(step, int(module.layer_idx), query, key, value, settings), None  # type: ignore[arg-type]
     heads, tokens = query.shape[1:3]
     kv_heads, kv_length = key.shape[1], key.shape[2]
-    key, value = (x.repeat_interleave(heads // kv_heads, dim=1) if heads != kv_heads else x for x in (key, value))
-    rows = torch.arange(tokens, device=query.device)[:, None] + (kv_length - tokens)
-    columns = torch.arange(kv_length, device=query.device)[None, :]
-    mask = (columns <= rows)[None, None]
     if (blocks := _blocks.get()) is not None:
+        torch._check(blocks.shape[1] == tokens)  # one symbol from here on, by which exits know what to shorten
+    if window or softcap:  # a window counts what this layer holds: after an exit it reaches further back
+        beside = None if blocks is None else same_block(blocks, kv_length)
+        output = causal_attention(query, key, value, beside, scaling, window, softcap)
+        return output.transpose(1, 2), None
+    if heads != kv_heads:
+        key, value = (_repeated(x, heads // kv_heads) for x in (key, value))
+    if blocks is not None:
         mask = allowed(blocks, kv_length)
-    if window:  # of what this layer holds: after an exit it reaches further back
-        mask = mask & (columns > rows - window)
+    else:
+        rows = torch.arange(tokens, device=query.device)[:, None] + (kv_length - tokens)
+        columns = torch.arange(kv_length, device=query.device)[None, :]
+        mask = (columns <= rows)[None, None]
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
+def _repeated(x: Tensor, times: int) -> Tensor:
+    """Key/value heads, each for the query heads of its group; as transformers writes it, which fuse_attention knows."""
+    batch, heads, tokens, size = x.shape
+    return x.unsqueeze(2).expand(batch, heads, times, tokens, size).reshape(batch, heads * times, tokens, size)
+
+
 def _append_attention(
-    step: _DecodeStep, index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int
+    step: _DecodeStep,
+    index: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: tuple[float | None, int, float],
 ) -> Tensor:
     layer = step.layers[index]
     if key is not layer.new[0] or value is not layer.new[1]:
         raise CaptureError(f"layer {index}: keys or values change between cache and attention.")
     starts = step.starts[index] if step.starts else None
     past = layer.keys, layer.values
-    output, layer.keys, layer.values = append_attention(query, key, value, *past, starts, scaling, window)
+    output, layer.keys, layer.values = append_attention(query, key, value, *past, starts, *settings)
     return output
 
 
@@ -278,6 +298,7 @@ class _DecoderWithHead(nn.Module):
         if spec.deepstack and phase != "decode":  # decode steps are of text
             self.decoder = adding(self.decoder, spec.deepstack)
         self.cache_name, self.has_blocks = cache_name(spec.decoder.forward), spec.has_blocks
+        self.logit_softcap = spec.logit_softcap
 
     def forward(
         self,
@@ -299,7 +320,8 @@ class _DecoderWithHead(nn.Module):
         finally:
             _decode_step.reset(token)
             _blocks.reset(blocks)
-        return self.lm_head(hidden), *[t for layer in cache.layers for t in (layer.keys, layer.values)]
+        logits = capped(self.lm_head(hidden), self.logit_softcap)
+        return logits, *[t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
 def capture(spec: DecoderSpec, phase: Phase, *, batched: bool = False) -> DecoderGraph:
@@ -318,8 +340,9 @@ def capture(spec: DecoderSpec, phase: Phase, *, batched: bool = False) -> Decode
     if batched and phase != "decode":
         raise ValueError("prefill and extend run one row at a time")
     # In prefill the model masks by itself, and plain_causal proves what the mask is. Blocks, and what a
-    # window counts after an exit, are known here alone.
-    masks_itself = phase == "prefill" and not (spec.has_blocks or spec.has_windows)
+    # window counts after an exit, are known here alone; and torch's own attention caps no scores.
+    own = spec.has_blocks or spec.has_windows or spec.attention_softcap is not None
+    masks_itself = phase == "prefill" and not own
     implementation = "sdpa" if masks_itself else _ATTENTION
     names = ("inputs_embeds", "position_ids", *(() if phase == "decode" else spec.token_inputs))
     wrapper = _DecoderWithHead(spec, phase)

@@ -32,6 +32,8 @@ from vte_compile.capture import (
 from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.families.deepstack import adding, given
+from vte_compile.families.logits import capped
+from vte_compile.families.refusals import refuse_softcaps
 from vte_compile.kernels.cached_attention import cached_attention
 
 _ATTENTION = "vte_chunk"
@@ -98,6 +100,7 @@ class _ChunkDecoder(nn.Module):
         if spec.deepstack:
             self.decoder = adding(self.decoder, spec.deepstack)
         self.cache_name, self.has_blocks = cache_name(spec.decoder.forward), spec.has_blocks
+        self.logit_softcap = spec.logit_softcap
 
     def forward(
         self,
@@ -119,7 +122,8 @@ class _ChunkDecoder(nn.Module):
                 ).last_hidden_state
         finally:
             _chunk.reset(token)
-        return self.lm_head(hidden), *[t for layer in sorted(chunk.present) for t in chunk.present[layer]]
+        logits = capped(self.lm_head(hidden), self.logit_softcap)
+        return logits, *[t for layer in sorted(chunk.present) for t in chunk.present[layer]]
 
 
 def capture_chunk(spec: DecoderSpec) -> DecoderGraph:
@@ -127,7 +131,9 @@ def capture_chunk(spec: DecoderSpec) -> DecoderGraph:
 
     Raises:
         CaptureError: torch.export could not trace the decoder.
+        UnsupportedModelError: It caps the scores of its attention.
     """
+    refuse_softcaps(spec)
     names = ("inputs_embeds", "position_ids", "new_lengths", "past_lengths", *spec.token_inputs)
     return trace(spec, _ChunkDecoder(spec), "chunk", True, _ATTENTION, names, partial(_examples, spec))
 

@@ -16,6 +16,7 @@ from vte_compile.errors import InputError, PlanError, UnsupportedModelError
 from vte_compile.families.co_attention import find_co_attention
 from vte_compile.families.decoder import describe
 from vte_compile.families.independence import check_independence
+from vte_compile.families.logits import softcap_of
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.module_tree import own_submodule, shallow_copy, without_parameters
 from vte_compile.optimized_model import OptimizedModel, wrap
@@ -96,6 +97,7 @@ def optimize(
     spec = describe(model)
     _check_placement(model)
     plan.check(model)
+    spec = replace(spec, logit_softcap=softcap_of(model, spec.config))
     compiler: Compiler | None
     if backend == "tensorrt":
         from vte_compile.runtime.tensorrt_pieces import TensorRTCompiler, find_torch_tensorrt  # and with it an export's

@@ -26,6 +26,7 @@ from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import find_decoder, position_rows
 from vte_compile.families.deepstack import deepstack_layers, rows_of
+from vte_compile.families.logits import capped, softcap_of
 from vte_compile.families.refusals import refuse_other_architectures
 from vte_compile.families.token_blocks import takes_blocks, unmasked_block
 from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, PromptStatistics, planned_blocks
@@ -157,11 +158,12 @@ class Oracle:
         self.position_rows = position_rows(self.decoder)
         self.deepstack = deepstack_layers(model, self.decoder)
         self.layers: Sequence[nn.Module] = list(self.decoder.layers)[: self.config.num_hidden_layers]
-        self.lm_head: Any = self.model.get_output_embeddings()
-        if self.lm_head is None:
+        self._head: Any = self.model.get_output_embeddings()
+        if self._head is None:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no output embeddings; pass the model with its lm_head"
             )
+        self.logit_softcap = softcap_of(model, self.config)
         plan.check(model)
         self.blocks: list[Block] = [OwnBlock(layer) for layer in self.layers]
         self._check_against_model()
@@ -437,6 +439,10 @@ class Oracle:
             gate_logits=gate_logits,
         )
 
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states behind the final norm, as the model gives them."""
+        return capped(self._head(hidden), self.logit_softcap)
+
     def _embed_tokens(self, input_ids: Tensor | None) -> Tensor:
         embeds: Tensor = self.model.get_input_embeddings()(input_ids)
         return embeds
@@ -545,16 +551,16 @@ def _mask(blocks: Tensor, past_length: int, window: int | None, like: Tensor) ->
     """Additive mask [1, 1, length, past_length + length], 0 = may attend, -inf = may not, causal by order in the row.
 
     Tokens of one block (blocks: int [length], -1 for none) attend to each other in both directions. A window limits
-    how far back, of blocks too.
+    how far back, but not in a block.
     Additive because eager attention adds it; sdpa takes it as well. No query is without a key: each sees itself.
     """
     length = len(blocks)
     query = torch.arange(past_length, past_length + length, device=like.device)[:, None]
     key = torch.arange(past_length + length, device=like.device)[None]
     allowed = key <= query
-    allowed[:, past_length:] |= (blocks[:, None] == blocks) & (blocks[:, None] >= 0)
     if window is not None:
         allowed &= key > query - window
+    allowed[:, past_length:] |= (blocks[:, None] == blocks) & (blocks[:, None] >= 0)
     return like.new_zeros(allowed.shape).masked_fill(~allowed, float("-inf"))[None, None]
 
 
@@ -599,7 +605,8 @@ def _check_structure(decoder: Any, has_blocks: bool) -> None:
         raise UnsupportedModelError(
             f"decoder {name} has dynamic rope: it remembers the longest row, so rows would not be independent"
         )
-    # The few short tokens of _check_against_model would not show these.
-    for option in ("final_logit_softcapping", "use_bidirectional_attention"):
-        if getattr(config, option, None) and not (has_blocks and option == "use_bidirectional_attention"):
-            raise UnsupportedModelError(f"decoder {name} has {option}, which the oracle does not support")
+    # The few short tokens of _check_against_model would not show it.
+    if getattr(config, "use_bidirectional_attention", None) and not has_blocks:
+        raise UnsupportedModelError(
+            f"decoder {name} has use_bidirectional_attention, which the oracle does not support"
+        )

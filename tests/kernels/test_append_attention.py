@@ -20,7 +20,7 @@ def inputs(batch=2, heads=6, kv_heads=2, columns=9, size=8, value_size=8, padded
     return [*new, *past, torch.arange(batch) % (columns + 1) if padded else None]
 
 
-def naive(query, key, value, past_keys, past_values, starts, scale):
+def naive(query, key, value, past_keys, past_values, starts, scale, softcap=0.0):
     """Row by row and head by head, in float64."""
     batch, heads, _, size = query.shape
     rows = []
@@ -31,6 +31,8 @@ def naive(query, key, value, past_keys, past_values, starts, scale):
             keys = torch.cat([past_keys[b, kv_head, start:], key[b, kv_head]]).double()
             values = torch.cat([past_values[b, kv_head, start:], value[b, kv_head]]).double()
             scores = keys @ query[b, head, 0].double() * (scale or size**-0.5)
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
             rows.append(scores.softmax(0) @ values)
     return torch.stack(rows).reshape(batch, 1, heads, -1)
 
@@ -60,6 +62,16 @@ def test_against_naive(case, scale):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+def test_capped_scores(case):
+    """(Windows: tests/test_windows.py.)"""
+    given = inputs(**case)
+    output, *_ = append_attention(*given, 0.8, 0, 1.5)
+    tolerance = 3e-2 if output.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(output.double(), naive(*given, 0.8, 1.5), rtol=tolerance, atol=tolerance)
+    assert output.is_contiguous()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_in_place(case):
     """Views of buffers with room: what lies behind is not read, and of what is there the last column alone written."""
     query, key, value, past_keys, past_values, starts = inputs(**case)
@@ -83,3 +95,4 @@ def test_in_place(case):
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
 def test_opcheck(case):
     torch.library.opcheck(append_attention, (*inputs(**case), None))
+    torch.library.opcheck(append_attention, (*inputs(**case), None, 3, 1.5))

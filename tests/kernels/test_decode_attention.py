@@ -17,7 +17,7 @@ PAGE = 8
 
 
 def case(lengths, heads=4, kv_heads=2, size=64, dtype=torch.float64, paged=False, seed=0):
-    """query, caches (NaN where nothing is), starts, ends, block table, positions."""
+    """query, caches (NaN where nothing is), starts, ends, block table."""
     generator = torch.Generator().manual_seed(seed)
     batch = len(lengths)
     query = torch.randn(batch, heads, size, generator=generator, dtype=torch.float64).to(dtype)
@@ -25,30 +25,26 @@ def case(lengths, heads=4, kv_heads=2, size=64, dtype=torch.float64, paged=False
     ends = starts + torch.tensor(lengths, dtype=torch.int32)
     columns = -(-(int(ends.max()) + 2) // PAGE) * PAGE
     caches = [torch.full((batch, kv_heads, columns, size), math.nan, dtype=dtype) for _ in range(2)]
-    positions = torch.zeros(batch, columns, dtype=torch.int32)
     for b, length in enumerate(lengths):
         held = slice(int(starts[b]), int(ends[b]))
         for cache in caches:
             filled = torch.randn(kv_heads, length, size, generator=generator, dtype=torch.float64)
             cache[b, :, held] = filled.to(dtype)
-        positions[b, held] = torch.randint(1, 4, (length,), generator=generator).cumsum(0).int()
     if not paged:
-        return [query, *caches, starts, ends, None, positions]
+        return [query, *caches, starts, ends, None]
     pages = columns // PAGE
     order = torch.randperm(batch * pages, generator=generator)
     table = order.view(batch, pages).int()
     pools = [torch.empty(batch * pages, kv_heads, PAGE, size, dtype=dtype) for _ in range(2)]
-    pool_positions = torch.empty(batch * pages, PAGE, dtype=torch.int32)
     for pool, cache in zip(pools, caches, strict=True):
         pool[order] = cache.unflatten(2, (pages, PAGE)).transpose(1, 2).flatten(0, 1)
-    pool_positions[order] = positions.view(batch * pages, PAGE)
-    return [query, *pools, starts, ends, table, pool_positions]
+    return [query, *pools, starts, ends, table]
 
 
 def with_new_token(lengths, dtype=torch.float64, paged=False, rotated=False, **options):
     """A cache without each row's last column, that token's key and value, its tables, and what the op should see."""
     whole = case(lengths, dtype=dtype, paged=paged, **options)
-    query, keys, values, _, ends, table, _ = whole
+    query, keys, values, _, ends, table = whole
     generator = torch.Generator().manual_seed(3)
     size, batch = query.shape[-1], len(query)
     new = [torch.randn(batch, keys.shape[1], size, generator=generator, dtype=torch.float64).to(dtype) for _ in "kv"]
@@ -90,13 +86,20 @@ def check(lengths, dtype, window=0, softcap=0.0, processors=None, **options):
 
 
 def test_the_reference_is_attention_to_each_rows_columns():
-    query, keys, values, starts, ends, _, _ = arguments = case([5, 9])
+    query, keys, values, starts, ends, _ = arguments = case([5, 9])
     output = reference(*arguments, 9, 0.125, 0, 0.0)
     for b in range(2):
         held = slice(int(starts[b]), int(ends[b]))
         k, v = (x[b, :, held].repeat_interleave(2, 0) for x in (keys, values))
         want = torch.nn.functional.scaled_dot_product_attention(query[b, :, None], k, v, scale=0.125)[:, 0]
         assert_close(output[b], want, 1e-12)
+
+
+def test_a_window_is_a_later_start():
+    query, keys, values, starts, ends, _ = arguments = case([5, 9, 3])
+    later = torch.maximum(starts, ends - 4)
+    want = reference(query, keys, values, later, ends, None, 9, 0.125, 0, 0.0)
+    assert_close(reference(*arguments, 9, 0.125, 4, 0.0), want, 1e-12)
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (6, 0.0), (0, 0.8)])
@@ -114,7 +117,7 @@ def test_the_reference_appends(paged, rotated):
     key, value, *tables = new
     if rotated:
         by_hand[0], key = (turned(x, *tables) for x in (by_hand[0], key))
-    _, keys, values, _, ends, table, _ = by_hand
+    _, keys, values, _, ends, table = by_hand
     for b, end in enumerate(ends.tolist()):
         block, column = (b, end - 1) if table is None else (int(table[b, (end - 1) // PAGE]), (end - 1) % PAGE)
         keys[block, :, column], values[block, :, column] = key[b], value[b]
@@ -167,6 +170,8 @@ def test_window_and_softcap(window, softcap, paged):
         ([1, 7, 33], torch.bfloat16, {"rotated": False, "size": 80}),
         ([9, 400], torch.float32, {"processors": 32, "heads": 6}),
         ([9, 4], torch.float32, {"window": 5, "softcap": 0.7}),
+        ([400, 4], torch.float32, {"window": 300, "processors": 32}),
+        ([9], torch.float32, {"window": 4, "ends": False}),
         ([9, 9], torch.float32, {"ends": False}),
         ([1], torch.float32, {"ends": False}),
     ],
@@ -182,7 +187,7 @@ def test_kernel_appends(lengths, dtype, options):
     longest = max(lengths)
     if not given:  # caches whose rows begin at 0 and end together, as those of one row do
         caches = [x[:, :, :longest].nan_to_num() for x in whole[1:3]]
-        whole = [whole[0], *caches, None, None, None, None]
+        whole = [whole[0], *caches, None, None, None]
     arguments, new = placed(whole), placed(new)
     expected_arguments, expected_new = [[None if x is None else x.clone() for x in wider(y)] for y in (arguments, new)]
     scale = arguments[0].shape[-1] ** -0.5
@@ -196,9 +201,10 @@ def test_kernel_appends(lengths, dtype, options):
 
 
 def test_splits_of_rows_that_differ():
-    """The short row has splits without columns, and with a window most splits of the long one see nothing."""
+    """The short row has splits without columns; those of a window are of what it lets see."""
     check([400, 3], torch.float32, processors=32)
     check([400, 3], torch.float32, processors=32, window=9)
+    check([600, 3, 300], torch.float32, processors=32, window=350)
 
 
 def test_how_columns_are_split():
@@ -218,8 +224,6 @@ def test_refusals():
     from vte_compile.kernels.triton_decode_attention import launch
 
     arguments = case([3], dtype=torch.float32)
-    with pytest.raises(ValueError, match="pass cache_positions"):
-        launch(*arguments[:6], None, 3, 1.0, 4, 0.0)
     _, new = with_new_token([3, 3], dtype=torch.float32, rotated=True)
     with pytest.raises(ValueError, match="key and value together"):
         launch(*arguments, 3, 1.0, 0, 0.0, new[0])

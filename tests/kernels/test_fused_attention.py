@@ -27,29 +27,31 @@ def turned(x, cos, sin):
     return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_packed(kv_heads):
+@pytest.mark.parametrize(("kv_heads", "settings"), [(1, ()), (2, ()), (2, (3, 0.9))])
+def test_packed(kv_heads, settings):
     query, key, value, *tables = inputs(1, 9, kv_heads=kv_heads)
     bounds = torch.tensor([0, 2, 7, 9], dtype=torch.int32)
-    want = packed_attention(turned(query, *tables), turned(key, *tables), value.transpose(1, 2), bounds, bounds, 0.3)
-    output, keys, values = rotary_packed_attention(query, key, value, *tables, bounds, bounds, 0.3)
+    rotated = turned(query, *tables), turned(key, *tables), value.transpose(1, 2)
+    want = packed_attention(*rotated, bounds, bounds, 0.3, *settings)
+    output, keys, values = rotary_packed_attention(query, key, value, *tables, bounds, bounds, 0.3, *settings)
     assert_close(output, want)
     assert output.transpose(1, 2).is_contiguous()
     assert_close(keys, turned(key, *tables))
     assert torch.equal(values, value.transpose(1, 2))
     last = bounds[1:].long() - 1
     ones = torch.arange(4, dtype=torch.int32)
-    output, *_ = rotary_packed_attention(query[:, last], key, value, *tables, ones, bounds, 0.3)
+    output, *_ = rotary_packed_attention(query[:, last], key, value, *tables, ones, bounds, 0.3, *settings)
     assert_close(output, want[:, :, last])
 
 
-@pytest.mark.parametrize("starts", [None, [0, 3]])
-def test_append(starts):
+@pytest.mark.parametrize(("starts", "settings"), [(None, ()), ([0, 3], ()), ([0, 3], (4, 0.9))])
+def test_append(starts, settings):
     query, key, value, *tables = inputs(2, 1)
     past = [torch.randn(2, 2, 5, 8) for _ in range(2)]
     begin = None if starts is None else torch.tensor(starts)
-    want = append_attention(turned(query, *tables), turned(key, *tables), value.transpose(1, 2), *past, begin, None)
-    got = rotary_append_attention(query, key, value, *tables, *past, begin, None)
+    rotated = turned(query, *tables), turned(key, *tables), value.transpose(1, 2)
+    want = append_attention(*rotated, *past, begin, None, *settings)
+    got = rotary_append_attention(query, key, value, *tables, *past, begin, None, *settings)
     for ours, theirs in zip(got, want, strict=True):
         assert_close(ours, theirs)
 

@@ -26,7 +26,7 @@ def inputs(lengths, last=False, heads=6, kv_heads=2, size=8, value_size=8, dtype
     return [*tensors, bounds(queries), bounds(lengths)]
 
 
-def naive(query, key, value, cu_queries, cu_keys, scale):
+def naive(query, key, value, cu_queries, cu_keys, scale, window=0, softcap=0.0):
     heads, group = query.shape[1], query.shape[1] // key.shape[1]
     output = torch.empty(1, heads, query.shape[2], value.shape[3], dtype=torch.float64)
     for b in range(len(cu_keys) - 1):
@@ -35,8 +35,11 @@ def naive(query, key, value, cu_queries, cu_keys, scale):
         for h in range(heads):
             keys, values = (x[0, h // group, k].double() for x in (key, value))
             scores = query[0, h, q].double() @ keys.T * (query.shape[3] ** -0.5 if scale is None else scale)
-            later = torch.arange(seen) > torch.arange(seen - count, seen)[:, None]
-            output[0, h, q] = scores.masked_fill(later, -torch.inf).softmax(-1) @ values
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            ahead = torch.arange(seen) - torch.arange(seen - count, seen)[:, None]
+            hidden = (ahead > 0) | (ahead <= -(window or seen))
+            output[0, h, q] = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
     return output
 
 
@@ -61,6 +64,17 @@ def test_against_naive(case, scale, lengths):
     assert output.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize(("window", "softcap"), [(3, 0.0), (0, 0.7), (2, 1.5)])
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+def test_windows_and_caps(case, window, softcap):
+    given = inputs([1, 7, 7, 2, 1], **case)
+    output = packed_attention(*given, None, window, softcap)
+    tolerance = 3e-2 if output.dtype == torch.bfloat16 else 1e-5
+    want = naive(*given, None, window, softcap)
+    torch.testing.assert_close(output.double(), want, rtol=tolerance, atol=tolerance)
+    assert output.transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_rows_do_not_see_each_other(case):
     """What stands in other rows, NaN even, changes nothing."""
@@ -80,3 +94,4 @@ def test_rows_do_not_see_each_other(case):
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_opcheck(case):
     torch.library.opcheck(packed_attention, (*inputs([2, 5, 5], **case), None))
+    torch.library.opcheck(packed_attention, (*inputs([2, 5, 5], **case), None, 2, 1.5))

@@ -31,7 +31,6 @@ def case(lengths, past, heads=4, kv_heads=2, size=64, dtype=torch.float64, seed=
     starts = torch.randint(0, 4, (batch,), generator=generator, dtype=torch.int32)
     columns = max(n + p for n, p in zip(lengths, past, strict=True)) + 5
     caches = [torch.full((batch, kv_heads, columns, size), math.nan, dtype=dtype) for _ in range(2)]
-    cache_positions = torch.zeros(batch, columns, dtype=torch.int32)
     positions = []
     for b, (n, p) in enumerate(zip(lengths, past, strict=True)):
         steps = torch.randint(1, 4 if gaps else 2, (n + p,), generator=generator)
@@ -39,7 +38,6 @@ def case(lengths, past, heads=4, kv_heads=2, size=64, dtype=torch.float64, seed=
         held = slice(int(starts[b]), int(starts[b]) + p)
         for cache in caches:
             cache[b, :, held] = random(kv_heads, p, size)
-        cache_positions[b, held] = of_row[:p].int()
         positions.append(of_row[p:])
     at = torch.cat(positions)
     angles = at[:, None] * 100.0 ** (-torch.arange(size // 2, dtype=torch.float64) / (size // 2))
@@ -47,7 +45,7 @@ def case(lengths, past, heads=4, kv_heads=2, size=64, dtype=torch.float64, seed=
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     tables = angles.cos().to(dtype), angles.sin().to(dtype)
     past_lengths = torch.tensor(past, dtype=torch.int32)
-    return [query, key, value, *tables, at.int(), cu_seqlens, past_lengths, starts, *caches, cache_positions]
+    return [query, key, value, *tables, cu_seqlens, past_lengths, starts, *caches]
 
 
 def by_kernel(arguments, longest, *rest):
@@ -70,18 +68,17 @@ def check(lengths, past, dtype, window=0, softcap=0.0, **options):
     size = options.get("size", 64)
     arguments = [x.to(DEVICE) for x in case(lengths, past, dtype=dtype, **options)]
     expected_arguments = wider(arguments)
-    untouched = arguments[9].isnan().clone()
+    untouched = arguments[8].isnan().clone()
     scale = size**-0.5
     expected = reference(*expected_arguments, scale, window, softcap)
     output = by_kernel(arguments, max(lengths), scale, window, softcap)
     assert output.dtype == dtype
     assert not output.isnan().any()  # all of it was written
     assert relative_error(output, expected) < TOLERANCE[dtype]
-    for ours, theirs in zip(arguments[9:11], expected_arguments[9:11], strict=True):
+    for ours, theirs in zip(arguments[8:10], expected_arguments[8:10], strict=True):
         assert torch.equal(ours.isnan(), theirs.isnan())  # written where it is to be, and nowhere else
         assert relative_error(ours.nan_to_num(), theirs.nan_to_num()) < TOLERANCE[dtype]
     assert untouched.any()
-    assert torch.equal(arguments[11], expected_arguments[11])
 
 
 # ---------------------------------------------------------------- the reference
@@ -89,7 +86,7 @@ def check(lengths, past, dtype, window=0, softcap=0.0, **options):
 
 def test_the_reference_is_causal_attention_of_each_row():
     arguments = case([5, 3], [0, 4], gaps=False)
-    query, key, value, cos, sin, _, cu_seqlens, _, starts, keys, values, _ = arguments
+    query, key, value, cos, sin, cu_seqlens, _, starts, keys, values = arguments
     before = int(starts[1])
     past = [cache[1, :, before : before + 4].clone() for cache in (keys, values)]
     output = reference(*arguments, 0.125, 0, 0.0)
@@ -111,34 +108,37 @@ def test_the_reference_is_causal_attention_of_each_row():
         assert_close(output[row], want.transpose(0, 1), 1e-12)
 
 
-def test_a_window_counts_positions_and_softcap_bends_scores():
-    arguments = case([6], [0])
-    positions = arguments[5]
-    arguments[5] = torch.tensor([0, 1, 2, 50, 51, 52], dtype=torch.int32)  # an exit left a gap
-    near = reference(*[x.clone() for x in arguments], 1.0, 4, 0.0)
-    alone = [x[3:].clone() for x in arguments[:6]] + [torch.tensor([0, 3], dtype=torch.int32), *arguments[7:]]
-    assert_close(near[3:], reference(*alone, 1.0, 0, 0.0), 1e-12)
-    assert len(positions) == 6
+def test_a_window_counts_columns_and_softcap_bends_scores():
+    """Of what the row holds, whatever the positions are: each token as if its row began three columns before it."""
+    arguments = case([6], [2])
+    written = [x.clone() for x in arguments]
+    near = reference(*written, 1.0, 4, 0.0)
+    one = torch.tensor([0, 1], dtype=torch.int32)
+    for i in range(6):
+        seen = min(2 + i, 3)
+        token, past = [x[i : i + 1] for x in arguments[:5]], torch.tensor([seen])
+        begin = arguments[7] + 2 + i - seen
+        assert_close(near[i : i + 1], reference(*token, one, past, begin, *written[8:], 1.0, 0, 0.0), 1e-12)
     plain, bent = (reference(*[x.clone() for x in arguments], 1.0, 0, cap) for cap in (0.0, 0.5))
     assert float((plain - bent).abs().max()) > 0.1
 
 
 def last_only(arguments):
-    """The same with a query of each row's last token alone, whole tables of two equal halves, and no positions."""
-    query, key, value, cos, sin, _, cu_seqlens, past, *caches, _ = [x.clone() for x in arguments]
+    """The same with a query of each row's last token alone, and whole tables of two equal halves."""
+    query, key, value, cos, sin, cu_seqlens, past, *caches = [x.clone() for x in arguments]
     queries = query[cu_seqlens[1:].long() - 1]
     tables = [torch.cat([table, table], -1) for table in (cos, sin)]
-    return [queries, key, value, *tables, None, cu_seqlens, past, *caches, None]
+    return [queries, key, value, *tables, cu_seqlens, past, *caches]
 
 
 def test_the_reference_with_queries_of_last_tokens():
     arguments = case([5, 1, 3], [0, 2, 4])
     short = last_only(arguments)
     ones = torch.arange(4, dtype=torch.int32)
-    ends = arguments[6][1:].long() - 1
+    ends = arguments[5][1:].long() - 1
     output = reference(*short, 0.125, 0, 0.0, ones)
     assert_close(output, reference(*arguments, 0.125, 0, 0.0)[ends], 1e-12)
-    for ours, theirs in zip(short[9:11], arguments[9:11], strict=True):
+    for ours, theirs in zip(short[8:10], arguments[8:10], strict=True):
         assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 
 
@@ -183,14 +183,14 @@ def test_window_and_softcap(window, softcap):
 def test_queries_of_last_tokens(past):
     arguments = last_only(case([19, 1, 34], past, dtype=torch.float32))
     if not any(past):
-        arguments[7] = None
+        arguments[6] = None
     expected_arguments = [None if x is None else x.clone() for x in arguments]
     ones = torch.arange(4, dtype=torch.int32)
     expected = reference(*expected_arguments, 0.125, 0, 0.0, ones)
     arguments = [None if x is None else x.to(DEVICE) for x in arguments]
     output = by_kernel(arguments, 34, 0.125, 0, 0.0, ones.to(DEVICE))
     assert relative_error(output.cpu(), expected.double()) < 1e-5
-    for ours, theirs in zip(arguments[9:11], expected_arguments[9:11], strict=True):
+    for ours, theirs in zip(arguments[8:10], expected_arguments[8:10], strict=True):
         assert relative_error(ours.cpu().nan_to_num(), theirs.double().nan_to_num()) < 1e-5
 
 
@@ -209,8 +209,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="float64: expected float16"):
         by_kernel(case([3], [0]), 3, 1.0, 0, 0.0)
     arguments = case([3], [0], dtype=torch.float32)
-    with pytest.raises(ValueError, match="pass positions and cache_positions"):
-        by_kernel([*arguments[:5], None, *arguments[6:]], 3, 1.0, 2, 0.0)
     arguments[0] = arguments[0].transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match="last dim must be contiguous"):
         by_kernel(arguments, 3, 1.0, 0, 0.0)

@@ -67,6 +67,9 @@ def prompt():
         (True, {}),
         (True, {"family": "gemma"}),  # one key/value head
         (True, {"num_key_value_heads": 4}),  # as many as query heads
+        (True, {"family": "gemma2"}),  # windows and caps
+        (False, {"family": "gemma2"}),
+        (True, {"family": "qwen2", "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
     ],
     ids=str,
 )
@@ -88,9 +91,10 @@ def test_packed(last, options):
             assert_close(ours, theirs)
 
 
-def test_decode():
-    before, _ = rewritten("decode", plan(), False)
-    graph, result = rewritten("decode", plan(), True)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_decode(family):
+    before, _ = rewritten("decode", plan(), False, family=family)
+    graph, result = rewritten("decode", plan(), True, family=family)
     assert (result.applied, result.refusals) == (LAYERS, [])
     assert len(nodes_of(graph, FUSED["decode"])) == LAYERS
     assert not nodes_of(graph, OWN["decode"], aten.neg.default)
@@ -133,6 +137,14 @@ def test_decode_pieces():
     points = [step for step in lowered.steps if isinstance(step, AttendPoint)]
     assert [point.kind for point in points] == ["rotary_append"] * LAYERS
     assert [len(point.inputs) for point in points] == [8] * LAYERS  # with where rows start
+    assert {(point.window, point.softcap) for point in points} == {(0, 0.0)}
+
+
+@pytest.mark.parametrize("phase", ["packed", "decode"])
+def test_pieces_know_windows_and_caps(phase):
+    lowered = lower_piecewise(rewritten(phase, plan(), family="gemma2")[0])
+    points = [step for step in lowered.steps if isinstance(step, AttendPoint)]
+    assert [(point.scale, point.window, point.softcap) for point in points] == [(8**-0.5, w, 2.0) for w in (3, 0, 3)]
 
 
 @pytest.mark.parametrize("phase", ["packed", "decode"])
@@ -216,12 +228,3 @@ def test_refuses_a_dtype():
         query.meta["val"] = query.meta["val"].double()
 
     assert spoiled(widen) == [(LAYERS - 1, "torch.float64: expected float16, bfloat16 or float32.")]
-
-
-def test_refuses_a_window():
-    """Graphs count the columns that a layer holds, the kernels positions."""
-
-    def narrow(graph, node):
-        node.args = (*node.args[:7], 4)
-
-    assert spoiled(narrow) == [(LAYERS - 1, "its sliding window counts columns, not positions.")]

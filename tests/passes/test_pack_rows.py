@@ -102,7 +102,7 @@ def test_the_plans_make_rows_differ():
     assert len({int(o.exit_layer) for o in oracle(prompt()[0], exits)}) >= 3
 
 
-@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma"])
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma", "gemma2"])
 def test_families(family):
     exits = plan(StaticExit(1))
     graph, results = packed(exits, True, family)

@@ -27,6 +27,7 @@ from vte_compile.dynamo.visual import remember
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec, describe, find_decoder
 from vte_compile.families.independence import check_independence
+from vte_compile.families.refusals import refuse_softcaps
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.plan import Plan
@@ -98,6 +99,7 @@ def vte(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
         _refuse_training(model)
         spec = describe(model)
         _refuse_loops(model, spec)
+        refuse_softcaps(spec)
         _refuse_unseen_features(spec)
         region = find_region(gm.graph, weights, spec.windowed)
         _refuse_other_features(spec, region)
@@ -201,7 +203,8 @@ def _runner(model: PreTrainedModel, spec: DecoderSpec, settings: Options) -> Dec
     plan = given if isinstance(given, Plan) else Plan.from_pretrained(given) if given else Plan()
     plan.check(model)
     compiler = PieceCompiler() if find_backend(spec.device, settings.compile) else None
-    headless = replace(spec, lm_head=_NoHead(next(spec.decoder.parameters())), visual_token_ids=ids)
+    no_head = _NoHead(next(spec.decoder.parameters()))
+    headless = replace(spec, lm_head=no_head, logit_softcap=None, visual_token_ids=ids)
     runner = DecoderRunner(headless, plan, compiler, FoldedWeights(settings.fold))
     _runners[key] = runner
     return runner

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.deepstack import FEATURES, MASK, deepstack_layers
+from vte_compile.families.logits import logit_softcap
 from vte_compile.families.refusals import refuse_other_architectures
 from vte_compile.families.token_blocks import NAME as BLOCKS
 from vte_compile.families.token_blocks import takes_blocks
@@ -44,6 +45,8 @@ class DecoderSpec:
     """Behind how many of the first layers visual features are added (vte_compile/families/deepstack.py)."""
     has_blocks: bool = False
     """Whether tokens may attend to later ones of their block (vte_compile/families/token_blocks.py)."""
+    logit_softcap: float | None = None
+    """By how much the logits of the head are capped (vte_compile/families/logits.py); None: they are not."""
     freed: Mapping[str, torch.Size] = field(default_factory=dict)
     """Shapes of the weights, by their name in the decoder, that it has no more, because no graph reads them."""
 
@@ -77,6 +80,11 @@ class DecoderSpec:
     def has_windows(self) -> bool:
         """Whether tokens of some layer do."""
         return any(self.windowed)
+
+    @property
+    def attention_softcap(self) -> float | None:
+        """By how much attention caps its scores (Gemma 2, arXiv 2408.00118); None: it does not."""
+        return getattr(self.config, "attn_logit_softcapping", None) or None
 
     @property
     def token_inputs(self) -> tuple[str, ...]:
@@ -185,7 +193,8 @@ def describe(model: nn.Module) -> DecoderSpec:
     _refuse_without_embeddings(model)
     path, ids = _path_of(model, decoder), _visual_token_ids(model)
     rows, deepstack = position_rows(decoder), deepstack_layers(model, decoder)
-    return DecoderSpec(decoder, lm_head, path, decoder.config, ids, rows, deepstack, takes_blocks(model))
+    softcap = logit_softcap(decoder.config)
+    return DecoderSpec(decoder, lm_head, path, decoder.config, ids, rows, deepstack, takes_blocks(model), softcap)
 
 
 def _path_of(model: nn.Module, decoder: nn.Module) -> str:
@@ -266,9 +275,4 @@ def _refuse_unknown_layout(model: nn.Module, decoder: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{name}: its decoder has use_bidirectional_attention: tokens attend to later ones, and only causal "
             "attention is supported so far."
-        )
-    if getattr(config, "attn_logit_softcapping", None):
-        raise UnsupportedModelError(
-            f"{name}: its decoder caps the logits of attention (attn_logit_softcapping in its config): not supported "
-            "so far."
         )

@@ -31,7 +31,8 @@ def refuse_other_architectures(model: nn.Module, decoder: nn.Module) -> None:
         decoder: What it names as its decoder.
 
     Raises:
-        UnsupportedModelError: An encoder-decoder, cross-attention, or recurrent layers.
+        UnsupportedModelError: An encoder-decoder, cross-attention, recurrent layers; or attention that does not cap
+            scores where the config asks for it.
     """
     name = type(model).__name__
     for config in (getattr(model, "config", None), getattr(decoder, "config", None)):
@@ -56,7 +57,13 @@ def refuse_other_architectures(model: nn.Module, decoder: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{where} has attention sinks, logits that belong to no token: not supported so far."
             )
-    types = getattr(getattr(decoder, "config", None), "layer_types", None) or ()
+    config = getattr(decoder, "config", None)
+    if getattr(config, "attn_logit_softcapping", None) and getattr(config, "_attn_implementation", None) == "sdpa":
+        raise UnsupportedModelError(
+            f"{name}: its decoder's attention is 'sdpa', which does not cap scores, and its config asks for that "
+            "(attn_logit_softcapping): load it with attn_implementation='eager'."
+        )
+    types = getattr(config, "layer_types", None) or ()
     for index, kind in enumerate(types):
         if kind not in _ATTENTION_TYPES:
             raise UnsupportedModelError(
@@ -65,10 +72,10 @@ def refuse_other_architectures(model: nn.Module, decoder: nn.Module) -> None:
 
 
 def refuse_windows(spec: DecoderSpec) -> None:
-    """Refuse, where attention sees all tokens before, a decoder with sliding windows.
+    """Refuse, where attention is a softmax over all tokens before, a decoder with sliding windows.
 
     Raises:
-        UnsupportedModelError: It has some.
+        UnsupportedModelError: It is one.
     """
     if spec.has_windows:
         raise UnsupportedModelError(
@@ -78,13 +85,27 @@ def refuse_windows(spec: DecoderSpec) -> None:
         )
 
 
+def refuse_softcaps(spec: DecoderSpec) -> None:
+    """Refuse, where attention is a softmax of the scores as they are, a decoder that caps them.
+
+    Raises:
+        UnsupportedModelError: It does.
+    """
+    if spec.attention_softcap is not None:
+        raise UnsupportedModelError(
+            f"{type(spec.decoder).__name__} caps the scores of its attention (attn_logit_softcapping in its config): "
+            "only vte_compile.optimize() takes that so far."
+        )
+
+
 def refuse_more_than_causal(spec: DecoderSpec) -> None:
-    """Refuse, where graphs get embeddings and positions alone, a decoder that takes more of each token, or windows.
+    """Refuse, where graphs get embeddings and positions alone, what takes more of each token; and other attention.
 
     Raises:
         UnsupportedModelError: It does.
     """
     refuse_windows(spec)
+    refuse_softcaps(spec)
     refuse_token_inputs(spec)
 
 

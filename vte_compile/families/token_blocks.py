@@ -1,7 +1,7 @@
 """Blocks of tokens that attend to each other in both directions: an image (Gemma3), or a whole prompt (PaliGemma).
 
-A token has the number of its block, or -1: then it is causal, as text is. It attends to all tokens before it, and to
-those behind it that are of its block. So tokens may leave a block, and what is left is one.
+A token has the number of its block, or -1: then it is causal, as text is. It attends to all tokens before it (with a
+sliding window, to the last of them), and to all of its block. So tokens may leave a block, and what is left is one.
 
 The model's own code makes the mask; the numbers are read off it, and nothing here knows what they mean to a family.
 """
@@ -9,7 +9,7 @@ The model's own code makes the mask; the numbers are read off it, and nothing he
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,25 +29,34 @@ def takes_blocks(model: nn.Module) -> bool:
 
 
 def unmasked_block(decoder: nn.Module) -> int:
-    """The block of all tokens of a prompt for which the model makes no mask: 0 if that lets them see each other."""
-    layers: Any = decoder.layers
+    """The block of all tokens of a prompt of which no types are known: 0 if the model lets them see each other.
+
+    It does where it makes no mask and attention is not causal by itself. Eager attention always has a mask, of order.
+    """
+    layers, config = cast(Any, decoder.layers), cast(Any, decoder.config)
+    if config._attn_implementation == "eager":
+        return -1
     return 0 if any(getattr(module, "is_causal", True) is False for module in layers.modules()) else -1
 
 
-def allowed(blocks: Tensor, columns: int) -> Tensor:
-    """Which columns tokens attend to, [B, 1, T, columns] bool; the last T columns are theirs.
+def same_block(blocks: Tensor, columns: int) -> Tensor:
+    """Which columns are of a token's block, [B, 1, T, columns] bool; the last T columns are the tokens'.
 
     Args:
         blocks: [B, T].
         columns: Of keys, those of earlier chunks included.
     """
-    tokens = blocks.shape[1]
-    past = columns - tokens
-    rows = torch.arange(tokens, device=blocks.device)[:, None] + past
-    causal = torch.arange(columns, device=blocks.device)[None, :] <= rows
+    past = columns - blocks.shape[1]
     of_columns = blocks if isinstance(past, int) and past == 0 else F.pad(blocks, (past, 0), value=-1)
-    same = (blocks[:, :, None] == of_columns[:, None, :]) & (blocks >= 0)[:, :, None]
-    return (causal[None] | same)[:, None]
+    return ((blocks[:, :, None] == of_columns[:, None, :]) & (blocks >= 0)[:, :, None])[:, None]
+
+
+def allowed(blocks: Tensor, columns: int) -> Tensor:
+    """Which columns tokens attend to, [B, 1, T, columns] bool; as :func:`same_block` takes them."""
+    tokens = blocks.shape[1]
+    rows = torch.arange(tokens, device=blocks.device)[:, None] + (columns - tokens)
+    causal = torch.arange(columns, device=blocks.device)[None, :] <= rows
+    return causal | same_block(blocks, columns)
 
 
 def continued_inputs(inputs: dict[str, Any], batch: int, tokens: int, continued: bool) -> dict[str, Any]:
@@ -115,17 +124,20 @@ def blocks_of(mask: Any, batch: int, tokens: int, unmasked: int, device: torch.d
 
 
 def masks_of(blocks: Tensor, config: Any) -> Any:
-    """The mask of blocks [B, T] as a decoder takes it: [B, 1, T, T] bool, or one for each of its types of layers.
+    """The mask of blocks [B, T] as a decoder takes it: [B, 1, T, T], or one for each of its types of layers.
+
+    It is bool, or, where attention is eager, which adds it to scores, 0 and -inf.
 
     Args:
         config: The decoder's.
     """
     mask = allowed(blocks, blocks.shape[1])
     types = getattr(config, "layer_types", None)
-    if types is None:
-        return mask
-    masks = dict.fromkeys(types, mask)
+    masks: dict[Any, Tensor] = {None: mask} if types is None else dict.fromkeys(types, mask)
     if "sliding_attention" in masks:
         order = torch.arange(blocks.shape[1], device=blocks.device)
-        masks["sliding_attention"] = mask & (order > order[:, None] - config.sliding_window)
-    return masks
+        near = order > order[:, None] - config.sliding_window
+        masks["sliding_attention"] = (mask & near) | same_block(blocks, blocks.shape[1])
+    if config._attn_implementation == "eager":
+        masks = {kind: torch.zeros(m.shape, device=m.device).masked_fill(~m, -torch.inf) for kind, m in masks.items()}
+    return masks[None] if types is None else masks

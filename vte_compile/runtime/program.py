@@ -58,8 +58,8 @@ class Program(StepProgram):
                 function: Function = step.module if compiler is None else compiler.compile_piece(step, lowered)
                 steps.append(_LoweredPiece(slot(step.inputs), slot(step.outputs), step, function, _lengths(step)))
             elif isinstance(step, AttendPoint):
-                kind, places = _ATTEND_STEPS[step.kind], (slot(step.inputs), slot(step.outputs), step.scale)
-                steps.append(kind(*places, step.window) if kind is AttendStep else kind(*places))
+                kind, places = _ATTEND_STEPS[step.kind], (slot(step.inputs), slot(step.outputs))
+                steps.append(kind(*places, step.scale, step.window, step.softcap))
             else:
                 [stream] = slot([step.stream])
                 steps.append(ExitStep(slot(step.inputs), slot(step.outputs), step.layer, stream, step.dims, step.gate))

@@ -95,12 +95,15 @@ class AttendStep:
     scale: float | None
     window: int = 0
     """How many columns the token sees; 0: all."""
+    softcap: float = 0.0
+    """Of the scores; 0: none."""
 
     def run(self, arguments: list[Tensor]) -> Sequence[Tensor]:
         """Its outputs."""
         query, key, value, keys, values, *starts = arguments
         of_rows = starts[0] if starts else None
-        output = append_and_attend(query, key, value, keys, values, of_rows, self.scale, self.window)
+        settings = self.scale, self.window, self.softcap
+        output = append_and_attend(query, key, value, keys, values, of_rows, *settings)
         return output, keys, values
 
 
@@ -114,6 +117,10 @@ class PackedAttendStep:
     """The attention's output; keys and values [B, heads, columns with room, head size], aligned at the end of what is
     filled."""
     scale: float | None
+    window: int
+    """How many columns of its row a token sees; 0: all."""
+    softcap: float
+    """Of the scores; 0: none."""
 
     def run(self, arguments: list[Tensor], rows: PackedRows) -> Sequence[Tensor]:
         """Its outputs, for rows of which the host knows how long they are."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from vte_compile.capture import evaluating
 from vte_compile.errors import CaptureError
 from vte_compile.families.deepstack import FEATURES, MASK, spread
+from vte_compile.families.logits import capped
 from vte_compile.families.token_blocks import masks_of, unmasked_block
 from vte_compile.plan import Plan
 from vte_compile.runtime.visual_tokens import PackedRows
@@ -41,7 +42,12 @@ def verify_prefill(model: PreTrainedModel, runner: DecoderRunner) -> None:
     _compare(model, runner, lambda **inputs: model(**inputs, use_cache=False).logits)
     if runner.spec.token_inputs:
         decoder, head = runner.spec.decoder, runner.spec.lm_head
-        _compare(model, runner, lambda **inputs: head(decoder(**inputs, use_cache=False).last_hidden_state), True)
+        softcap = runner.spec.logit_softcap
+
+        def logits(**inputs: Any) -> Tensor:
+            return capped(head(decoder(**inputs, use_cache=False).last_hidden_state), softcap)
+
+        _compare(model, runner, logits, True)
 
 
 def verify_hidden(model: PreTrainedModel, runner: DecoderRunner) -> None:
