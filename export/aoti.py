@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.fx.experimental._config as symbolic_shapes_config
 from torch import Tensor, fx, nn
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim
 
 from vte_compile.errors import CaptureError, EngineError
@@ -62,7 +63,13 @@ def check_built(made: Built) -> None:
             )
 
 
-def compile_piece(module: fx.GraphModule, key: str, examples: Sequence[Tensor], file: Path) -> None:
+def compile_piece(
+    module: fx.GraphModule,
+    key: str,
+    examples: Sequence[Tensor],
+    file: Path,
+    tried: Sequence[Sequence[Tensor]] = (),
+) -> None:
     """Compile a graph to a package, or take it from Inductor's cache folder.
 
     Args:
@@ -70,6 +77,7 @@ def compile_piece(module: fx.GraphModule, key: str, examples: Sequence[Tensor], 
         key: Equal for graphs that do the same.
         examples: For all inputs: tensors, fake ones with symbolic sizes where any size is to do.
         file: Where the package goes.
+        tried: Values of the first inputs that it is compared with; of the others, and if there are none, any.
 
     Raises:
         CaptureError: It could not be compiled, or does not compute what the graph does.
@@ -79,7 +87,7 @@ def compile_piece(module: fx.GraphModule, key: str, examples: Sequence[Tensor], 
         shutil.copyfile(kept, file)
     else:
         _compile(module, examples, file)
-    _check(module, examples, load_piece(file))
+    _check(module, examples, load_piece(file), tried)
     if not kept.is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=kept.parent)
@@ -129,23 +137,36 @@ def _compile(module: fx.GraphModule, examples: Sequence[Tensor], file: Path) -> 
         raise CaptureError(f"AOTInductor could not compile a piece: {error}") from error
 
 
-def _check(module: fx.GraphModule, examples: Sequence[Tensor], function: Function) -> None:
+def _check(
+    module: fx.GraphModule, examples: Sequence[Tensor], function: Function, tried: Sequence[Sequence[Tensor]]
+) -> None:
     """Compare with the graph itself at other lengths: nothing else would show that one was taken for fixed."""
+    for values, where in _given(examples, tried) if tried else _made(examples):
+        with torch.no_grad():
+            expected, got = module(*values), function([value.contiguous() for value in values])
+        for want, have in zip(expected, got, strict=True):
+            scale = float(want.abs().max()) if want.numel() else 0.0
+            allowed = _TOLERANCE.get(want.dtype, 0.0) * max(scale, 1e-6)
+            if want.shape != have.shape or not float((have.double() - want.double()).abs().max()) <= allowed:
+                raise CaptureError(f"a compiled piece does not compute what its graph does at {where}.")
+
+
+def _made(examples: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], str]]:
+    """Values for all inputs, at lengths that a piece was not traced with; and which."""
     sizes: list[Any] = [size for e in examples for size in e.shape if not isinstance(size, int)]
     traced = {size.node.expr: _hint(size) for size in sizes}
     traced = {size: length for size, length in traced.items() if size.is_symbol}
     for tried in _TRIED if traced else _TRIED[:1]:
         lengths = {symbol: tried(length) for symbol, length in traced.items()}
         values = [_value(example, lambda size, at=lengths: _at(size, at)) for example in examples]  # type: ignore[misc]
-        with torch.no_grad():
-            expected, got = module(*values), function(list(values))
-        for want, have in zip(expected, got, strict=True):
-            scale = float(want.abs().max()) if want.numel() else 0.0
-            allowed = _TOLERANCE.get(want.dtype, 0.0) * max(scale, 1e-6)
-            if want.shape != have.shape or not float((have.double() - want.double()).abs().max()) <= allowed:
-                raise CaptureError(
-                    f"a compiled piece does not compute what its graph does at lengths {list(lengths.values())}."
-                )
+        yield values, f"lengths {list(lengths.values())}"
+
+
+def _given(examples: Sequence[Tensor], tried: Sequence[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], str]]:
+    """Those that are given, and for the inputs behind them the example, or numbers of its shape; and their shapes."""
+    for first in tried:
+        rest = [_value(x, _hint) if isinstance(x, FakeTensor) else x.detach() for x in examples[len(first) :]]
+        yield [*first, *rest], f"sizes {[list(value.shape) for value in first]}"
 
 
 def _value(example: Tensor, size: Callable[[Any], int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vte_compile.errors import InputError
 from vte_compile.export.engine_programs import EngineRunner, Loaded, load
-from vte_compile.export.grid_positions import Media, token_kinds
+from vte_compile.export.grid_positions import IMAGE, Media, token_kinds
+from vte_compile.export.image_features import Array, ImageEncoder, Pixels, interleaved, vision_inputs
 from vte_compile.export.manifest import Manifest
 from vte_compile.runtime.cache import RowsCache
 
@@ -93,11 +94,14 @@ class Engine:
         *,
         image_features: Tensor | Sequence[Tensor] | None = None,
         pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
         visual_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         second_per_grid_ts: Tensor | Sequence[float] | None = None,
+        image_sizes: Tensor | None = None,
+        batch_num_images: Tensor | None = None,
         cache: RowsCache | None = None,
     ) -> EngineOutput:
         """Run a prompt, or with a ``cache`` the next chunk of the same rows.
@@ -106,19 +110,31 @@ class Engine:
             input_ids: [B, T] int64, with a placeholder for each visual token. Either these or ``inputs_embeds``.
             inputs_embeds: [B, T, C], visual features in place; then pass ``visual_mask`` too if there are any.
             image_features: Embeddings of the visual tokens, [n, C] or a list of such, in the order of the placeholders.
-            pixel_values: [images, channels, height, width]; the engine's own encoder makes features of them.
+            pixel_values: [images, channels, height, width]; the engine's own encoder makes features of them. Of models
+                that take images of any size as patches (Qwen2-VL): [patches, numbers of a patch]; as tiles
+                (LLaVA-NeXT, LLaVA-OneVision): [images, tiles, channels, height, width].
+            pixel_values_videos: Of videos: [patches, numbers of a patch], or LLaVA-OneVision's [videos, frames,
+                channels, height, width].
             visual_mask: [B, T] bool; found from the placeholders if None.
             attention_mask: [B, T] bool or int, of this chunk: 0 at padding, on any side.
             image_grid_thw: [images, 3] int64: time, height and width of each image in patches, from which multimodal
                 positions follow; of models that have them.
             video_grid_thw: [videos, 3] int64, of videos.
             second_per_grid_ts: [videos], how many seconds a step in time lasts, of models that number them by that.
+            image_sizes: [images, 2]: height and width of each image before it was cut into tiles.
+            batch_num_images: [prompts with images]: how many images each has, of models that cut none where there are
+                several (LLaVA-OneVision); None: one each.
             cache: From an earlier call.
 
         Raises:
             InputError: Contradicting or misshaped inputs; the message says which.
         """
-        embeds, visual = self._embed(input_ids, inputs_embeds, image_features, pixel_values, visual_mask)
+        named = (pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw, image_sizes, batch_num_images)
+        pixels = Pixels(*map(_numpy, named))
+        if image_features is not None and pixels.given:
+            raise InputError("Pass at most one of image_features and pixel_values (pixel_values_videos).")
+        features = self._encode(pixels) if pixels.given else image_features
+        embeds, visual = self._embed(input_ids, inputs_embeds, features, visual_mask)
         shape = embeds.shape[:2]
         if attention_mask is None:
             attention_mask = torch.ones(shape, dtype=torch.bool)
@@ -188,7 +204,7 @@ class Engine:
         Args:
             max_new_tokens: At most so many, at least 1.
             eos_token_ids: A row ends with any of these; None: those of the model; empty: none.
-            media: ``image_grid_thw`` and what else :meth:`prefill` takes of images and videos.
+            media: ``image_grid_thw``, ``image_sizes`` and what else :meth:`prefill` takes of images and videos.
 
         In a later turn, pass the cache, and as input_ids what it does not hold: the last token, and the new question.
         Rows that ended before others have padding in the cache: go on with such a batch row by row.
@@ -218,25 +234,38 @@ class Engine:
             ended |= torch.isin(tokens[-1], ends)
         return Generated(torch.stack(tokens, dim=1), exit_layer, output.cache)
 
-    @torch.no_grad()
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """[images, channels, height, width] -> their visual tokens' embeddings [n, C], image after image.
+    def encode_images(
+        self,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        batch_num_images: Tensor | None = None,
+    ) -> Tensor:
+        """Images as :meth:`prefill` takes them -> their visual tokens' embeddings [n, C], image after image.
 
         Raises:
-            InputError: The engine has no image encoder (the message says why), or takes images of another size.
+            InputError: The engine has no image encoder (the message says why), or takes other images.
         """
-        vision, facts = self.manifest.vision, self.manifest.model
-        if vision is None or self._loaded.encoder is None:
-            why = self.manifest.vision_missing or f"{facts.name} is a language model alone"
-            raise InputError(f"pixel_values: the engine has no image encoder ({why}): pass image_features.")
-        if pixel_values.ndim != 4 or list(pixel_values.shape[1:]) != vision.image or not len(pixel_values):
-            raise InputError(
-                f"pixel_values: expected [images, {', '.join(map(str, vision.image))}], got {list(pixel_values.shape)}."
-            )
-        images = pixel_values.to(self.device, self.dtype).contiguous()
-        weights = [self._loaded.weights[name] for name in vision.weights]
-        encoder = self._loaded.encoder
-        return torch.cat([encoder([image[None], *weights])[0] for image in images])
+        pixels, grid, sizes, counts = map(_numpy, (pixel_values, image_grid_thw, image_sizes, batch_num_images))
+        given = Pixels(pixels, image_grid_thw=grid, image_sizes=sizes, batch_num_images=counts)
+        return torch.from_numpy(np.concatenate(self._encode(given)[IMAGE])).to(self.device, self.dtype)
+
+    def _encode(self, pixels: Pixels) -> dict[int, list[Array]]:
+        """[n, C] of each image and video, by kind."""
+        manifest = self.manifest
+        run = None if self._loaded.encoder is None else self._run_encoder
+        dtype = np.float64 if self.dtype is torch.float64 else np.float32
+        return ImageEncoder(manifest.model, manifest.vision, manifest.vision_missing, run, dtype)(pixels)
+
+    @torch.no_grad()
+    def _run_encoder(self, inputs: dict[str, Array]) -> Array:
+        vision, encoder = self.manifest.vision, self._loaded.encoder
+        assert vision is not None
+        assert encoder is not None
+        values = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in vision_inputs(vision)]
+        given = [value.to(self.device, self.dtype if value.is_floating_point() else value.dtype) for value in values]
+        features: Array = _numpy(encoder([*given, *(self._loaded.weights[name] for name in vision.weights)])[0])
+        return features
 
     def _ids(self, name: str, ids: Tensor) -> Tensor:
         if ids.is_floating_point() or ids.dtype == torch.bool:
@@ -249,17 +278,12 @@ class Engine:
         self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
-        image_features: Tensor | Sequence[Tensor] | None,
-        pixel_values: Tensor | None,
+        image_features: Tensor | Sequence[Tensor] | Mapping[int, list[Array]] | None,
         visual_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Embeddings [B, T, C] of a chunk, visual features in place, and where these are [B, T]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("Pass exactly one of input_ids and inputs_embeds.")
-        if image_features is not None and pixel_values is not None:
-            raise InputError("Pass at most one of image_features and pixel_values.")
-        if pixel_values is not None:
-            image_features = self.encode_images(pixel_values)
         if inputs_embeds is not None:
             if image_features is not None:
                 raise InputError("inputs_embeds hold the visual features already: leave image_features out.")
@@ -278,6 +302,9 @@ class Engine:
             return embeds, visual
         if image_features is None:
             raise InputError(f"input_ids hold {count} visual placeholders: pass image_features or pixel_values.")
+        if isinstance(image_features, Mapping):
+            kinds = [token_kinds(self.manifest.model.grids, row) for row in _numpy(input_ids)]
+            image_features = [torch.from_numpy(part) for part in interleaved(kinds, image_features)]
         parts = [image_features] if isinstance(image_features, Tensor) else list(image_features)
         hidden = self.manifest.model.hidden_size
         if any(part.shape[-1] != hidden for part in parts) or sum(p.numel() for p in parts) != count * hidden:
@@ -312,4 +339,7 @@ class Engine:
 
 
 def _numpy(value: Any) -> Any:
-    return value.cpu().numpy() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.dtype is torch.bfloat16 else value).numpy()

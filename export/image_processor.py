@@ -72,9 +72,9 @@ class ImageProcessor:
             raise NotKnownError(f"resample {resample!r} with rescale_factor {scale!r}")
         return cls(pad, shortest, size, int(resample), crop, scale, mean, std)
 
-    def batch(self, images: Sequence[Image.Image]) -> tuple[Array]:
-        """Pictures in RGB -> pixel values [images, 3, height, width] float32."""
-        return (np.stack([self(image) for image in images]),)
+    def batch(self, images: Sequence[Image.Image]) -> dict[str, Array]:
+        """Pictures in RGB -> ``pixel_values`` [images, 3, height, width] float32."""
+        return {"pixel_values": np.stack([self(image) for image in images])}
 
     def __call__(self, image: Image.Image) -> Array:
         """A picture in RGB -> pixel values [3, height, width] float32."""

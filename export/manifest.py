@@ -19,7 +19,7 @@ MANIFEST = "manifest.json"
 FORMAT = "vte_compile engine"
 SCHEMA_VERSION = 4
 """2: the attentions of decode steps are steps of their own. 3: positions may be multimodal. 4: an ONNX engine may
-need an ONNX Runtime of some age; decoders may take more of each token (DeepStack, blocks)."""
+need an ONNX Runtime of some age; decoders may take more of each token (DeepStack, blocks); images may be tiles."""
 _REMEDY = "export the model again, or copy the whole folder again"
 T = TypeVar("T")
 
@@ -99,21 +99,42 @@ class PatchFacts:
 
 
 @dataclass(frozen=True)
+class TileFacts:
+    """How images of any size become tiles of one, and the tiles' tokens a sequence (export/tiles.py)."""
+
+    size: int
+    """Height and width of a tile, in pixels."""
+    side: int
+    """Of a tile, in tokens. The encoder gives these, and behind them the embedding that ends a row."""
+    resolutions: list[list[int]]
+    """[height, width], in pixels, of what images are fitted into."""
+    most: int | None
+    """More tokens than so many tiles have are shrunk to about as many; None: never."""
+    alone: bool
+    """Whether images of a prompt with several stay whole (batch_num_images)."""
+    videos: bool
+    """Whether frames of videos are tiles, too, of which 2 x 2 tokens become one."""
+
+
+@dataclass(frozen=True)
 class VisionCall:
-    """The image encoder with its projector: one image, or one frame of patches, -> [visual tokens, C]."""
+    """The image encoder with its projector: one image, tile, or frame of patches, -> [visual tokens, C]."""
 
     piece: str
     weights: list[str]
     image: list[int]
     """Channels, height and width; [] of one that takes patches."""
     patches: PatchFacts | None = None
-    """None: it takes images of one size."""
+    """Of images that are cut into patches."""
+    tiles: TileFacts | None = None
+    """Of images that are cut into tiles; without these and patches, images are of one size."""
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> VisionCall:
         """From what the file has."""
-        patches = fields["patches"]
-        return cls(**(fields | {"patches": None if patches is None else PatchFacts(**patches)}))
+        kinds = {"patches": PatchFacts, "tiles": TileFacts}
+        facts = {name: None if fields[name] is None else kind(**fields[name]) for name, kind in kinds.items()}
+        return cls(**(fields | facts))
 
 
 @dataclass(frozen=True)

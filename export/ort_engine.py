@@ -12,7 +12,8 @@ import numpy as np
 
 from vte_compile.errors import EngineError, InputError
 from vte_compile.export.generation import Stops, generate_tokens
-from vte_compile.export.grid_positions import IMAGE, VIDEO, Media
+from vte_compile.export.grid_positions import IMAGE, Media
+from vte_compile.export.image_features import Pixels
 from vte_compile.export.onnx_manifest import OnnxManifest
 from vte_compile.export.ort_cache import OnnxCache
 from vte_compile.export.ort_programs import Parts, load_parts
@@ -131,6 +132,8 @@ class OnnxEngine:
         image_grid_thw: Any = None,
         video_grid_thw: Any = None,
         second_per_grid_ts: Any = None,
+        image_sizes: Any = None,
+        batch_num_images: Any = None,
         mm_token_type_ids: Any = None,
         cache: OnnxCache | None = None,
         room: int = 0,
@@ -145,14 +148,19 @@ class OnnxEngine:
             image_features: Embeddings of the visual tokens, [n, C] or a list of such, in the order of the placeholders;
                 with DeepStack [n, (1 + layers) * C], as :meth:`encode_images` gives them.
             pixel_values: [images, channels, height, width]; the engine's own encoder makes features of them. Of models
-                that take images of any size as patches (Qwen2-VL): [patches, numbers of a patch].
-            pixel_values_videos: [patches, numbers of a patch], of videos, of those models.
+                that take images of any size as patches (Qwen2-VL): [patches, numbers of a patch]; as tiles
+                (LLaVA-NeXT, LLaVA-OneVision): [images, tiles, channels, height, width].
+            pixel_values_videos: Of videos: [patches, numbers of a patch], or LLaVA-OneVision's [videos, frames,
+                channels, height, width].
             visual_mask: [B, T] bool; found from the placeholders if None.
             attention_mask: [B, T] bool or int, of this chunk: 0 at padding, on any side.
             image_grid_thw: [images, 3]: time, height and width of each image in patches, from which multimodal
                 positions follow; of models that have them.
             video_grid_thw: [videos, 3], of videos.
             second_per_grid_ts: [videos], how many seconds a step in time lasts, of models that number them by that.
+            image_sizes: [images, 2]: height and width of each image before it was cut into tiles.
+            batch_num_images: [prompts with images]: how many images each has, of models that cut none where there are
+                several (LLaVA-OneVision); None: one each.
             mm_token_type_ids: [B, T], as processors give them: 1 at tokens of images, 2 of videos. The engine sees them
                 in ``input_ids``, and compares; with ``inputs_embeds`` it needs them if there are images and videos.
             cache: From an earlier call.
@@ -162,15 +170,13 @@ class OnnxEngine:
         Raises:
             InputError: Contradicting or misshaped inputs; the message says which.
         """
-        if image_features is not None and not (pixel_values is None and pixel_values_videos is None):
+        pixels = Pixels(
+            pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw, image_sizes, batch_num_images
+        )
+        if image_features is not None and pixels.given:
             raise InputError("Pass at most one of image_features and pixel_values (pixel_values_videos).")
-        if pixel_values is not None or pixel_values_videos is not None:
-            pairs = ((IMAGE, pixel_values, image_grid_thw), (VIDEO, pixel_values_videos, video_grid_thw))
-            image_features = {
-                kind: self._parts.encoder(np.asarray(pixels), grid)
-                for kind, pixels, grid in pairs
-                if pixels is not None
-            }
+        if pixels.given:
+            image_features = self._parts.encoder(pixels)
         media = Media(image_grid_thw, video_grid_thw, second_per_grid_ts, mm_token_type_ids)
         chunk = self._parts.inputs.chunk(input_ids, inputs_embeds, image_features, visual_mask, attention_mask, media)
         cache = self._parts.decoder.new_cache(len(chunk.visual)) if cache is None else cache
@@ -234,7 +240,8 @@ class OnnxEngine:
             stop_strings: A row ends when its text has one of these; needs the engine's tokenizer.
             on_tokens: Called with each step's tokens [B] as they come, padding in rows that have ended. What it raises
                 ends the generation.
-            media: ``image_grid_thw``, ``pixel_values_videos`` and what else :meth:`prefill` takes of images and videos.
+            media: ``image_grid_thw``, ``image_sizes``, ``pixel_values_videos`` and what else :meth:`prefill` takes of
+                images and videos.
 
         In a later turn, pass the cache, and as input_ids what it does not hold: each row's last token, and the new
         question.
@@ -284,7 +291,11 @@ class OnnxEngine:
             InputError: Messages of another kind.
             EngineError: The engine has no tokenizer, or a package it needs is missing.
         """
-        return self.processor.prompt(self._messages(messages, images), self._parts.encoder)
+        return self.processor.prompt(self._messages(messages, images), self._encode)
+
+    def _encode(self, made: Mapping[str, Any]) -> list[Array]:
+        """[n, C] of each image, of what a processor made of them."""
+        return self._parts.encoder(Pixels(**made))[IMAGE]
 
     def _messages(self, messages: str | Sequence[Mapping[str, Any]], images: Any) -> Sequence[Mapping[str, Any]]:
         pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
@@ -342,13 +353,20 @@ class OnnxEngine:
         chat = [*(dict(message) for message in messages), answer]
         return Answer(stream.text, given, int(result.exit_layer[0]), len(prompt.ids), chat)
 
-    def encode_images(self, pixel_values: Any, image_grid_thw: Any = None) -> Array:
-        """[images, channels, height, width] -> their visual tokens' embeddings [n, C], image after image.
+    def encode_images(
+        self, pixel_values: Any, image_grid_thw: Any = None, image_sizes: Any = None, batch_num_images: Any = None
+    ) -> Array:
+        """Images as :meth:`prefill` takes them -> their visual tokens' embeddings [n, C], image after image.
 
-        Of models that take patches (see :meth:`prefill`): [patches, numbers of a patch], with ``image_grid_thw``. With
-        DeepStack [n, (1 + layers) * C] come out: behind a token's embedding what is added to it behind each layer.
+        With DeepStack [n, (1 + layers) * C] come out: behind a token's embedding what is added to it behind each layer.
 
         Raises:
-            InputError: The engine has no image encoder (the message says why), or takes images of another size.
+            InputError: The engine has no image encoder (the message says why), or takes other images.
         """
-        return np.concatenate(self._parts.encoder(np.asarray(pixel_values), image_grid_thw))
+        pixels = Pixels(
+            pixel_values,
+            image_grid_thw=image_grid_thw,
+            image_sizes=image_sizes,
+            batch_num_images=batch_num_images,
+        )
+        return np.concatenate(self._parts.encoder(pixels)[IMAGE])

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from vte_compile.errors import InputError
-from vte_compile.export.grid_positions import TEXT, Media, token_kinds
+from vte_compile.export.grid_positions import Media, token_kinds
+from vte_compile.export.image_features import interleaved
 from vte_compile.export.manifest import ModelFacts
 from vte_compile.export.ort_sessions import Array, Graph, Value
 
@@ -195,7 +196,7 @@ class Inputs:
         kinds = [token_kinds(self._facts.grids, row) for row in rows]
         places = media.places(self._facts, kinds)
         if isinstance(image_features, Mapping):
-            image_features = _interleaved(kinds, image_features)
+            image_features = interleaved(kinds, image_features)
         total, size = sum(counts), self._facts.feature_size
         if image_features is None:
             if total:
@@ -247,20 +248,6 @@ class Inputs:
         if (outside & ~np.isin(ids, self._facts.visual_token_ids)).any():
             raise InputError(f"{name}: an id lies outside the vocabulary of {self._facts.vocab_size}.")
         return ids.astype(np.int64, copy=False)
-
-
-def _interleaved(kinds: list[Array], features: Mapping[int, list[Array]]) -> list[Array]:
-    """Features of images and of videos, in the order of the placeholders; as they are where their number is wrong."""
-    there = {kind: parts for kind, parts in features.items() if parts}
-    flat = np.concatenate(kinds)
-    whole = {kind: np.concatenate(parts) for kind, parts in there.items()}
-    if len(there) < 2 or any(len(part) != int((flat == kind).sum()) for kind, part in whole.items()):
-        return [part for parts in there.values() for part in parts]
-    first = next(iter(whole.values()))
-    merged = np.zeros((int((flat != TEXT).sum()), first.shape[1]), first.dtype)
-    for kind, part in whole.items():
-        merged[flat[flat != TEXT] == kind] = part
-    return [merged]
 
 
 def _is_ragged(ids: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor
 from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
 from vte_compile.export.folder import check_target_folder, facts_of, whole_folder
 from vte_compile.export.fp8_numbers import Fp8
-from vte_compile.export.manifest import MANIFEST, ModelFacts, VisionCall, encode
+from vte_compile.export.image_features import vision_inputs
+from vte_compile.export.manifest import MANIFEST, VisionCall, encode
 from vte_compile.export.onnx_decoder import OnnxDecoder
 from vte_compile.export.onnx_glue import embedding_function
 from vte_compile.export.onnx_graph import OnnxGraph
@@ -25,7 +27,6 @@ from vte_compile.export.onnx_ops import OPSET, ORT, ORT_BLOCKS, WINDOWS_SINCE, O
 from vte_compile.export.onnx_pieces import check, convert
 from vte_compile.export.onnx_quantize import check_quantize
 from vte_compile.export.onnx_weights import WeightFiles
-from vte_compile.export.patch_encoder import dynamic_dims, patch_encoder
 from vte_compile.export.staged import check_experts, check_optimized, embedding_table, model_facts
 from vte_compile.export.vision import image_encoder
 from vte_compile.plan import GateExit
@@ -50,11 +51,7 @@ def write(
         decoder.convert_all()
         weights = WeightFiles(folder)
         write_embedding(OnnxGraph("embedding", weights, dtype), fast, table, folder / "embedding.onnx")
-        vision_graph = OnnxGraph("vision", weights, dtype)
-        if facts.grids is None:
-            vision, vision_missing = write_vision(vision_graph, fast, folder / "vision.onnx")
-        else:
-            vision, vision_missing = write_patch_vision(vision_graph, fast, facts, folder / "vision.onnx")
+        vision, vision_missing = write_vision(OnnxGraph("vision", weights, dtype), fast, folder / "vision.onnx")
         stages = write_stages(decoder, weights, dtype, quantize, folder) if "staged" in forms else []
         if "single" in forms:
             graph = OnnxGraph("decoder", weights, dtype, quantize, operators)
@@ -135,7 +132,7 @@ def write_embedding(graph: OnnxGraph, fast: Any, table: Tensor, file: Path) -> N
 
 
 def write_vision(graph: OnnxGraph, fast: Any, file: Path) -> tuple[VisionCall | None, str | None]:
-    """vision.onnx, for one image; or why there is none. None, None: the model takes no images."""
+    """vision.onnx, for one image, tile, or frame; or why there is none. None, None: the model takes no images."""
     if not fast._vte_spec.is_multimodal:
         return None, None
     try:
@@ -143,58 +140,27 @@ def write_vision(graph: OnnxGraph, fast: Any, file: Path) -> tuple[VisionCall | 
     except (CaptureError, UnsupportedModelError) as error:
         logger.warning("export: the engine has no image encoder and takes image_features: %s", error)
         return None, str(error)
-    image = [int(size) for size in encoder.pixels.shape[1:]]
-    pixels = graph.input("pixel_values", [1, *image])
-    examples = [encoder.pixels, *(t.detach() for t in encoder.weights.values())]
-    piece = convert(encoder.module, examples, [set() for _ in examples], ["image_features"], graph.operators)
-    check(piece, encoder.module, examples)
-    named: list[tuple[str, Callable[[], Tensor]]] = [
-        (f"vision.{name}", partial(_same, tensor)) for name, tensor in encoder.weights.items()
-    ]
-    [features] = graph.add(piece, "vision", [pixels, *named])
-    graph.output("image_features", features, ["visual_tokens", fast._vte_spec.hidden_size])
-    graph.save(file)
-    return VisionCall(file.name, [], image), None
-
-
-def write_patch_vision(
-    graph: OnnxGraph, fast: Any, model: ModelFacts, file: Path
-) -> tuple[VisionCall | None, str | None]:
-    """vision.onnx, for one frame of patches; or why there is none."""
-    assert model.grids is not None
-    try:
-        encoder = patch_encoder(fast, model.grids)
-    except (CaptureError, UnsupportedModelError) as error:
-        logger.warning("export: the engine has no image encoder and takes image_features: %s", error)
-        return None, str(error)
-    integer, facts = ir.DataType.INT64, encoder.facts
+    first, weights = encoder.examples[0], [weight.detach() for weight in encoder.weights.values()]
     inputs = [
-        graph.input("pixel_values", ["patches", facts.numbers]),
-        graph.input("position_ids", ["patches", 2], integer),
+        graph.input(
+            name,
+            [dims.get(d, size) for d, size in enumerate(example.shape)],
+            {torch.int64: ir.DataType.INT64, torch.float32: ir.DataType.FLOAT}.get(example.dtype),
+        )
+        for name, example, dims in zip(vision_inputs(encoder.facts), first, encoder.dims, strict=True)
     ]
-    if facts.window is not None:
-        inputs += [
-            graph.input("window_index", ["tokens"], integer),
-            graph.input("windows", ["windows", "longest_window"], integer),
-            graph.input("window_places", ["patches"], integer),
-        ]
-    if facts.learned is not None:
-        inputs += [
-            graph.input("learned_index", ["patches", 4], integer),
-            graph.input("learned_weights", ["patches", 4], ir.DataType.FLOAT),
-        ]
-    weights = list(encoder.weights.values())
-    dims = [*dynamic_dims(facts), *(set[int]() for _ in weights)]
-    piece = convert(encoder.function, [*encoder.frames[0], *weights], dims, ["image_features"], graph.operators)
-    for frame in encoder.frames:
-        check(piece, encoder.function, [*frame, *weights])
+    dims = [*map(set, encoder.dims), *(set[int]() for _ in weights)]
+    piece = convert(encoder.function, [*first, *weights], dims, ["image_features"], graph.operators)
+    for example in encoder.examples:
+        check(piece, encoder.function, [*example, *weights])
     named: list[tuple[str, Callable[[], Tensor]]] = [
         (f"vision.{name}", partial(_same, tensor)) for name, tensor in encoder.weights.items()
     ]
     [features] = graph.add(piece, "vision", [*inputs, *named])
-    graph.output("image_features", features, ["visual_tokens", model.feature_size])
+    width = (1 + fast._vte_spec.deepstack) * fast._vte_spec.hidden_size
+    graph.output("image_features", features, ["visual_tokens", width])
     graph.save(file)
-    return VisionCall(file.name, [], [], facts), None
+    return replace(encoder.facts, piece=file.name), None
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ depends on the grid, transformers' encoders take ready made (transformers.vision
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,18 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from vte_compile.capture import attention_implementation, evaluating
-from vte_compile.errors import CaptureError, UnsupportedModelError, VTEError
-from vte_compile.export.manifest import GridFacts, PatchFacts
+from vte_compile.capture import evaluating
+from vte_compile.errors import CaptureError, UnsupportedModelError
+from vte_compile.export.encoder_function import EncoderFunction, of_module
+from vte_compile.export.manifest import GridFacts, PatchFacts, VisionCall
+from vte_compile.export.own_features import check_features, own_features
 from vte_compile.export.patches import encoder_inputs, frame_inputs
-from vte_compile.families.inputs import decoder_inputs
 
 # Named so that encoders hand over the bounds of what attends to each other, instead of cutting by themselves.
 _ATTENTION = "vte_flash_attention_patches"
 _EXAMPLE, _TRIED = (6, 10), ((2, 2), (4, 10), (10, 4))
 """Height and width of frames, in tokens of the merged size: the traced one, and those that are compared."""
-# Of features, relative to the largest.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+_DIMS = {"window_index": {0: "frame_tokens"}, "windows": {0: "windows", 1: "longest_window"}}
+"""Of the encoder's inputs; the others are as many as there are patches."""
 
 _places: contextvars.ContextVar[Tensor] = contextvars.ContextVar("vte_window_places")
 
@@ -62,22 +62,6 @@ def _attention(
 AttentionInterface.register(_ATTENTION, _attention)
 
 
-@dataclass
-class PatchEncoder:
-    """A function that torch.export can trace.
-
-    Patches of a frame, what :func:`frame_inputs` gives, and weights in; features [tokens, C] out, with DeepStack
-    [tokens, (1 + layers) * C]: behind a token's embedding what is added to it.
-    """
-
-    function: Callable[..., tuple[Tensor]]
-    facts: PatchFacts
-    weights: dict[str, Tensor]
-    """By name, in the order of the last arguments."""
-    frames: list[list[Tensor]]
-    """Arguments without the weights, for frames of different sizes."""
-
-
 class _Encoder(nn.Module):
     def __init__(self, visual: nn.Module, facts: PatchFacts) -> None:
         super().__init__()
@@ -106,7 +90,7 @@ class _Encoder(nn.Module):
 
 
 @torch.no_grad()
-def patch_encoder(fast: Any, grids: GridFacts) -> PatchEncoder:
+def patch_encoder(fast: Any, grids: GridFacts) -> EncoderFunction:
     """The function that does for one frame what the model's own code does.
 
     Raises:
@@ -127,33 +111,25 @@ def patch_encoder(fast: Any, grids: GridFacts) -> PatchEncoder:
     encoder = _Encoder(visual, facts)
     sizes_tried = (_EXAMPLE, *_TRIED)
     examples = [_frame(fast, facts, *size) for size in sizes_tried]
-    weights = {key: weight.detach() for key, weight in encoder.named_parameters()}
-
-    def function(*values: Tensor) -> tuple[Tensor]:
-        frame, own = values[: len(examples[0])], dict(zip(weights, values[len(examples[0]) :], strict=True))
-        with evaluating(encoder), attention_implementation(visual.config, _ATTENTION):
-            features: tuple[Tensor] = torch.func.functional_call(encoder, own, frame)
-            return features
-
+    function, weights = of_module(encoder, len(examples[0]), visual.config, _ATTENTION)
     for size, example in zip(sizes_tried, examples, strict=True):
+        tokens, grid = size[0] * size[1], [[1, size[0] * facts.merge_size, size[1] * facts.merge_size]]
         with evaluating(visual):
-            want = _own(fast, grids, facts, example[0], size)
+            want = own_features(
+                fast,
+                tokens,
+                "its patches and grid alone",
+                pixel_values=example[0],
+                image_grid_thw=torch.tensor(grid, device=spec.device),
+            )
         try:
             [got] = function(*example, *weights.values())
         except Exception as error:  # whatever code of the model's author raises on what it does not know
             raise CaptureError(f"{name}: its image encoder does not take its frames' layouts: {error}") from error
-        differs = float((got.double() - want.double()).abs().max()) if got.shape == want.shape else float("inf")
-        if not differs <= _TOLERANCE.get(want.dtype, 1e-4) * float(want.abs().max()):
-            raise UnsupportedModelError(
-                f"{name}: its image encoder does more than attend within frames and windows (its features differ by "
-                f"{differs:.3g})."
-            )
-    return PatchEncoder(function, facts, {key.removeprefix("visual."): w for key, w in weights.items()}, examples)
-
-
-def dynamic_dims(facts: PatchFacts) -> list[set[int]]:
-    """Of the inputs, in order: which dims are of any size."""
-    return [{0, 1} if name == "windows" else {0} for name in encoder_inputs(facts)]
+        check_features(fast, got, want, "attend within frames and windows")
+    named = {key.removeprefix("visual."): weight for key, weight in weights.items()}
+    dims = [_DIMS.get(name, {0: "patches"}) for name in encoder_inputs(facts)]
+    return EncoderFunction(function, examples, dims, named, VisionCall("", [], [], patches=facts))
 
 
 def _frame(fast: Any, facts: PatchFacts, height: int, width: int) -> list[Tensor]:
@@ -166,21 +142,3 @@ def _frame(fast: Any, facts: PatchFacts, height: int, width: int) -> list[Tensor
         pixels,
         *(torch.from_numpy(np.ascontiguousarray(known[n])).to(spec.device) for n in encoder_inputs(facts)[1:]),
     ]
-
-
-def _own(fast: Any, grids: GridFacts, facts: PatchFacts, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """What the model's own code puts where the placeholders are."""
-    spec = fast._vte_spec
-    grid = torch.tensor([[1, size[0] * facts.merge_size, size[1] * facts.merge_size]], device=spec.device)
-    ids = torch.full((1, size[0] * size[1]), grids.image_token_id, device=spec.device)
-    given = {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": torch.ones_like(ids)}
-    options: dict[str, Any] = {"inputs_embeds": None, "visual_mask": None, "may_exit": False}
-    try:
-        made = decoder_inputs(fast, spec, input_ids=ids, multimodal=given, **options)
-        return torch.cat([made.embeds[0], *(added[0] for added in made.token_inputs[: spec.deepstack])], dim=-1)
-    except VTEError:
-        raise
-    except Exception as error:  # whatever the model's own code raises
-        raise UnsupportedModelError(
-            f"{type(fast).__name__} cannot encode an image from its patches and grid alone: {error}"
-        ) from error

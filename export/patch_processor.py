@@ -68,14 +68,14 @@ class PatchProcessor:
                  (("patch_size", 14), ("temporal_patch_size", 2), ("merge_size", 2))]  # fmt: skip
         return cls((fewest, most), int(resample), scale, mean, std, *sizes)
 
-    def batch(self, images: Sequence[Image.Image]) -> tuple[Array, Array]:
-        """Pictures in RGB -> patches [n, numbers of a patch] float32, and their grids [images, 3] int64.
+    def batch(self, images: Sequence[Image.Image]) -> dict[str, Array]:
+        """Pictures in RGB -> ``pixel_values`` [n, numbers of a patch] float32, ``image_grid_thw`` [images, 3] int64.
 
         Raises:
             InputError: One is too narrow.
         """
         patches, grids = zip(*(self._patches(image) for image in images), strict=True)
-        return np.concatenate(patches), np.array(grids, np.int64)
+        return {"pixel_values": np.concatenate(patches), "image_grid_thw": np.array(grids, np.int64)}
 
     def _patches(self, image: Image.Image) -> tuple[Array, list[int]]:
         height, width = self.fitted(image.height, image.width)

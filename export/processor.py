@@ -23,11 +23,13 @@ from vte_compile.export.patch_processor import PatchProcessor
 _LOGGER = logging.getLogger(__name__)
 _OF_PATCHES, _PATCH_TOKEN = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"), "<|image_pad|>"
 _KNOWN = ("LlavaProcessor", *_OF_PATCHES)
+_OF_IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
+"""What a processor of transformers gives of images, and an engine takes."""
 TOKENIZERS = ("tokenizer.json", "llm/tokenizer.json")
 """Where a processor's tokenizer may be; the second is that of VILA's layout."""
-Encode = Callable[..., list[Array]]
-"""Pixel values [images, channels, height, width] (or patches [n, numbers], and grids [images, 3]) -> features [n, C] of
-each image."""
+Encode = Callable[[Mapping[str, Any]], list[Array]]
+"""What a processor made of images, by name (``pixel_values``, and what else image_features.py takes) -> features [n, C]
+of each image."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,12 @@ class Processor:
         images = self._images = self._images or _image_side(self._folder)
         if isinstance(images, _FromTransformers):
             return images.prompt(text, pictures, encode_images)
-        batch = images.batch(pictures)
-        features = encode_images(*batch)
+        made = images.batch(pictures)
+        features = encode_images(made)
         expanded = pieces[0]
         for feature, piece in zip(features, pieces[1:], strict=True):
             expanded += self._image_token * len(feature) + piece
-        return Prompt(self.encode(expanded), np.concatenate(features), *batch[1:])
+        return Prompt(self.encode(expanded), np.concatenate(features), made.get("image_grid_thw"))
 
     def _render(self, messages: Sequence[Mapping[str, Any]], images: int) -> str:
         if self._template is not None:
@@ -165,8 +167,9 @@ class _FromTransformers:
             made = self._processor(text=[text], images=pictures, return_tensors="np")
         except (ValueError, TypeError) as error:
             raise InputError(f"messages: the model's processor does not take them: {error}") from error
-        batch = [np.asarray(made[name]) for name in ("pixel_values", "image_grid_thw") if name in made]
-        return Prompt(made["input_ids"][0].tolist(), np.concatenate(encode_images(*batch)), *batch[1:])
+        images = {name: np.asarray(made[name]) for name in _OF_IMAGES if name in made}
+        features = np.concatenate(encode_images(images))
+        return Prompt(made["input_ids"][0].tolist(), features, images.get("image_grid_thw"))
 
 
 def _image_side(folder: Path) -> ImageProcessor | PatchProcessor | _FromTransformers:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
 from vte_compile.export.block_facts import block_rule
+from vte_compile.export.encoder_function import traced
 from vte_compile.export.grid_facts import grid_facts
 from vte_compile.export.manifest import AttendCall, ExitCall, GateWeights, ModelFacts, PhaseSteps, PieceCall, VisionCall
 from vte_compile.export.vision import image_encoder
@@ -36,6 +37,8 @@ class StagedPiece:
     """Equal for pieces that do the same."""
     examples: list[Tensor]
     """For all inputs and then all weights: tensors, fake ones where sizes are symbolic."""
+    tried: list[list[Tensor]] = field(default_factory=list)
+    """Inputs to compare what is compiled with, where not any will do."""
 
 
 @dataclass
@@ -205,12 +208,12 @@ def _exit_call(staged: Staged, point: ExitPoint) -> ExitCall:
 def _add_vision(staged: Staged, fast: Any) -> None:
     try:
         encoder = image_encoder(fast)
+        module, examples, weights = traced(encoder)
     except (CaptureError, UnsupportedModelError) as error:
         staged.vision_missing = str(error)
         logger.warning("export: the engine has no image encoder and takes image_features: %s", error)
         return
-    examples = [encoder.pixels, *encoder.weights.values()]
-    key = structure_key(encoder.module.graph, examples)
-    piece = staged.add_piece(StagedPiece("vision", encoder.module, key, examples))
-    weights = [staged.add_weight(f"vision.{name}", tensor) for name, tensor in encoder.weights.items()]
-    staged.vision = VisionCall(piece, weights, list(encoder.pixels.shape[1:]))
+    key = structure_key(module.graph, examples)
+    piece = staged.add_piece(StagedPiece("vision", module, key, examples, encoder.examples))
+    names = [staged.add_weight(f"vision.{name}", tensor) for name, tensor in weights.items()]
+    staged.vision = replace(encoder.facts, piece=piece, weights=names)

@@ -104,7 +104,7 @@ def coverage(
         layers = {stage.file: stage.layers for stage in stages}
         engines = [
             graph_coverage(folder / facts.graph, layers.get(facts.graph, []), facts.trtexec)
-            for facts in plan_engines(folder, sizes, strip_weights=False)
+            for facts in plan_engines(folder, sizes, False, vision)
         ]
     host = {
         "exit decisions": "a gate's answer is read back, in prompts with visual tokens only; the next stage gets the "

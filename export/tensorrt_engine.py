@@ -18,7 +18,7 @@ from vte_compile.export.manifest import MANIFEST
 from vte_compile.export.ort_cache import OnnxCache
 from vte_compile.export.ort_engine import OnnxEngine, OnnxOutput
 from vte_compile.export.ort_inputs import Inputs
-from vte_compile.export.ort_programs import ImageEncoder, Parts
+from vte_compile.export.ort_programs import Parts, image_encoder
 from vte_compile.export.tensorrt_build import import_tensorrt
 from vte_compile.export.tensorrt_decoder import TensorRTDecoder
 from vte_compile.export.tensorrt_graph import TensorRTGraph
@@ -51,7 +51,7 @@ class TensorRTEngine(OnnxEngine):
             device,  # type: ignore[arg-type]
             dtype,
             Inputs(manifest.model, graphs[manifest.embedding], dtype, decoder.may_exit),
-            ImageEncoder(manifest, vision, dtype),
+            image_encoder(manifest, vision, dtype),
             decoder,
             GenerationDefaults.read(folder / "generation_config.json"),
         )

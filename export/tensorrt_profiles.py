@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from vte_compile.errors import InputError
+from vte_compile.export.manifest import PatchFacts
 
 Sizes = tuple[int, int, int]
 """The smallest, the one to be fast for, the largest."""
@@ -31,6 +32,8 @@ class Profiles:
     """Visual tokens among them; none is always allowed."""
     columns: Sizes = (1, 1024, 8192)
     """Of the cache: tokens of a row so far. Who runs the engine may hold more columns than are filled."""
+    frame: Sizes = (1, 256, 4096)
+    """Visual tokens of one frame of an image or video of any size, of models that take those."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -52,11 +55,14 @@ class Profiles:
                 f"profiles.columns: at most {self.columns[2]}, but a prompt of profiles.prompt fills {self.prompt[2]}."
             )
 
-    def of(self, shapes: Shapes) -> list[dict[str, tuple[list[int], list[int], list[int]]]]:
+    def of(
+        self, shapes: Shapes, patches: PatchFacts | None = None
+    ) -> list[dict[str, tuple[list[int], list[int], list[int]]]]:
         """The profiles of a graph.
 
         Args:
             shapes: Of its inputs.
+            patches: Of the image encoder, if it takes frames of patches.
 
         Returns:
             For each profile, in order, the smallest, usual and largest shape of each input that has dims of any size;
@@ -68,10 +74,22 @@ class Profiles:
         names = {dim for shape in shapes.values() for dim in shape if isinstance(dim, str)}
         if not names:
             return []
+        if patches is not None and "pixel_values" in shapes:
+            return [_shapes(shapes, self._frame(patches))]
         profiles = [self._prefill(behind_exit="keep" in shapes)]
         if "visual_mask" not in shapes:  # gates decide about prompts only
             profiles.append(self._decode())
         return [_shapes(shapes, sizes) for sizes in profiles]
+
+    def _frame(self, facts: PatchFacts) -> dict[str, Sizes]:
+        unit, window = facts.merge_size**2, (facts.window or 1) ** 2
+        smallest, usual, largest = self.frame
+        return {
+            "patches": (smallest * unit, usual * unit, largest * unit),
+            "frame_tokens": self.frame,
+            "windows": (1, -(-usual // window), largest),  # at an edge, they may be as small as one token
+            "longest_window": (unit, unit * window, unit * window),
+        }
 
     def _prefill(self, behind_exit: bool) -> dict[str, Sizes]:
         prompt, text = self.prompt, self.prompt[1] - self.visual[1]

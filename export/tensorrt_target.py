@@ -20,7 +20,7 @@ from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.export.folder import check_target_folder, facts_of, sha256_of, whole_folder
 from vte_compile.export.fp8 import calibrate
 from vte_compile.export.fp8_numbers import Fp8
-from vte_compile.export.manifest import MANIFEST, encode
+from vte_compile.export.manifest import MANIFEST, VisionCall, encode
 from vte_compile.export.onnx_graph import OnnxGraph
 from vte_compile.export.onnx_manifest import StageFacts
 from vte_compile.export.onnx_weights import WeightFiles
@@ -76,7 +76,7 @@ def write(
     with whole_folder(path) as folder:
         parts = write_graphs(fast, folder, WeightFiles(folder), float8)
         write_companions(fast, processor, folder)
-        engines = plan_engines(folder, sizes, strip_weights)
+        engines = plan_engines(folder, sizes, strip_weights, parts[1])
         (folder / "build.sh").write_text(shell_script({engine.engine: engine.trtexec for engine in engines}))
         (folder / "build.sh").chmod(0o755)
         files = facts_of(folder)  # without engines, which build.sh may replace: each has its own checksum beside it
@@ -108,7 +108,7 @@ def write(
 
 def write_graphs(
     fast: Any, folder: Path, weights: Any, float8: Fp8 | None = None
-) -> tuple[list[StageFacts], Any, str | None]:
+) -> tuple[list[StageFacts], VisionCall | None, str | None]:
     """All graphs of a model: its stages, and its image encoder or why there is none."""
     dtype = DTYPES[fast._vte_spec.dtype]
     operators = TENSORRT if float8 is None else TENSORRT_FP8
@@ -122,15 +122,18 @@ def write_graphs(
     return write_stages(decoder, weights, dtype, float8, folder), vision, vision_missing
 
 
-def plan_engines(folder: Path, sizes: Profiles, strip_weights: bool) -> list[EngineFacts]:
+def plan_engines(
+    folder: Path, sizes: Profiles, strip_weights: bool, vision: VisionCall | None = None
+) -> list[EngineFacts]:
     """How to build the graphs of a folder, in the order they run."""
+    patches = None if vision is None else vision.patches
     order = ["vision", "embedding", "stage", "gate"]
     files = sorted(folder.glob("*.onnx"), key=lambda file: (order.index(file.stem.split("_")[0]), file.stem))
     engines = []
     for file in files:
         profiles = [
             {name: [list(sizes) for sizes in triple] for name, triple in profile.items()}
-            for profile in sizes.of(input_shapes(file))
+            for profile in sizes.of(input_shapes(file), patches)
         ]
         engine = f"engines/{file.stem}.engine"
         line = trtexec(file.name, engine, profiles, _TIMING_CACHE)

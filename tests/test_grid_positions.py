@@ -167,9 +167,9 @@ def test_encoders_of_patches(known, dtype: torch.dtype) -> None:
     model = described(name, dtype)
     encoder = patch_encoder(model, facts)
     window, learned = 2 if name == "qwen2_5_vl" else None, 8 if name == "qwen3_vl" else None
-    assert encoder.facts == PatchFacts(3 * 2 * 4**2, 2, window, learned)
-    assert len(encoder.frames[0]) == {"qwen2_vl": 2, "qwen2_5_vl": 5, "qwen3_vl": 4}[name]
-    [features] = encoder.function(*encoder.frames[1], *encoder.weights.values())
+    assert encoder.facts.patches == PatchFacts(3 * 2 * 4**2, 2, window, learned)
+    assert len(encoder.examples[0]) == {"qwen2_vl": 2, "qwen2_5_vl": 5, "qwen3_vl": 4}[name]
+    [features] = encoder.function(*encoder.examples[1], *encoder.weights.values())
     width = 3 * 32 if name == "qwen3_vl" else 32  # embedding, and what is added behind two layers
     assert (features.shape, features.dtype) == ((4, width), dtype)
 
@@ -181,7 +181,7 @@ def test_encoders_that_do_something_else(monkeypatch) -> None:
         for block in visual.blocks:  # in a model of random weights, attention changes little
             block.attn.qkv.weight *= 5
     facts = grid_facts(model)
-    assert patch_encoder(model, facts).facts.window == 2
+    assert patch_encoder(model, facts).facts.patches.window == 2
     with monkeypatch.context() as patch:
         patch.setattr(visual, "window_size", 3 * visual.window_size)  # not what its own code attends within
         own = get_vision_window_index
@@ -208,7 +208,7 @@ def test_patches_are_those_of_transformers(size: tuple[int, int]) -> None:
         Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)) for seed in (0, 1)
     ]
     expected = theirs(pictures, return_tensors="np")
-    patches, grids = ours.batch(pictures)
+    patches, grids = ours.batch(pictures).values()
     assert np.array_equal(grids, expected["image_grid_thw"])
     np.testing.assert_allclose(patches, expected["pixel_values"], atol=1e-5)
 

@@ -190,9 +190,9 @@ def test_bad_inputs(engine: OnnxEngine) -> None:
 
 
 def test_aoti_engine(fast, tmp_path: Path, monkeypatch) -> None:
-    """The steps of an engine, with pieces that were not compiled; images as features."""
+    """The steps of an engine, with pieces that were not compiled; images and videos as patches and as features."""
     pieces: dict[str, Any] = {}
-    monkeypatch.setattr(aoti, "compile_piece", lambda module, key, examples, file: keep(pieces, module, file))
+    monkeypatch.setattr(aoti, "compile_piece", lambda module, key, examples, file, tried: keep(pieces, module, file))
     monkeypatch.setattr(aoti, "load_piece", lambda file: lambda values: pieces[file.name](*values))
     vte_compile.export(fast, tmp_path / "engine", target="aoti")
     engine = load_engine(tmp_path / "engine")
@@ -202,12 +202,14 @@ def test_aoti_engine(fast, tmp_path: Path, monkeypatch) -> None:
         pixels = [name for name in inputs if name.startswith("pixel_values")]
         grids = [inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs]
         features = encode(inputs[pixels[0]], *grids).pooler_output if pixels else None
-        given = {k: v for k, v in inputs.items() if k not in (*pixels, "mm_token_type_ids")}
+        whole = {k: v for k, v in inputs.items() if k != "mm_token_type_ids"}
+        given = {k: v for k, v in whole.items() if k not in pixels}
         want = fast(**inputs, logits_to_keep=1)
         got = engine.prefill(**given, image_features=features)
         close(got.logits, want.logits[:, -1])
         assert got.exit_layer.tolist() == want.exit_layer.tolist()
-        answer = engine.generate(**given, image_features=features, **OURS)
+        close(engine.prefill(**whole).logits, want.logits[:, -1])
+        answer = engine.generate(**whole, **OURS)
         step = engine.decode(got.logits.argmax(-1), got.cache)
         assert answer.tokens[:, 1].tolist() == step.logits.argmax(-1).tolist()
         if inputs["attention_mask"].all():

@@ -34,12 +34,11 @@ def test_engine_is_the_oracle(name: str, tmp_path: Path, record_property: Any) -
     assert isinstance(engine, OnnxEngine)
     inputs = family_inputs(name, images=[2, 0, 1], seed=1)
     prompt = handed_over(name, inputs)
-    given = {key: value for key, value in inputs.items() if key in ("input_ids", "attention_mask", "image_grid_thw")}
-    if (why := engine.manifest.vision_missing) is None:
-        given["pixel_values"] = inputs["pixel_values"]
-    else:
+    given = inputs
+    if (why := engine.manifest.vision_missing) is not None:
         record_property("note", f"visual tokens given as `image_features`: {why}")
-        given["image_features"] = prompt["inputs_embeds"][prompt["visual_mask"]]
+        features = prompt["inputs_embeds"][prompt["visual_mask"]]
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"image_features": features}
     oracle = oracle_of(name, "natural")
     want, got = oracle.forward(**prompt), engine.prefill(**given)
     np.testing.assert_allclose(got.logits, want.logits[:, -1], rtol=1e-4, atol=1e-4)

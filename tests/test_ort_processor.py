@@ -117,9 +117,9 @@ def folder(llava: Path, tmp_path_factory) -> Path:  # noqa: F811
     return saved
 
 
-def features_of(pixels: np.ndarray, count: int = 16) -> list[np.ndarray]:
+def features_of(made: dict[str, np.ndarray], count: int = 16) -> list[np.ndarray]:
     """An encoder whose features are the image's mean."""
-    return [np.full((count, 2), image.mean(), np.float32) for image in pixels]
+    return [np.full((count, 2), image.mean(), np.float32) for image in made["pixel_values"]]
 
 
 def test_prompts_of_the_demo() -> None:
@@ -129,9 +129,9 @@ def test_prompts_of_the_demo() -> None:
     for question in assets.spread(40):
         seen = []
 
-        def encode(pixels, seen=seen):
-            seen.append(pixels)
-            return features_of(pixels, 144)
+        def encode(made, seen=seen):
+            seen.append(made["pixel_values"])
+            return features_of(made, 144)
 
         prompt = ours.prompt(ours.messages(question.text, [question.image]), encode)
         picture = Image.open(question.image).convert("RGB")
@@ -156,7 +156,7 @@ def test_several_turns_and_pictures(folder: Path) -> None:
         {"role": "user", "content": [{"type": "text", "text": "w3"}, {"type": "image", "image": pictures[2]}]},
     ]  # fmt: skip
     seen = []
-    prompt = ours.prompt(chat, lambda pixels: [seen.append(pixels), *features_of(pixels)][1:])
+    prompt = ours.prompt(chat, lambda made: [seen.append(made["pixel_values"]), *features_of(made)][1:])
     expected = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
     assert prompt.ids == np.ravel(expected["input_ids"]).tolist()
     assert prompt.features is not None

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ from vte_compile import load_engine, optimize
 from vte_compile.errors import EngineError, InputError
 from vte_compile.export import tensorrt_target
 from vte_compile.export.folder import read_manifest
-from vte_compile.export.manifest import MANIFEST, encode
+from vte_compile.export.manifest import MANIFEST, PatchFacts, encode
 from vte_compile.export.tensorrt_build import import_tensorrt
 from vte_compile.export.tensorrt_graph import TensorRTGraph
 from vte_compile.export.tensorrt_manifest import TensorRTManifest
@@ -98,6 +98,19 @@ def test_profiles_of_a_stage() -> None:
         Profiles().of({"x": ["abacus"]})
 
 
+def test_profiles_of_frames() -> None:
+    """What is of one size to the encoder's code is so at all of a profile's sizes."""
+    shapes = {
+        "pixel_values": ["patches", 96],
+        "window_index": ["frame_tokens"],
+        "windows": ["windows", "longest_window"],
+    }
+    [frames] = Profiles(frame=(1, 10, 40)).of(shapes, PatchFacts(96, 2, 4))
+    assert frames["pixel_values"] == ([4, 96], [40, 96], [160, 96])
+    assert frames["window_index"] == ([1], [10], [40])
+    assert frames["windows"] == ([1, 4], [1, 64], [40, 64])
+
+
 def test_which_profile_fits() -> None:
     profiles = Profiles(**SIZES).of({"x": ["batch", "tokens"], "past": ["batch", "past_columns_0"]})
     assert fitting(profiles, {"x": (1, 20), "past": (1, 1)}) == PREFILL
@@ -118,7 +131,7 @@ def test_every_graph_has_a_line_that_builds_it(exported: Path) -> None:
     facts = manifest(exported)
     assert {engine.graph for engine in facts.engines} == graphs
     assert facts.builder is None
-    assert facts.sizes == {name: list(sizes) for name, sizes in SIZES.items()}
+    assert facts.sizes == {name: list(sizes) for name, sizes in asdict(Profiles(**SIZES)).items()}
     script = (exported / "build.sh").read_text()
     for engine in facts.engines:
         assert f"\n{shlex.join(engine.trtexec)}\n" in script
