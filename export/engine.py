@@ -102,6 +102,7 @@ class Engine:
         second_per_grid_ts: Tensor | Sequence[float] | None = None,
         image_sizes: Tensor | None = None,
         batch_num_images: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
         cache: RowsCache | None = None,
     ) -> EngineOutput:
         """Run a prompt, or with a ``cache`` the next chunk of the same rows.
@@ -121,16 +122,19 @@ class Engine:
                 positions follow; of models that have them.
             video_grid_thw: [videos, 3] int64, of videos.
             second_per_grid_ts: [videos], how many seconds a step in time lasts, of models that number them by that.
-            image_sizes: [images, 2]: height and width of each image before it was cut into tiles.
+            image_sizes: [images, 2]: height and width of each image before it was cut into tiles, or filled up to the
+                largest (Mistral3).
             batch_num_images: [prompts with images]: how many images each has, of models that cut none where there are
                 several (LLaVA-OneVision); None: one each.
+            pixel_attention_mask: [prompts, images, height, width], where pixels are those of an image (Idefics3,
+                SmolVLM, whose pixel_values are [prompts, images, channels, height, width]); None: everywhere.
             cache: From an earlier call.
 
         Raises:
             InputError: Contradicting or misshaped inputs; the message says which.
         """
-        named = (pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw, image_sizes, batch_num_images)
-        pixels = Pixels(*map(_numpy, named))
+        images = (pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw)
+        pixels = Pixels(*map(_numpy, (*images, image_sizes, batch_num_images, pixel_attention_mask)))
         if image_features is not None and pixels.given:
             raise InputError("Pass at most one of image_features and pixel_values (pixel_values_videos).")
         features = self._encode(pixels) if pixels.given else image_features
@@ -240,15 +244,16 @@ class Engine:
         image_grid_thw: Tensor | None = None,
         image_sizes: Tensor | None = None,
         batch_num_images: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Images as :meth:`prefill` takes them -> their visual tokens' embeddings [n, C], image after image.
 
         Raises:
             InputError: The engine has no image encoder (the message says why), or takes other images.
         """
-        pixels, grid, sizes, counts = map(_numpy, (pixel_values, image_grid_thw, image_sizes, batch_num_images))
-        given = Pixels(pixels, image_grid_thw=grid, image_sizes=sizes, batch_num_images=counts)
-        return torch.from_numpy(np.concatenate(self._encode(given)[IMAGE])).to(self.device, self.dtype)
+        given = (pixel_values, None, image_grid_thw, None, image_sizes, batch_num_images, pixel_attention_mask)
+        features = self._encode(Pixels(*map(_numpy, given)))[IMAGE]
+        return torch.from_numpy(np.concatenate(features)).to(self.device, self.dtype)
 
     def _encode(self, pixels: Pixels) -> dict[int, list[Array]]:
         """[n, C] of each image and video, by kind."""

@@ -32,6 +32,7 @@ class Pixels:
     video_grid_thw: Any = None
     image_sizes: Any = None
     batch_num_images: Any = None
+    pixel_attention_mask: Any = None
 
     @property
     def given(self) -> bool:
@@ -51,7 +52,9 @@ class Pixels:
 
 def vision_inputs(vision: VisionCall) -> list[str]:
     """Names of the encoder's inputs."""
-    return ["pixel_values"] if vision.patches is None else encoder_inputs(vision.patches)
+    if vision.patches is not None:
+        return encoder_inputs(vision.patches)
+    return ["pixel_values", *(["patch_attention_mask"] if vision.mask_patch else [])]
 
 
 class ImageEncoder:
@@ -90,8 +93,9 @@ class ImageEncoder:
                 "pixel_values_videos: which placeholders are of videos, and which of images, is not known: pass one of "
                 "both, or image_features in the order of the placeholders."
             )
-        encode = self._patches if vision.patches else self._tiles if vision.tiles else self._images
-        return encode(vision, self._run, arrays, pixels)
+        kinds = ((vision.patches, self._patches), (vision.tiles, self._tiles), (vision.mask_patch, self._masked),
+                 (vision.unit, self._sized), (True, self._images))  # fmt: skip
+        return next(encode for there, encode in kinds if there)(vision, self._run, arrays, pixels)
 
     def _images(self, vision: VisionCall, run: Run, arrays: dict[int, Array], pixels: Pixels) -> dict[int, list[Array]]:
         pixels.check_known("pixel_values")
@@ -101,6 +105,46 @@ class ImageEncoder:
                 f"pixel_values: expected [images, {', '.join(map(str, vision.image))}], got {list(images.shape)}."
             )
         return {IMAGE: [run({"pixel_values": image[None]}) for image in images]}
+
+    def _masked(self, vision: VisionCall, run: Run, arrays: dict[int, Array], pixels: Pixels) -> dict[int, list[Array]]:
+        pixels.check_known("pixel_values", "pixel_attention_mask")
+        images, side = arrays[IMAGE], vision.mask_patch
+        assert side is not None
+        if images.ndim != 5 or list(images.shape[2:]) != vision.image:
+            wanted = ", ".join(map(str, vision.image))
+            raise InputError(f"pixel_values: expected [prompts, images, {wanted}], got {list(images.shape)}.")
+        shape = (*images.shape[:2], *images.shape[3:])
+        mask = np.ones(shape, bool) if pixels.pixel_attention_mask is None else np.asarray(pixels.pixel_attention_mask)
+        if mask.shape != shape:
+            raise InputError(f"pixel_attention_mask: expected {list(shape)}, got {list(mask.shape)}.")
+        height, width = (size // side for size in shape[2:])
+        squares = mask[..., : height * side, : width * side].reshape(*shape[:2], height, side, width, side)
+        filled: Array = np.any(squares != 0, axis=(3, 5))
+        there = images.any((2, 3, 4))  # the others fill up prompts with fewer images
+        return {
+            IMAGE: [
+                run({"pixel_values": image[None], "patch_attention_mask": known[None]})
+                for image, known in zip(images[there], filled[there], strict=True)
+            ]
+        }
+
+    def _sized(self, vision: VisionCall, run: Run, arrays: dict[int, Array], pixels: Pixels) -> dict[int, list[Array]]:
+        pixels.check_known("pixel_values", "image_sizes")
+        images, unit = arrays[IMAGE], vision.unit
+        assert unit is not None
+        if images.ndim != 4 or images.shape[1] != vision.image[0] or not images.size:
+            raise InputError(
+                f"pixel_values: expected [images, {vision.image[0]}, height, width], got {list(images.shape)}."
+            )
+        sizes = np.asarray([images.shape[2:]] * len(images) if pixels.image_sizes is None else pixels.image_sizes)
+        largest = np.array(images.shape[2:])
+        if sizes.shape != (len(images), 2) or (sizes < 1).any() or (sizes > largest).any() or (sizes % unit).any():
+            raise InputError(
+                f"image_sizes: expected height and width of {len(images)} images, in multiples of {unit} and at most "
+                f"{largest.tolist()}, got {sizes.tolist()}."
+            )
+        cut = (image[None, :, :height, :width] for image, (height, width) in zip(images, sizes.tolist(), strict=True))
+        return {IMAGE: [run({"pixel_values": image}) for image in cut]}
 
     def _tiles(self, vision: VisionCall, run: Run, arrays: dict[int, Array], pixels: Pixels) -> dict[int, list[Array]]:
         facts = vision.tiles

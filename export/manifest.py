@@ -123,11 +123,17 @@ class VisionCall:
     piece: str
     weights: list[str]
     image: list[int]
-    """Channels, height and width; [] of one that takes patches."""
+    """Channels, height and width; channels alone of images of any size; [] of one that takes patches."""
     patches: PatchFacts | None = None
     """Of images that are cut into patches."""
     tiles: TileFacts | None = None
-    """Of images that are cut into tiles; without these and patches, images are of one size."""
+    """Of images that are cut into tiles."""
+    mask_patch: int | None = None
+    """Of images that come by prompts, [prompts, images, ...], with masks of their pixels: the encoder takes a mask of
+    squares, so many pixels high and wide."""
+    unit: int | None = None
+    """Of images of any size that stay whole: they are so many pixels high and wide, or multiples of it. If nothing is
+    said of images, they are of one size."""
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> VisionCall:

@@ -134,6 +134,7 @@ class OnnxEngine:
         second_per_grid_ts: Any = None,
         image_sizes: Any = None,
         batch_num_images: Any = None,
+        pixel_attention_mask: Any = None,
         mm_token_type_ids: Any = None,
         cache: OnnxCache | None = None,
         room: int = 0,
@@ -158,9 +159,12 @@ class OnnxEngine:
                 positions follow; of models that have them.
             video_grid_thw: [videos, 3], of videos.
             second_per_grid_ts: [videos], how many seconds a step in time lasts, of models that number them by that.
-            image_sizes: [images, 2]: height and width of each image before it was cut into tiles.
+            image_sizes: [images, 2]: height and width of each image before it was cut into tiles, or filled up to the
+                largest (Mistral3).
             batch_num_images: [prompts with images]: how many images each has, of models that cut none where there are
                 several (LLaVA-OneVision); None: one each.
+            pixel_attention_mask: [prompts, images, height, width], where pixels are those of an image (Idefics3,
+                SmolVLM, whose pixel_values are [prompts, images, channels, height, width]); None: everywhere.
             mm_token_type_ids: [B, T], as processors give them: 1 at tokens of images, 2 of videos. The engine sees them
                 in ``input_ids``, and compares; with ``inputs_embeds`` it needs them if there are images and videos.
             cache: From an earlier call.
@@ -171,7 +175,13 @@ class OnnxEngine:
             InputError: Contradicting or misshaped inputs; the message says which.
         """
         pixels = Pixels(
-            pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw, image_sizes, batch_num_images
+            pixel_values,
+            pixel_values_videos,
+            image_grid_thw,
+            video_grid_thw,
+            image_sizes,
+            batch_num_images,
+            pixel_attention_mask,
         )
         if image_features is not None and pixels.given:
             raise InputError("Pass at most one of image_features and pixel_values (pixel_values_videos).")
@@ -354,7 +364,12 @@ class OnnxEngine:
         return Answer(stream.text, given, int(result.exit_layer[0]), len(prompt.ids), chat)
 
     def encode_images(
-        self, pixel_values: Any, image_grid_thw: Any = None, image_sizes: Any = None, batch_num_images: Any = None
+        self,
+        pixel_values: Any,
+        image_grid_thw: Any = None,
+        image_sizes: Any = None,
+        batch_num_images: Any = None,
+        pixel_attention_mask: Any = None,
     ) -> Array:
         """Images as :meth:`prefill` takes them -> their visual tokens' embeddings [n, C], image after image.
 
@@ -368,5 +383,6 @@ class OnnxEngine:
             image_grid_thw=image_grid_thw,
             image_sizes=image_sizes,
             batch_num_images=batch_num_images,
+            pixel_attention_mask=pixel_attention_mask,
         )
         return np.concatenate(self._parts.encoder(pixels)[IMAGE])

@@ -35,6 +35,8 @@ from vte_compile.version import __version__
 logger = logging.getLogger(__name__)
 DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
 FORMS = ("staged", "single")
+_KINDS = {torch.int64: ir.DataType.INT64, torch.bool: ir.DataType.BOOL, torch.float32: ir.DataType.FLOAT}
+"""Of inputs that are no numbers of the engine's dtype."""
 
 
 def write(
@@ -145,7 +147,7 @@ def write_vision(graph: OnnxGraph, fast: Any, file: Path) -> tuple[VisionCall | 
         graph.input(
             name,
             [dims.get(d, size) for d, size in enumerate(example.shape)],
-            {torch.int64: ir.DataType.INT64, torch.float32: ir.DataType.FLOAT}.get(example.dtype),
+            _KINDS.get(example.dtype),
         )
         for name, example, dims in zip(vision_inputs(encoder.facts), first, encoder.dims, strict=True)
     ]

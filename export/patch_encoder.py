@@ -25,6 +25,8 @@ from vte_compile.export.patches import encoder_inputs, frame_inputs
 
 # Named so that encoders hand over the bounds of what attends to each other, instead of cutting by themselves.
 _ATTENTION = "vte_flash_attention_patches"
+WHOLE = "vte_whole_attention"
+"""Of an encoder that gets one image: all of it attends to itself, whatever mask the encoder makes."""
 _EXAMPLE, _TRIED = (6, 10), ((2, 2), (4, 10), (10, 4))
 """Height and width of frames, in tokens of the merged size: the traced one, and those that are compared."""
 
@@ -60,6 +62,7 @@ def _attention(
 
 
 AttentionInterface.register(_ATTENTION, _attention)
+AttentionInterface.register(WHOLE, _attention)
 
 
 class _Encoder(nn.Module):

@@ -23,7 +23,7 @@ from vte_compile.export.patch_processor import PatchProcessor
 _LOGGER = logging.getLogger(__name__)
 _OF_PATCHES, _PATCH_TOKEN = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"), "<|image_pad|>"
 _KNOWN = ("LlavaProcessor", *_OF_PATCHES)
-_OF_IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
+_OF_IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images", "pixel_attention_mask")
 """What a processor of transformers gives of images, and an engine takes."""
 TOKENIZERS = ("tokenizer.json", "llm/tokenizer.json")
 """Where a processor's tokenizer may be; the second is that of VILA's layout."""

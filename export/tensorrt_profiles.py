@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from math import isqrt
 
 from vte_compile.errors import InputError
-from vte_compile.export.manifest import PatchFacts
+from vte_compile.export.manifest import VisionCall
 
 Sizes = tuple[int, int, int]
 """The smallest, the one to be fast for, the largest."""
@@ -56,13 +57,13 @@ class Profiles:
             )
 
     def of(
-        self, shapes: Shapes, patches: PatchFacts | None = None
+        self, shapes: Shapes, vision: VisionCall | None = None
     ) -> list[dict[str, tuple[list[int], list[int], list[int]]]]:
         """The profiles of a graph.
 
         Args:
             shapes: Of its inputs.
-            patches: Of the image encoder, if it takes frames of patches.
+            vision: The image encoder.
 
         Returns:
             For each profile, in order, the smallest, usual and largest shape of each input that has dims of any size;
@@ -74,16 +75,22 @@ class Profiles:
         names = {dim for shape in shapes.values() for dim in shape if isinstance(dim, str)}
         if not names:
             return []
-        if patches is not None and "pixel_values" in shapes:
-            return [_shapes(shapes, self._frame(patches))]
+        if vision is not None and "pixel_values" in shapes:
+            return [_shapes(shapes, self._frame(vision))]
         profiles = [self._prefill(behind_exit="keep" in shapes)]
         if "visual_mask" not in shapes:  # gates decide about prompts only
             profiles.append(self._decode())
         return [_shapes(shapes, sizes) for sizes in profiles]
 
-    def _frame(self, facts: PatchFacts) -> dict[str, Sizes]:
-        unit, window = facts.merge_size**2, (facts.window or 1) ** 2
+    def _frame(self, vision: VisionCall) -> dict[str, Sizes]:
         smallest, usual, largest = self.frame
+        if vision.unit is not None:  # a token is a square of so many pixels
+            side = (vision.unit, vision.unit * isqrt(usual), vision.unit * isqrt(largest))
+            return {"height": side, "width": side}
+        facts = vision.patches
+        if facts is None:
+            return {}
+        unit, window = facts.merge_size**2, (facts.window or 1) ** 2
         return {
             "patches": (smallest * unit, usual * unit, largest * unit),
             "frame_tokens": self.frame,

@@ -126,14 +126,13 @@ def plan_engines(
     folder: Path, sizes: Profiles, strip_weights: bool, vision: VisionCall | None = None
 ) -> list[EngineFacts]:
     """How to build the graphs of a folder, in the order they run."""
-    patches = None if vision is None else vision.patches
     order = ["vision", "embedding", "stage", "gate"]
     files = sorted(folder.glob("*.onnx"), key=lambda file: (order.index(file.stem.split("_")[0]), file.stem))
     engines = []
     for file in files:
         profiles = [
             {name: [list(sizes) for sizes in triple] for name, triple in profile.items()}
-            for profile in sizes.of(input_shapes(file), patches)
+            for profile in sizes.of(input_shapes(file), vision)
         ]
         engine = f"engines/{file.stem}.engine"
         line = trtexec(file.name, engine, profiles, _TIMING_CACHE)

@@ -12,8 +12,10 @@ from vte_compile.errors import CaptureError, UnsupportedModelError, VTEError
 from vte_compile.export.encoder_function import EncoderFunction, lifted
 from vte_compile.export.grid_facts import grid_facts
 from vte_compile.export.manifest import VisionCall
+from vte_compile.export.masked_encoder import is_masked, masked_encoder
 from vte_compile.export.own_features import check_features, own_features
 from vte_compile.export.patch_encoder import patch_encoder
+from vte_compile.export.sized_encoder import sized_encoder, unit_of
 from vte_compile.export.tile_encoder import check_tiles, of_one_tile, tile_facts
 
 
@@ -34,12 +36,16 @@ def image_encoder(fast: Any) -> EncoderFunction:
     """The function that does for one image, or part of one, what the model's own merging code does.
 
     Raises:
-        UnsupportedModelError: The model wants more than images of one size, tiles or patches, or computes otherwise.
+        UnsupportedModelError: Its images come in a way that none of the encoders here know, or it computes otherwise.
         CaptureError: torch.export could not trace the encoder.
     """
     if (grids := grid_facts(fast)) is not None:
         return patch_encoder(fast, grids)
     merger = fast.get_submodule(fast._vte_spec.path.rpartition(".")[0])
+    if (unit := unit_of(merger)) is not None:
+        return sized_encoder(fast, merger, unit)
+    if is_masked(merger):
+        return masked_encoder(fast, merger, _example(fast))
     tiles = tile_facts(fast, merger)
     # Of a tile, the size of the image is not read.
     encoder = _Encoder(merger, {}) if tiles is None else _Encoder(of_one_tile(merger), {"image_sizes": [(1, 1)]})

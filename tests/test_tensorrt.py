@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 from fake_tensorrt import CPU, load_fake
+from test_families import handed_over, optimized, oracle_of
 from tiny_families import family_inputs, tiny_family
 from tiny_models import (
     chunk,
@@ -32,6 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 GREEDY = dict(do_sample=False, max_new_tokens=5, pad_token_id=0, eos_token_id=None)
 OURS = dict(max_new_tokens=5, eos_token_ids=[], do_sample=False)
 SIZES = {"batch": (1, 2, 4), "prompt": (1, 16, 64), "visual": (1, 8, 32), "columns": (1, 32, 128)}
+LARGER = {"prompt": (1, 16, 128), "visual": (1, 8, 100)}
 
 
 def exported(fast, folder: Path, **options):
@@ -195,3 +197,18 @@ def test_multimodal_rotary_positions(tmp_path: Path) -> None:
     got = engine.prefill(**second, cache=got.cache)
     close(torch.as_tensor(got.logits), want.logits[:, -1])
     assert got.cache.next_positions.tolist() == want.past_key_values.next_positions.tolist()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["llava_next", "idefics3", "mistral3"])
+def test_image_encoders(name: str, tmp_path: Path) -> None:
+    """Images in tiles, with masks, of any size."""
+    vte_compile.export(
+        optimized(name, "natural"), tmp_path / "engine", target="tensorrt", build=False, profiles=SIZES | LARGER
+    )
+    engine, _ = load_fake(tmp_path / "engine")
+    inputs = family_inputs(name, [2, 0, 1], seed=1)
+    want = oracle_of(name, "natural").forward(**handed_over(name, inputs))
+    got = engine.prefill(**inputs)
+    close(torch.as_tensor(got.logits), want.logits[:, -1])
+    assert got.exit_layer.tolist() == want.exit_layer.tolist()

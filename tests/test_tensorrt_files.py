@@ -30,7 +30,7 @@ from vte_compile import load_engine, optimize
 from vte_compile.errors import EngineError, InputError
 from vte_compile.export import tensorrt_target
 from vte_compile.export.folder import read_manifest
-from vte_compile.export.manifest import MANIFEST, PatchFacts, encode
+from vte_compile.export.manifest import MANIFEST, PatchFacts, VisionCall, encode
 from vte_compile.export.tensorrt_build import import_tensorrt
 from vte_compile.export.tensorrt_graph import TensorRTGraph
 from vte_compile.export.tensorrt_manifest import TensorRTManifest
@@ -105,10 +105,13 @@ def test_profiles_of_frames() -> None:
         "window_index": ["frame_tokens"],
         "windows": ["windows", "longest_window"],
     }
-    [frames] = Profiles(frame=(1, 10, 40)).of(shapes, PatchFacts(96, 2, 4))
+    sizes = Profiles(frame=(1, 10, 40))
+    [frames] = sizes.of(shapes, VisionCall("", [], [], patches=PatchFacts(96, 2, 4)))
     assert frames["pixel_values"] == ([4, 96], [40, 96], [160, 96])
     assert frames["window_index"] == ([1], [10], [40])
     assert frames["windows"] == ([1, 4], [1, 64], [40, 64])
+    [images] = sizes.of({"pixel_values": [1, 3, "height", "width"]}, VisionCall("", [], [3], unit=28))
+    assert images["pixel_values"] == ([1, 3, 28, 28], [1, 3, 84, 84], [1, 3, 168, 168])
 
 
 def test_which_profile_fits() -> None:
