@@ -45,7 +45,7 @@ def image_encoder(fast: Any) -> EncoderFunction:
     if (unit := unit_of(merger)) is not None:
         return sized_encoder(fast, merger, unit)
     if is_masked(merger):
-        return masked_encoder(fast, merger, _example(fast))
+        return masked_encoder(fast, merger, example_image(fast))
     tiles = tile_facts(fast, merger)
     # Of a tile, the size of the image is not read.
     encoder = _Encoder(merger, {}) if tiles is None else _Encoder(of_one_tile(merger), {"image_sizes": [(1, 1)]})

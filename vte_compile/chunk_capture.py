@@ -65,7 +65,7 @@ def _chunk_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    refuse_extras(module, kwargs, windows=True)
+    refuse_extras(module, kwargs, ("sliding_window",))
     chunk, layer = _chunk.get(), int(module.layer_idx)  # type: ignore[arg-type]
     batch, heads, tokens, size = query.shape
     kv_heads = key.shape[1]
