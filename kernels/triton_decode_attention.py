@@ -40,10 +40,10 @@ def split_kernel(
         end = tl.load(ends + row).to(tl.int32)
     low = split * per_split
     if WINDOW:
-        begin = tl.maximum(end - window, 0)
+        first = 0
         if STARTS:
-            begin = tl.maximum(begin, tl.load(starts + row).to(tl.int32))
-        low += begin
+            first = tl.load(starts + row).to(tl.int32)
+        low += tl.maximum(first, end - window)
     elif STARTS:
         low += tl.load(starts + row).to(tl.int32)
     last = end - 1

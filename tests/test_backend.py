@@ -194,7 +194,8 @@ def test_found_without_import():
 
 
 def test_unknown_options_are_listed():
-    with pytest.raises(InputError, match=r"unknown budget, exits; valid are plan, compile, fold, visual_token_ids"):
+    valid = "plan, compile, fold, cuda_graphs, visual_token_ids"
+    with pytest.raises(InputError, match=rf"unknown budget, exits; valid are {valid}"):
         Options.read({"exits": 3, "budget": 1})
 
 

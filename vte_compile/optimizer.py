@@ -46,6 +46,7 @@ def optimize(
     fold: bool | None = None,
     backend: str | None = None,
     backend_options: Mapping[str, Any] | None = None,
+    cuda_graphs: bool | None = None,
 ) -> ModelT:
     """Let a model's visual tokens leave its decoder, and skip attentions, where a plan says so.
 
@@ -67,6 +68,8 @@ def optimize(
             NVIDIA GPU (docs/tensorrt.md; it has never been run). An optimized model keeps its own.
         backend_options: Of ``tensorrt``: ``profiles``, the sizes engines take, and some of torch_tensorrt's settings
             (``min_block_size``, ``torch_executed_ops`` ...).
+        cuda_graphs: Whether decode steps on a GPU are recorded and replayed as CUDA graphs, once that gave what the
+            steps themselves give (docs/kernels.md). None: yes, with ``inductor``. An optimized model keeps its own.
         fold: Fold adapters into the weights behind them (None: yes). False: apply them unfolded, which costs time at
             every token, but no second copy of weights and no rounding of folded ones.
 
@@ -81,7 +84,7 @@ def optimize(
             ``compile=True`` without a working compiler, or ``backend="tensorrt"`` without torch_tensorrt or a GPU.
         InputError: An unknown backend, or options it does not have.
     """
-    _check_backend(compile, backend, backend_options)
+    _check_backend(compile, backend, backend_options, cuda_graphs)
     plan = _find_plan(model) if plan is None else plan
     if find_co_attention(model) is not None:
         _check_placement(model)
@@ -89,10 +92,14 @@ def optimize(
             raise InputError(
                 f"backend: 'tensorrt' is for decoders, and {type(model).__name__} has co-attention layers."
             )
+        if cuda_graphs:
+            raise InputError(f"cuda_graphs=True: {type(model).__name__} has no decode steps: leave it out.")
         return optimize_co_attention(model, plan, compile, fold)
     if issubclass(type(model), OptimizedModel):
         if backend is not None:
             raise InputError("backend: a new plan cannot change that: optimize the original model.")
+        if cuda_graphs is not None:
+            raise InputError("cuda_graphs: a new plan cannot change that: optimize the original model.")
         return _replan(model, plan, compile, fold)
     spec = describe(model)
     _check_placement(model)
@@ -106,18 +113,24 @@ def optimize(
     else:
         compiler = PieceCompiler() if find_backend(spec.device, compile) else None
     check_independence(model, spec)
-    runner = DecoderRunner(spec, plan, compiler, FoldedWeights(fold is not False))
+    if backend == "tensorrt":
+        cuda_graphs = False
+    runner = DecoderRunner(spec, plan, compiler, FoldedWeights(fold is not False), cuda_graphs=cuda_graphs)
     verify_prefill(model, runner)
     return _free(wrap(model, spec, runner))
 
 
-def _check_backend(compile: bool | None, backend: str | None, options: Mapping[str, Any] | None) -> None:
+def _check_backend(
+    compile: bool | None, backend: str | None, options: Mapping[str, Any] | None, cuda_graphs: bool | None
+) -> None:
     if backend is not None and backend not in BACKENDS:
         raise InputError(f"backend: {backend!r} is unknown; there are {', '.join(map(repr, BACKENDS))}.")
     if options is not None and backend != "tensorrt":
         raise InputError("backend_options: are of backend='tensorrt' alone: leave them out.")
     if backend == "tensorrt" and compile is False:
         raise InputError("compile=False: backend='tensorrt' compiles: leave one of them out.")
+    if backend == "tensorrt" and cuda_graphs:
+        raise InputError("cuda_graphs=True: its engines are not known to be recordable, leave it out.")
 
 
 def _replan(model: Any, plan: Plan, compile: bool | None, fold: bool | None) -> Any:

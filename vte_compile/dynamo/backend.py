@@ -53,6 +53,8 @@ class Options:
     """Whether graphs run through Inductor. None: if its compiler is there (a warning says if it is not)."""
     fold: bool = True
     """Fold adapters into the weights behind them."""
+    cuda_graphs: bool | None = None
+    """Whether decode steps are recorded and replayed as CUDA graphs (docs/kernels.md). None: on CUDA devices."""
     visual_token_ids: Sequence[int] | None = None
     """Ids that stand for visual features, where the model's config does not name them."""
 
@@ -70,7 +72,7 @@ class Options:
         plan = given.get("plan")
         if not isinstance(plan, (Plan, str, os.PathLike, type(None))):
             raise InputError(f"options['plan']: expected a Plan, or the folder or hub id of one, got {plan!r}.")
-        for name in ("compile", "fold"):
+        for name in ("compile", "fold", "cuda_graphs"):
             if given.get(name) not in (None, True, False):
                 raise InputError(f"options[{name!r}]: expected True or False, got {given[name]!r}.")
         return cls(**given)
@@ -197,7 +199,8 @@ def _runner(model: PreTrainedModel, spec: DecoderSpec, settings: Options) -> Dec
     """The decoder's runner, which all graphs of it share."""
     given = settings.plan if isinstance(settings.plan, Plan) else os.fspath(settings.plan or "")
     ids = tuple(spec.visual_token_ids if settings.visual_token_ids is None else settings.visual_token_ids)
-    key = (id(spec.decoder), id(given) if isinstance(given, Plan) else given, settings.compile, settings.fold, ids)
+    choices = (settings.compile, settings.fold, settings.cuda_graphs)
+    key = (id(spec.decoder), id(given) if isinstance(given, Plan) else given, *choices, ids)
     if (runner := _runners.get(key)) is not None:
         return runner
     plan = given if isinstance(given, Plan) else Plan.from_pretrained(given) if given else Plan()
@@ -205,7 +208,8 @@ def _runner(model: PreTrainedModel, spec: DecoderSpec, settings: Options) -> Dec
     compiler = PieceCompiler() if find_backend(spec.device, settings.compile) else None
     no_head = _NoHead(next(spec.decoder.parameters()))
     headless = replace(spec, lm_head=no_head, logit_softcap=None, visual_token_ids=ids)
-    runner = DecoderRunner(headless, plan, compiler, FoldedWeights(settings.fold))
+    folded = FoldedWeights(settings.fold)
+    runner = DecoderRunner(headless, plan, compiler, folded, cuda_graphs=settings.cuda_graphs)
     _runners[key] = runner
     return runner
 

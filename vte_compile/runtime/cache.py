@@ -133,6 +133,10 @@ class RowsCache:
         """Keys and values of each layer that has them, in turn, with one more column for a decode step to write."""
         return [tensor for layer in self._filled for tensor in layer.next_column()]
 
+    def buffers(self) -> list[Tensor]:
+        """What :meth:`next_columns` gave views of, in the same order."""
+        return [tensor for layer in self._filled for tensor in layer.buffers]
+
     def append(self, kv: RowKV) -> None:
         """Take the result of a decode step: what :meth:`next_columns` gave, written."""
         for layer, pair in zip(self.layers, kv, strict=True):

@@ -19,9 +19,10 @@ from vte_compile.folded_weights import FoldedWeights
 from vte_compile.passes import PASSES, PassResult, PassSettings, run_passes
 from vte_compile.passes.lower_piecewise import PiecewiseGraph, lower_piecewise
 from vte_compile.plan import Plan
+from vte_compile.runtime.decode_graphs import DecodeGraphs
 from vte_compile.runtime.program import Program
 from vte_compile.runtime.runner import RowRunner
-from vte_compile.runtime.steps import Phase
+from vte_compile.runtime.steps import Phase, StepProgram
 from vte_compile.runtime.verify import fusing_error, packing_error
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class DecoderRunner(RowRunner):
         compiler: Of pieces; None: they run uncompiled.
         folded: Weights that adapters were folded into.
         fuse_attention: Attentions as fused kernels; None: on CUDA devices.
+        cuda_graphs: Decode steps with fused attentions as CUDA graphs; None: on CUDA devices.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class DecoderRunner(RowRunner):
         compiler: Compiler | None,
         folded: FoldedWeights | None = None,
         fuse_attention: bool | None = None,
+        cuda_graphs: bool | None = None,
     ) -> None:
         self.spec, self.plan, self.compiler = spec, plan, compiler
-        self.fuse_attention = fuse_attention
+        self.fuse_attention, self.cuda_graphs = fuse_attention, cuda_graphs
         self.folded = FoldedWeights() if folded is None else folded
         adapters = [part.adapter for parts in (plan.adapters, plan.skips) for part in parts if part.adapter is not None]
         routed = any(isinstance(adapter.router, Router) for adapter in adapters)
@@ -67,17 +70,18 @@ class DecoderRunner(RowRunner):
         """Whether attentions are fused, of graphs that were asked for."""
         self._unpacked: dict[_Key, str] = {}
         """Why prompts are not packed; "" if they are."""
+        self._decode_graphs: dict[StepProgram, DecodeGraphs] = {}
         self._lock = threading.RLock()
 
     def with_plan(self, plan: Plan, folded: FoldedWeights | None = None) -> DecoderRunner:
         """A runner of the same decoder for another plan, which shares what was traced and compiled."""
-        other = DecoderRunner(self.spec, plan, self.compiler, folded, self.fuse_attention)
+        other = DecoderRunner(self.spec, plan, self.compiler, folded, self.fuse_attention, self.cuda_graphs)
         other._captures, other._lock = self._captures, self._lock
         return other
 
     def rebound(self, spec: DecoderSpec) -> DecoderRunner:
         """The same runner of the same decoder, of which some weights were freed."""
-        other = DecoderRunner(spec, self.plan, self.compiler, self.folded, self.fuse_attention)
+        other = DecoderRunner(spec, self.plan, self.compiler, self.folded, self.fuse_attention, self.cuda_graphs)
         other._captures = {key: graph.rebound(spec) for key, graph in self._captures.items()}
         return other
 
@@ -89,12 +93,11 @@ class DecoderRunner(RowRunner):
             "compiler": self.compiler,  # which leaves what it compiled
             "folded": self.folded,
             "fuse_attention": self.fuse_attention,
+            "cuda_graphs": self.cuda_graphs,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(  # type: ignore[misc]
-            state["spec"], state["plan"], state["compiler"], state["folded"], state["fuse_attention"]
-        )
+        self.__init__(**state)  # type: ignore[misc]
 
     def program(self, phase: Phase, *, batched: bool = False, last: bool = True, one_prompt: bool = True) -> Program:
         """The program of one phase; ``last``: with the logits of the last token only.
@@ -107,6 +110,16 @@ class DecoderRunner(RowRunner):
             if key not in self._programs:
                 self._programs[key] = Program(*self._lowered(key, self._fuses(key)), self.compiler)
             return self._programs[key]
+
+    def decode_graphs(self, program: StepProgram) -> DecodeGraphs | None:
+        """What records and replays the steps of a decode program; None if they run as they are."""
+        wanted = self.spec.device.type == "cuda" if self.cuda_graphs is None else self.cuda_graphs
+        if not wanted or not program.takes_ends:
+            return None
+        with self._lock:
+            if program not in self._decode_graphs:
+                self._decode_graphs[program] = DecodeGraphs(program)
+            return self._decode_graphs[program]
 
     def lowered(self, phase: Phase, *, batched: bool) -> PiecewiseGraph:
         """What :meth:`program` compiles, with the logits of the last token only, rows from any prompts, and torch's own

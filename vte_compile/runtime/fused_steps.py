@@ -15,17 +15,19 @@ from vte_compile.runtime.visual_tokens import PackedRows
 
 
 class RotaryAppendStep(AttendStep):
-    """What ``vte::rotary_append_attention`` says, on keys and values with a free last column."""
+    """What ``vte::rotary_append_attention`` says, on keys and values with a free column, the last one mostly."""
 
-    def run(self, arguments: list[Tensor]) -> Sequence[Tensor]:
-        """Its outputs."""
+    takes_ends = True
+
+    def run(self, arguments: list[Tensor], ends: Tensor | None = None) -> Sequence[Tensor]:
+        """Its outputs; ``ends``: [B] int32, behind the column to write; None: it is the last."""
         query, key, value, cos, sin, keys, values, *starts = arguments
         output = decode_attention(
             query[:, 0],
             keys,
             values,
             starts[0] if starts else None,
-            None,
+            ends,
             None,
             keys.shape[2],
             query.shape[3] ** -0.5 if self.scale is None else self.scale,

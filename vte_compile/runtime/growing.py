@@ -59,6 +59,12 @@ class GrowingLayer:
         keys, values = self._buffers
         return keys[:, :, : columns + 1], values[:, :, : columns + 1]
 
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """What :meth:`next_column` gave views of."""
+        assert self._buffers is not None
+        return self._buffers
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take what :meth:`next_column` gave, written."""
         self.keys, self.values = keys, values

@@ -33,11 +33,13 @@ class _LoweredPiece(PieceStep):
     lengths: list[tuple[int, int]]
     """(input, dim) of the symbolic sizes, other than the batch."""
 
+    def read_weights(self) -> list[Tensor]:
+        return [read() for read in self.piece.parameters]
+
     def run(self, arguments: list[Tensor]) -> Sequence[Tensor]:
-        weights = [read() for read in self.piece.parameters]
         # torch.export treats sizes 0 and 1 as different programs: those run the same graph uncompiled.
         compiled = all(arguments[i].shape[d] > 1 for i, d in self.lengths)
-        return (self.function if compiled else self.piece.module)(*arguments, *weights)
+        return (self.function if compiled else self.piece.module)(*arguments, *self.read_weights())
 
 
 class Program(StepProgram):

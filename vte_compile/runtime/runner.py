@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from vte_compile.runtime.prompt_state import PromptState
 from vte_compile.runtime.prompt_value import PromptValue
 from vte_compile.runtime.steps import Phase, StepProgram
 from vte_compile.runtime.visual_tokens import PackedRows, VisualTokens
+
+if TYPE_CHECKING:
+    from vte_compile.runtime.decode_graphs import DecodeGraphs
 
 _RowInput = tuple[Tensor, ...]
 """One row without padding: embeddings [n, C], visual mask [n], positions [n] or, multimodal ones, [3, n], and what else
@@ -90,6 +94,10 @@ class RowRunner:
         """
         return None
 
+    def decode_graphs(self, program: StepProgram) -> DecodeGraphs | None:
+        """What records and replays the steps of a decode program; None if they run as they are."""
+        return None
+
     def run(
         self,
         embeds: Tensor,
@@ -129,9 +137,17 @@ class RowRunner:
         program = self.program("decode", batched=batched, one_prompt=state is None or state.one_prompt)
         _check_cache(cache, program)
         known = [] if state is None else state.values
-        output = program.run([embeds.contiguous(), positions.contiguous(), *cache.next_columns(), *starts, *known])
-        cache.append(output.kv)
-        return RunnerOutput(output.logits, torch.full((batch,), -1, device=embeds.device))
+        token, columns = [embeds.contiguous(), positions.contiguous()], cache.next_columns()
+        if (graphs := self.decode_graphs(program)) is None:
+            output = program.run([*token, *columns, *starts, *known])
+            logits, kv = output.logits, output.kv
+        else:
+            filled = [keys.shape[2] for keys in columns[::2]]
+            logits = graphs.run(token, cache.buffers(), [*starts, *known], filled)
+            pairs = zip(columns[::2], columns[1::2], strict=True)
+            kv = [next(pairs) if attends else None for attends in program.attends]
+        cache.append(kv)
+        return RunnerOutput(logits, torch.full((batch,), -1, device=embeds.device))
 
     def _expanded(self, positions: Tensor, batch: int) -> Tensor:
         """Positions as graphs take them, [B, T] or [3, B, T], from such of which leading dims are missing or 1."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ class PieceStep:
     def run(self, arguments: list[Tensor]) -> Sequence[Tensor]:
         """Its outputs, from its inputs without weights."""
         raise NotImplementedError
+
+    def read_weights(self) -> list[Tensor]:
+        """Those that it reads from where they may be replaced."""
+        return []
 
 
 @dataclass
@@ -97,9 +101,11 @@ class AttendStep:
     """How many columns the token sees; 0: all."""
     softcap: float = 0.0
     """Of the scores; 0: none."""
+    takes_ends: ClassVar[bool] = False
+    """Whether keys and values may be whole buffers, of which ``ends`` says how much is filled."""
 
-    def run(self, arguments: list[Tensor]) -> Sequence[Tensor]:
-        """Its outputs."""
+    def run(self, arguments: list[Tensor], ends: Tensor | None = None) -> Sequence[Tensor]:
+        """Its outputs; ``ends``: [B] int32, behind the column to write, of buffers."""
         query, key, value, keys, values, *starts = arguments
         of_rows = starts[0] if starts else None
         settings = self.scale, self.window, self.softcap
@@ -154,6 +160,9 @@ class StepProgram:
         """What adapters know of the prompt: the last outputs of prefill, the last inputs of other phases."""
         self.makes_caches = any(isinstance(step, PackedAttendStep) for step in steps)
         """Whether the keys and values it gives are a cache, with room; else each row's, one behind the other."""
+        attend_steps = [step for step in steps if isinstance(step, AttendStep)]
+        self.takes_ends = bool(attend_steps) and all(step.takes_ends for step in attend_steps)
+        """Whether :meth:`run` takes buffers and their ``ends``."""
         self.attends = [i is not None for i in kv]
         """Of each layer: whether it has keys and values."""
         self._steps, self._outputs, self._slots, self._kv = steps, outputs, slots, kv
@@ -171,7 +180,16 @@ class StepProgram:
                 freed[i].append(slot)
         return freed
 
-    def run(self, inputs: Sequence[Tensor], visual: VisualTokens | PackedRows | None = None) -> ProgramOutput:
+    def read_weights(self) -> list[Tensor]:
+        """All that steps read from where they may be replaced."""
+        return [weight for step in self._steps if isinstance(step, PieceStep) for weight in step.read_weights()]
+
+    def run(
+        self,
+        inputs: Sequence[Tensor],
+        visual: VisualTokens | PackedRows | None = None,
+        ends: Sequence[Tensor] | Tensor | None = None,
+    ) -> ProgramOutput:
         """Run all steps.
 
         Args:
@@ -179,14 +197,19 @@ class StepProgram:
                 free last column, which is written.
             visual: The row's visual tokens, None if none can leave; or the rows of a packed prefill. Where they left is
                 noted there.
+            ends: In decode, of each layer that attends, [B] int32: keys and values are whole buffers, of which so much
+                is filled, the column included that is written.
         """
         values: list[Tensor | None] = [*inputs, *[None] * (self._slots - len(inputs))]
+        of_layers = iter(() if ends is None else ends)
         for step, freed in zip(self._steps, self._last_use, strict=True):
             arguments: list[Tensor] = [values[i] for i in step.inputs]  # type: ignore[misc]
             if isinstance(step, PackedAttendStep):
                 assert isinstance(visual, PackedRows)
                 results = step.run(arguments, visual)
-            elif not isinstance(step, ExitStep):
+            elif isinstance(step, AttendStep):
+                results = step.run(arguments, next(of_layers, None))
+            elif isinstance(step, PieceStep):
                 results = step.run(arguments)
             else:
                 results = arguments

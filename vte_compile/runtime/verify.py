@@ -74,7 +74,7 @@ def packing_error(spec: DecoderSpec, packed: StepProgram, alone: StepProgram) ->
     """
     rows = _rows(spec)
     expected = torch.cat([alone.run(row).logits[0] for row in rows])
-    return _excess(_run_packed(spec, packed, rows)[0], expected)
+    return excess(_run_packed(spec, packed, rows)[0], expected)
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def fusing_error(spec: DecoderSpec, fused: StepProgram, own: StepProgram, inputs
     """
     if fused.makes_caches:
         rows = _rows(spec)
-        return _excess(*(_run_packed(spec, program, rows) for program in (fused, own)))
+        return excess(*(_run_packed(spec, program, rows) for program in (fused, own)))
     generator = torch.Generator().manual_seed(0)
 
     def real(fake: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def fusing_error(spec: DecoderSpec, fused: StepProgram, own: StepProgram, inputs
 
     given = [real(fake) for fake in inputs]
     logits = [program.run([x.clone() for x in given]).logits for program in (fused, own)]
-    return _excess(*logits)
+    return excess(*logits)
 
 
 def _hint(size: int | torch.SymInt) -> int:
@@ -127,7 +127,7 @@ def _run_packed(spec: DecoderSpec, program: StepProgram, rows: list[tuple[Tensor
     return program.run([*inputs[:2], packed.cu_seqlens(spec.device), *inputs[2:]], packed).logits
 
 
-def _excess(got: Tensor, expected: Tensor) -> float | None:
+def excess(got: Tensor, expected: Tensor) -> float | None:
     """The largest difference, relative to the largest number; None if it is as small as rounding makes it."""
     error = float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     return None if error <= _TOLERANCE.get(expected.dtype, 5e-2) else error
