@@ -147,17 +147,16 @@ class _FromTransformers:
         try:
             from transformers import AutoProcessor
 
-            from vte_compile.families.own import own_family
+            from vte_compile.families.own import own_processor
         except ImportError as error:
             raise EngineError(
                 f"{folder}: {reason} is not known to vte_compile's own processor, and transformers, which knows it, is "
                 "not installed: install it, or pass input_ids and pixel_values to generate() instead of text and "
                 "pictures to chat()."
             ) from error
-        family = own_family(folder)
-        load: Any = family.processor if family else AutoProcessor
+        load: Any = own_processor(folder) or AutoProcessor.from_pretrained
         try:
-            self._processor: Any = load.from_pretrained(folder, local_files_only=True)
+            self._processor: Any = load(folder, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
             raise EngineError(f"{folder}: {reason}: transformers cannot load this processor either: {error}") from error
         _LOGGER.info("%s: %s is left to transformers", folder, reason)

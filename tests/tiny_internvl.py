@@ -6,13 +6,18 @@ can load it. Numbers come from numpy's RandomState, whose streams never change.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tiny_checkpoint import random_weights, write_json, write_weights
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 C, LAYERS, VOCAB, FFN = 32, 3, 64, 48
 """Of the language model."""
@@ -47,6 +52,19 @@ def write_internvl(
     write_json(folder / "generation_config.json", {"_from_model_config": True, "eos_token_id": [VOCAB - 1]})
     write_json(folder / "added_tokens.json", {"<img>": IMAGE - 2, "</img>": IMAGE - 1, "<IMG_CONTEXT>": IMAGE})
     return folder
+
+
+def write_tokenizer(folder: Path, words: Sequence[str]) -> None:
+    """A tokenizer of words, with the added tokens of a checkpoint; what it does not know is word 0."""
+    every = ["<unk>", *words]
+    every += [f"w{i}" for i in range(len(every), IMAGE - 4)] + ["<|endoftext|>", "<|im_start|>"]
+    every += ["<img>", "</img>", "<IMG_CONTEXT>", "w61", "w62", "<|im_end|>"]
+    assert len(every) == VOCAB
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(every)}, unk_token="<unk>"))
+    made.pre_tokenizer = WhitespaceSplit()
+    made.add_special_tokens([word for word in every if word.startswith("<") and word != "<unk>"])
+    names = {"unk_token": "<unk>", "pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
 
 
 def config(llm: str, large: bool, layer: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def load_model(name: str | Path, device: str | None = None) -> PreTrainedModel:
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         raise InputError(f"device {device!r}: {_first_line(error)}") from error
     if family := own_family(name):
-        own: PreTrainedModel = family.model.from_pretrained(name)
+        own: PreTrainedModel = family.load_model(name)
         return own.eval().to(device)
     try:
         config = AutoConfig.from_pretrained(name)
@@ -69,10 +69,10 @@ def load_processor(name: str | Path) -> Any:
     """
     from transformers import AutoProcessor
 
-    from vte_compile.families.own import own_family
+    from vte_compile.families.own import own_processor
 
-    if family := own_family(name):
-        return family.processor.from_pretrained(name)
+    if load := own_processor(name):
+        return load(name)
     try:
         return AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:

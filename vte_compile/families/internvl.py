@@ -25,9 +25,12 @@ from transformers import (
 )
 
 from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.families.local_folder import local_folder
 
 logger = logging.getLogger(__name__)
 IMAGE_TOKEN = "<IMG_CONTEXT>"
+_END = "<|im_end|>"
+"""Of a message, in all of its chat templates."""
 _INTERNLM2 = "InternLM2ForCausalLM"
 _TEXT_TYPES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"} | {
     _INTERNLM2: "llama"
@@ -62,8 +65,10 @@ _QK_NORM_EPS = 1e-6
 """Of transformers' InternVL, which has no setting for it."""
 
 
-def load_internvl(folder: str | Path) -> InternVLForConditionalGeneration:
+def load_internvl(folder: str | Path, **hub: Any) -> InternVLForConditionalGeneration:
     """A model from a folder with config.json, tokenizer files and safetensors, in eval mode and the files' dtype.
+
+    Texts and pictures become inputs through vte_compile.families.internvl_processor.InternVLChatProcessor.
 
     None of the authors' code runs. What goes in is as in transformers' InternVL: ``input_ids`` [B, T] with
     ``config.image_token_id`` for each visual token, ``pixel_values`` [tiles of all rows, 3, height, width].
@@ -72,17 +77,16 @@ def load_internvl(folder: str | Path) -> InternVLForConditionalGeneration:
     Dynamic scaling of rotary positions (InternLM2) is left out, with a warning: it changes nothing in rows of up to
     ``max_position_embeddings`` tokens.
 
+    Args:
+        folder: It, or a hub id.
+        hub: Of huggingface_hub's snapshot_download (``revision``, ``token`` ...).
+
     Raises:
         InputError: No such folder, not of model_type internvl_chat, or weights that do not fit; the message says which.
         UnsupportedModelError: A language model, or a setting, that transformers' InternVL does not have.
     """
-    folder = Path(folder)
-    fields = _read_json(folder / "config.json")
-    if fields.get("model_type") != "internvl_chat":
-        raise InputError(
-            f"{folder / 'config.json'}: model_type is {fields.get('model_type')!r}, not 'internvl_chat', the authors' "
-            "layout: checkpoints converted for transformers load with its from_pretrained()."
-        )
+    folder = local_folder(folder, **hub)
+    fields = read_config(folder)
     llm = (fields.get("llm_config", {}).get("architectures") or [""])[0]
     if llm not in _TEXT_TYPES:
         raise UnsupportedModelError(
@@ -101,7 +105,38 @@ def load_internvl(folder: str | Path) -> InternVLForConditionalGeneration:
     model: Any = InternVLForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    _end_at(model.generation_config, _token_id(folder, _END))
     return model.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of config.json, in the authors' layout.
+
+    Raises:
+        InputError: There is none, or it is of another layout.
+    """
+    fields = _read_json(folder / "config.json")
+    if fields.get("model_type") != "internvl_chat" or not isinstance(fields.get("llm_config"), dict):
+        raise InputError(
+            f"{folder / 'config.json'}: model_type is {fields.get('model_type')!r}, not 'internvl_chat', the authors' "
+            "layout: checkpoints converted for transformers load with its from_pretrained()."
+        )
+    return fields
+
+
+def tokens_per_tile(fields: dict[str, Any]) -> int:
+    """Visual tokens of a tile, of a config.json."""
+    vision = fields.get("vision_config", {})
+    side = vision.get("image_size", 224) // vision.get("patch_size", 14)
+    return int(side**2 * fields.get("downsample_ratio", 0.5) ** 2)
+
+
+def _end_at(generation_config: Any, token: int | None) -> None:
+    """Let answers end at a token, too: the authors' chat() asks for it, whatever the files say."""
+    ends = generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if token is not None and token not in ends:
+        generation_config.eos_token_id = [*ends, token]
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -154,7 +189,7 @@ def _config(folder: Path, fields: dict[str, Any], llm: str) -> InternVLConfig:
         ),
         text_config=AutoConfig.for_model(_TEXT_TYPES[llm], **text, use_cache=True),
         image_token_id=_image_token_id(folder),
-        image_seq_length=int((image_size // patch) ** 2 * ratio**2),
+        image_seq_length=tokens_per_tile(fields),
         downsample_ratio=ratio,
         projector_hidden_act="gelu",
         vision_feature_layer=fields.get("select_layer", -1),
@@ -163,20 +198,27 @@ def _config(folder: Path, fields: dict[str, Any], llm: str) -> InternVLConfig:
 
 
 def _image_token_id(folder: Path) -> int:
-    """The id of ``<IMG_CONTEXT>``, which stands in one of the tokenizer's files."""
+    found = _token_id(folder, IMAGE_TOKEN)
+    if found is None:
+        raise InputError(f"{folder}: no tokenizer file says which id {IMAGE_TOKEN} has: copy the whole checkpoint.")
+    return found
+
+
+def _token_id(folder: Path, wanted: str) -> int | None:
+    """The id of an added token, which stands in one of the tokenizer's files; None if it does not."""
     for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             continue
         content = _read_json(folder / name)
-        if isinstance(token := content.get(IMAGE_TOKEN), int):
+        if isinstance(token := content.get(wanted), int):
             return token
         decoder = content.get("added_tokens_decoder", {})
         known = [(int(token), added) for token, added in decoder.items()]
         known += [(added["id"], added) for added in content.get("added_tokens", [])]
         for token, added in known:
-            if added["content"] == IMAGE_TOKEN:
+            if added["content"] == wanted:
                 return token
-    raise InputError(f"{folder}: no tokenizer file says which id {IMAGE_TOKEN} has: copy the whole checkpoint.")
+    return None
 
 
 def _expected(config: InternVLConfig) -> dict[str, torch.Size]:

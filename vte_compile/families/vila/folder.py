@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
 from vte_compile.errors import InputError
+from vte_compile.families.local_folder import local_folder
 
 LLM, VISION_TOWER, MM_PROJECTOR = "llm", "vision_tower", "mm_projector"
 """The folders of a checkpoint."""
@@ -23,12 +22,7 @@ def checkpoint_folder(name: Any, **hub: Any) -> Path:
     Raises:
         InputError: There is no such folder, and no such repository on the hub.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(name), **hub))
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise InputError(f"{name}: no such folder, and no such model on the hub: {error}") from error
+    folder = local_folder(name, **hub)
     return folder / "model" if (folder / "model").is_dir() else folder
 
 
