@@ -83,7 +83,23 @@ def convert(
     assert program is not None
     if operators.fuses_norms:
         rms_normalization.fuse_rms_normalization(program.model)
+        _normalize_in_one_type(program.model)
     return program.model
+
+
+def _normalize_in_one_type(model: ir.Model) -> None:
+    """ONNX Runtime takes values of the weight's type only, where a norm multiplies in float32 (Gemma in float16)."""
+    for node in model.graph:
+        if node.op_type != "RMSNormalization":
+            continue
+        values, weight = node.inputs
+        assert values is not None
+        assert weight is not None
+        if weight.dtype is not None and values.dtype != weight.dtype:
+            cast = ir.node("Cast", [values], {"to": int(weight.dtype)})
+            cast.outputs[0].name, cast.outputs[0].dtype = f"{values.name}_{weight.name}", weight.dtype
+            model.graph.insert_before(node, cast)
+            node.replace_input_with(0, cast.outputs[0])
 
 
 _registry = functools.cache(ONNXRegistry.from_torchlib)

@@ -32,6 +32,7 @@ from vte_compile.errors import EngineError, InputError, UnsupportedModelError
 from vte_compile.export import ort_target
 from vte_compile.export.folder import read_manifest
 from vte_compile.export.onnx_manifest import OnnxManifest
+from vte_compile.export.onnx_pieces import check, convert
 
 STATIC = StaticRouter((0.3, 0.7))
 PLANS = {
@@ -130,6 +131,20 @@ def test_other_decoders(name: str, tmp_path: Path) -> None:
     embeds, visual, real = chunk("tvvvvttt", "tttt....")
     want, got = Oracle(model, parts)(embeds, visual, real), SingleGraph(tmp_path / "engine").run(embeds, visual, real)
     close(got["logits"][:, 0], last(want.logits, real))
+
+
+def test_norms_that_multiply_in_float32() -> None:
+    """Gemma's, in float16: values and weights of an operator are of one type in ONNX Runtime."""
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor]:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return ((wide * (1.0 + weight.float())).type_as(x),)
+
+    values = [torch.randn(3, 5, 8).half(), torch.randn(8).half()]
+    model = convert(norm, values, [{0, 1}, set()], ["normed"])
+    assert [node.op_type for node in model.graph].count("RMSNormalization") == 1
+    check(model, norm, [torch.randn(1, 2, 8).half(), values[1]])
 
 
 @pytest.mark.thorough
