@@ -60,8 +60,6 @@ def why_empty(family: str, column: str) -> str:
         return "a language model alone: pass `visual_mask`"
     if family in CO_ATTENTION and column != "ONNX Runtime":
         return "no decoder: no token leaves, nothing is generated"
-    if column == "skips" and family in ("paligemma2", "gemma2", "gemma3", "llava_mixtral", "mixtral"):
-        return "adapters cannot fold into blocks with extra norms, or into experts: refused; without adapters: no test"
     if column == "videos":
         return "frames are images to the model" if family == "smolvlm" else "the family has none"
     if column in ('backend="vte"', "ONNX Runtime") and family in ("paligemma2", "gemma2"):

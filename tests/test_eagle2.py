@@ -220,6 +220,20 @@ def test_generated_tokens_are_the_oracles(name: str, exits: str) -> None:
     assert tokens.exit_layer.tolist() == want.exit_layer.tolist()
 
 
+@pytest.mark.shows("second turn", "eagle2")
+def test_second_turn() -> None:
+    """It brings a picture of its own, whose tokens leave, too."""
+    (model, processor), fast = loaded(QWEN2), optimized(QWEN2, "middle")
+    first, second = (processor(pictures()[i], f"what <image-1> {text}") for i, text in enumerate(("is this", "this")))
+    out = fast(**second, past_key_values=fast(**first).past_key_values)
+    oracle = Oracle(model, plan(*EXITS["middle"]))
+    known = oracle.forward(*oracle_inputs(model, first)).cache
+    want = oracle.forward(*oracle_inputs(model, second), cache=known)
+    assert out.exit_layer.tolist() == want.exit_layer.tolist() == [1]
+    assert_relative(out.logits, want.logits)
+    assert out.past_key_values.lengths.T.tolist() == want.cache.lengths()
+
+
 @pytest.mark.parametrize("name", OPTIMIZED)
 def test_without_exits_equals_the_model(name: str) -> None:
     model, fast, inputs = loaded(name)[0], optimized(name), mixed_rows(name)

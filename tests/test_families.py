@@ -55,6 +55,7 @@ PROMPTS = {
 }
 NO_ADAPTERS = ("paligemma2", "gemma3", "llava_mixtral")
 """Families with extra norms in their blocks, or experts: adapters are refused there."""
+WITHOUT_ADAPTERS = "without adapters: those cannot fold into blocks with extra norms, or into experts, and are refused"
 VIDEO = ("llava_onevision", *MROPE)
 ALL = (*FAMILIES, *FURTHER)
 GREEDY = dict(do_sample=False, max_new_tokens=16)
@@ -245,7 +246,11 @@ def test_embed_is_the_models_own(name):
 
 @pytest.mark.parametrize("images", [0, 1], ids=["text", "image"])
 @pytest.mark.shows("second turn")
-@pytest.mark.parametrize("name", [*FAMILIES, "idefics3", "gemma3"])
+@pytest.mark.parametrize(
+    "name",
+    # (PaliGemma's turns are no parts of one prompt: tests/test_token_blocks.py.)
+    [*FAMILIES, "idefics3", "gemma3", *map(thorough, ("vipllava", "mistral3", "smolvlm", "llava_mixtral"))],
+)
 def test_second_turn(name, images):
     """Without exits it is the rest of one long prompt, new images included; with exits it is the oracle's."""
     first, second = family_inputs(name, images=1), family_inputs(name, images=images, seed=1)
@@ -392,6 +397,25 @@ def test_skips_and_adapters(name):
     out, oracle = fast(**inputs), Oracle(shared_family(name), plan(*parts))
     prompt = handed_over(name, inputs)
     assert_same(out, oracle.forward(**prompt))
+    tokens = fast.generate(**inputs, do_sample=False, max_new_tokens=6)
+    assert tokens[:, -6:].tolist() == oracle.generate(**prompt, max_new_tokens=6).tokens
+
+
+@pytest.mark.parametrize("name", ["gemma3", thorough("llava_mixtral")])
+@pytest.mark.shows("skips")
+def test_skips_without_adapters(name, record_property):
+    """Against a model whose attentions there give zeros, since the oracle cannot take Gemma3's blocks apart."""
+    record_property("note", WITHOUT_ADAPTERS)
+    skipped, silent = (0, 3), tiny_family(name)
+    for layer in skipped:
+        torch.nn.init.zeros_(find_decoder(silent).layers[layer].self_attn.o_proj.weight)
+    inputs = family_inputs(name, images=[2, 0, 1])
+    fast = optimize(tiny_family(name), plan(StaticExit(1), *map(SkippedAttention, skipped)), compile=False)
+    out, oracle, prompt = fast(**inputs), Oracle(silent, plan(StaticExit(1))), handed_over(name, inputs)
+    want = oracle.forward(**prompt)
+    assert out.exit_layer.tolist() == want.exit_layer.tolist() == [1, -1, 1]
+    assert_relative(out.logits, want.logits)
+    assert [layer.is_initialized for layer in out.past_key_values.layers] == [False, True, True, False]
     tokens = fast.generate(**inputs, do_sample=False, max_new_tokens=6)
     assert tokens[:, -6:].tolist() == oracle.generate(**prompt, max_new_tokens=6).tokens
 

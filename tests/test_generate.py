@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from marks import thorough
 from tiny_models import (
     IMAGE,
     LAYERS,
@@ -98,7 +99,13 @@ def test_text_only_equals_the_model_whatever_the_plan(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "exits"), [*[(name, exits) for name in ("llama", "llava") for exits in PLANS], ("qwen2", "gates")]
+    ("name", "exits"),
+    [
+        *[(name, exits) for name in ("llama", "llava") for exits in PLANS],
+        ("qwen2", "gates"),
+        thorough("mistral", "gates"),
+        thorough("gemma", "gates"),
+    ],
 )
 @pytest.mark.shows("generate")
 def test_greedy_equals_the_oracle(name, exits):

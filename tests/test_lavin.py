@@ -28,6 +28,7 @@ from tiny_models import DATA, NEVER, assert_close, assert_relative, one_thread, 
 
 from vte_compile import GateExit, Oracle, Plan, StaticExit, optimize
 from vte_compile.adapters import StaticRouter
+from vte_compile.dynamo.decoder_call import exit_layers
 from vte_compile.errors import InputError, PlanError, PlanMismatchError, UnsupportedModelError
 from vte_compile.families.cache_name import cache_name, cache_of
 from vte_compile.families.lavin import (
@@ -255,6 +256,42 @@ def test_optimized_model_gives_the_oracles_numbers_and_tokens(eas: bool, exits: 
     assert tokens.exit_layer.tolist() == [layer, layer]
     answers = oracle.generate(embeds, visual, given["attention_mask"], max_new_tokens=16)
     assert tokens[:, given["input_ids"].shape[1] :].tolist() == answers.tokens
+
+
+def with_exit(layer: int) -> Plan:
+    return Plan(exits=[StaticExit(layer)], adapters=adapters().adapters)
+
+
+@pytest.mark.shows("second turn", "lavin")
+def test_second_turn() -> None:
+    """Of text, and one with an image of its own, whose tokens leave, too."""
+    model, plan = loaded()[0], with_exit(1)
+    fast, oracle = optimize(traced(), plan), Oracle(model, plan)
+    cache, known = {}, None
+    for row, layer in (("ttitt", 1), ("ttt", -1), ("titt", 1)):
+        given = inputs(row)
+        with torch.no_grad():
+            out = fast(**given, **cache)
+        want = oracle.forward(*embed(model, given["input_ids"], given.get("pixel_values")), cache=known)
+        assert out.exit_layer.tolist() == want.exit_layer.tolist() == [layer]
+        assert_close(out.logits, want.logits, 1e-4)
+        cache, known = {cache_name(fast): cache_of(out)}, want.cache
+
+
+@pytest.mark.thorough
+@pytest.mark.shows('backend="vte"', "lavin")
+def test_backend() -> None:
+    """The same through torch.compile(backend="vte"), with LaVIN's adapters."""
+    torch._dynamo.reset()
+    model, plan = load_lavin(llama(), clip(), loaded()[1]), with_exit(1)
+    given = inputs(*PROMPTS)
+    embeds, visual = embed(model, given["input_ids"], given["pixel_values"])
+    want = Oracle(model, plan).generate(embeds, visual, given["attention_mask"], max_new_tokens=6)
+    model.forward = torch.compile(model.forward, backend="vte", options={"plan": plan, "compile": False})
+    out = model.generate(**given, do_sample=False, max_new_tokens=6, eos_token_id=-1, return_dict_in_generate=True)
+    assert out.sequences[:, -6:].tolist() == want.tokens
+    assert exit_layers(cache_of(out)).tolist() == [1, 1]
+    torch._dynamo.reset()
 
 
 def test_text_only_and_rows_of_both_kinds() -> None:

@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 from marks import thorough
+from test_families import WITHOUT_ADAPTERS
 from tiny_models import (
     LAYERS,
     NEVER,
@@ -87,8 +88,10 @@ def test_generate_without_exits_equals_the_model(name):
         assert torch.equal(optimized(name).generate(ids, **GREEDY), mixture(name).generate(ids, **GREEDY))
 
 
-def test_experts_in_a_loop():
+@pytest.mark.shows("skips", "mixtral")
+def test_experts_in_a_loop(record_property):
     """The model's own loop over experts cannot be traced; its config stays as it was. An attention is skipped, too."""
+    record_property("note", WITHOUT_ADAPTERS)
     model = MixtralForCausalLM(copy.deepcopy(mixture("mixtral").config))
     model.load_state_dict(mixture("mixtral").state_dict())
     model.config._experts_implementation = "eager"

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from marks import thorough
 from tiny_models import (
     LAYERS,
     NEVER,
@@ -18,6 +19,7 @@ from tiny_models import (
     one_thread,  # noqa: F401
     optimized,
     plan,
+    random_adapter,
     shared_model,
     tiny,
     tiny_llava,
@@ -26,10 +28,12 @@ from torch import nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from vte_compile import Oracle, Plan, StaticExit, optimize
+from vte_compile.adapters import PIA, PlainAdapter
 from vte_compile.errors import InputError
 from vte_compile.fingerprint import Fingerprint
 from vte_compile.optimized_model import CausalLMOutputWithExit, OptimizedModel
 from vte_compile.oracle import embed
+from vte_compile.plan import KeptAdapter, SkippedAttention
 
 FORCED = {
     "never": [gate(i, NEVER) for i in range(LAYERS)],
@@ -142,6 +146,22 @@ def test_other_families_equal_the_oracle(name, exits):
     assert out.exit_layer.tolist() == want.exit_layer.tolist()
     assert_relative(out.logits, want.logits)
     assert_cache(out.past_key_values, want.cache)
+
+
+@pytest.mark.parametrize("name", ["gemma", *map(thorough, ("llama", "mistral", "qwen2"))])
+@pytest.mark.shows("skips")
+def test_skips_equal_the_oracle(name):
+    """With adapters and without, beside an exit; then a decode step. Gemma's norms multiply by 1 + weight."""
+    skips = SkippedAttention(0, random_adapter(PIA, 1)), SkippedAttention(3)
+    parts = [*skips, KeptAdapter(2, random_adapter(PlainAdapter, 2)), StaticExit(1)]
+    args, token = chunk("..vvtttt", "ttvvvttt", "tttttttt", seed=1), chunk("t", "t", "t", seed=2)[0]
+    fast, oracle = optimize(shared_model(name), plan(*parts), compile=False), Oracle(shared_model(name), plan(*parts))
+    out = fast(**dict(zip(("inputs_embeds", "visual_mask", "attention_mask"), args, strict=True)))
+    want = oracle.forward(*args)
+    assert out.exit_layer.tolist() == want.exit_layer.tolist() == [1, 1, -1]
+    assert_relative(out.logits, want.logits)
+    out = fast(inputs_embeds=token, past_key_values=out.past_key_values, visual_mask=None)
+    assert_relative(out.logits, oracle.forward(token, cache=want.cache).logits)
 
 
 def test_visual_mask_beside_input_ids():

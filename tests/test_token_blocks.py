@@ -58,6 +58,7 @@ def test_masks_of_no_blocks():
 
 
 @pytest.mark.parametrize("images", [0, 1], ids=["text", "image"])
+@pytest.mark.shows("second turn", "paligemma")
 def test_second_turn_of_a_prefix(images):
     """Text of a later turn is causal, one with an image sees itself in both directions: the model's own doing."""
     name = "paligemma"

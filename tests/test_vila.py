@@ -403,6 +403,20 @@ def test_generate_equals_the_oracle(name: str, exits: str) -> None:
     assert tokens.exit_layer.tolist() == want.exit_layer.tolist()
 
 
+@pytest.mark.shows("second turn", "vila")
+def test_second_turn() -> None:
+    """It brings a picture of its own, whose tokens leave, too."""
+    (model, processor), fast = loaded(SIGLIP), optimized(SIGLIP, "middle")
+    first, second = (processor(pictures()[i : i + 1], ["what <image> is this"[i:]]) for i in range(2))
+    out = fast(**second, past_key_values=fast(**first).past_key_values)
+    oracle = Oracle(model, plan(*EXITS["middle"]))
+    known = oracle.forward(*oracle_inputs(model, first)).cache
+    want = oracle.forward(*oracle_inputs(model, second), cache=known)
+    assert out.exit_layer.tolist() == want.exit_layer.tolist() == [1]
+    assert_relative(out.logits, want.logits)
+    assert out.past_key_values.lengths.T.tolist() == want.cache.lengths()
+
+
 def test_text_alone_equals_the_model() -> None:
     model, processor = loaded(TILED)
     inputs = processor(None, ["what is", "this"])

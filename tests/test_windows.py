@@ -22,6 +22,7 @@ WINDOWS = {
 
 @pytest.mark.shows("exits")
 @pytest.mark.parametrize("name", list(WINDOWS))
+@pytest.mark.shows("second turn")
 def test_equals_the_oracle(name):
     """Rows that exit and one of text, padded; a further turn with an image, and a decode step."""
     model = tiny(name, **WINDOWS[name])
@@ -68,7 +69,7 @@ def test_a_token_sees_the_last_columns(window):
 
 
 def test_where_windows_are_not_taken():
-    """AOTInductor's engines and tuning would attend to all tokens."""
+    """AOTInductor's engines would attend to all tokens."""
     model = tiny("qwen2", **WINDOWS["qwen2"])
     message = r"^Qwen2Model: decoder layer 1 uses sliding_attention: only vte_compile.optimize\(\), backend='vte', ONNX"
     with pytest.raises(UnsupportedModelError, match=message):
