@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_QUERIES = 256
+"""Whose scores, where they are capped, are in memory at a time."""
+
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, softcap: float = 0.0
@@ -32,6 +35,13 @@ def attend(
     if not softcap:
         grouped = heads != kv_heads
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    if tokens > _QUERIES:
+        masks = None if mask is None else mask.broadcast_to(*mask.shape[:-2], tokens, columns).split(_QUERIES, -2)
+        parts = [
+            attend(part, key, value, None if masks is None else masks[i], scale, softcap)
+            for i, part in enumerate(query.split(_QUERIES, 2))
+        ]
+        return torch.cat(parts, 2)
     # In the order and precision of transformers' eager attention; heads of a group are rows of their key/value head.
     scores = query.reshape(batch, kv_heads, -1, size) @ key.mT
     scores.mul_(size**-0.5 if scale is None else scale).div_(softcap).tanh_().mul_(softcap)

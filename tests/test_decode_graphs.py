@@ -231,6 +231,8 @@ def test_the_switch(fast, model):
     assert optimize(off, Plan())._vte_runner.cuda_graphs is False
     with pytest.raises(InputError, match="cuda_graphs: a new plan cannot change that"):
         optimize(off, Plan(), cuda_graphs=True)
+    with pytest.raises(InputError, match="cuda_graphs=True: its engines are not known to be recordable"):
+        optimize(model, EXITS, backend="tensorrt", cuda_graphs=True)
     runner.cuda_graphs = None  # by the device, which is a CPU
     assert (runner.decode_graphs(program) is None) == (not torch.cuda.is_available())
     runner.cuda_graphs, runner.fuse_attention = True, False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.cache_name import CACHE, cache_of
 from vte_compile.families.decoder import describe
 from vte_compile.families.refusals import refuse_more_than_causal
-from vte_compile.families.token_blocks import allowed, blocks_of, continued_inputs
+from vte_compile.families.token_blocks import allowed, blocks_of, continued_inputs, masks_of
 
 CPU = torch.device("cpu")
 
@@ -40,6 +41,25 @@ def test_mask_of_blocks_and_back(blocks, past):
     assert torch.equal(allowed(found, past + len(blocks)), mask)
     additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     assert torch.equal(blocks_of({"full_attention": additive}, 2, len(blocks), -1, CPU), found.expand(2, -1))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_masks_as_decoders_take_them(implementation):
+    """A window limits what is before a token, not its block; eager attention adds masks to scores."""
+    config = SimpleNamespace(_attn_implementation=implementation, sliding_window=2)
+    blocks = torch.tensor([[-1, 0, 0, 0, -1, -1]])
+    whole = masks_of(blocks, config)
+    config.layer_types = ["sliding_attention", "full_attention"]
+    masks = masks_of(blocks, config)
+    assert torch.equal(masks["full_attention"], whole)
+    assert whole.dtype == (torch.bool if implementation == "sdpa" else torch.float32)
+    for mask, window in ((whole, 6), (masks["sliding_attention"], 2)):
+        seen = mask if implementation == "sdpa" else mask == 0
+        assert seen.shape == (1, 1, 6, 6)
+        assert seen[0, 0].tolist() == [
+            [i - window < j <= i or (i in (1, 2, 3) and j in (1, 2, 3)) for j in range(6)] for i in range(6)
+        ]
+    assert implementation == "sdpa" or (whole[0, 0, 0, 1] == -torch.inf)
 
 
 def test_masks_of_no_blocks():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
-from vte_compile.kernels.causal_attention import attend_causally, causal_attention
+from vte_compile.kernels.causal_attention import attend, attend_causally, causal_attention
 
 
 def inputs(tokens=5, columns=9, heads=6, kv_heads=2, size=8, value_size=8, dtype=torch.float32):
@@ -57,6 +59,20 @@ def test_against_naive(case, window, softcap, scale):
         assert output.transpose(1, 2).is_contiguous()
         want = naive(*given, seen, scale, window, softcap)
         torch.testing.assert_close(output.double(), want, rtol=tolerance, atol=tolerance)
+
+
+def test_capped_scores_of_some_queries_at_a_time(monkeypatch):
+    given = inputs(columns=9)
+    beside = torch.rand(1, 1, 5, 9, generator=torch.Generator().manual_seed(1)) < 0.4
+    for seen in (None, beside):
+        whole = causal_attention(*given, seen, None, 4, 0.7)
+        monkeypatch.setattr(sys.modules[attend.__module__], "_QUERIES", 2)
+        torch.testing.assert_close(causal_attention(*given, seen, None, 4, 0.7), whole)
+        monkeypatch.undo()
+    one = torch.ones(1, 1, 1, 9, dtype=torch.bool)  # for all queries
+    whole = attend(*given, one, None, 0.7)
+    monkeypatch.setattr(sys.modules[attend.__module__], "_QUERIES", 2)
+    torch.testing.assert_close(attend(*given, one, None, 0.7), whole)
 
 
 def test_inputs_stay_as_they_are():

@@ -235,9 +235,11 @@ def test_refusals():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (700, 0.0), (0, 2.0), (700, 2.0)])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_op_on_a_gpu(dtype):
+def test_op_on_a_gpu(dtype, window, softcap):
     arguments = placed(case([3000, 124, 1, 641], dtype=dtype, heads=8, size=128))
-    expected = reference(*wider(arguments), 3000, 0.1, 0, 0.0)
-    error = (decode_attention(*arguments, 3000, 0.1, 0, 0.0).double() - expected).abs().max() / expected.abs().max()
+    settings = (3000, 0.1, window, softcap)
+    expected = reference(*wider(arguments), *settings)
+    error = (decode_attention(*arguments, *settings).double() - expected).abs().max() / expected.abs().max()
     assert float(error) < TOLERANCE[dtype]

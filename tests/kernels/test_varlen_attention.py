@@ -215,8 +215,9 @@ def test_refusals():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (200, 0.0), (0, 2.0), (200, 2.0)])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_op_on_a_gpu(dtype):
+def test_op_on_a_gpu(dtype, window, softcap):
     arguments = [x.cuda() for x in case([700, 124, 1], [0, 576, 699], dtype=dtype, heads=8, kv_heads=2, size=128)]
-    expected = reference(*wider(arguments), 0.1, 0, 0.0)
-    assert relative_error(varlen_attention(*arguments, 700, 0.1, 0, 0.0), expected) < TOLERANCE[dtype]
+    expected = reference(*wider(arguments), 0.1, window, softcap)
+    assert relative_error(varlen_attention(*arguments, 700, 0.1, window, softcap), expected) < TOLERANCE[dtype]
