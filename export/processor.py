@@ -1,7 +1,7 @@
 """Text and pictures as an engine takes them, from the files that transformers' ``processor.save_pretrained`` wrote.
 
-LLaVA's and Qwen2-VL's processors and language models' tokenizers are done here, with tokenizers, jinja2, Pillow and
-numpy. Others are left to transformers, where it is installed.
+The processors of LLaVA, LLaVA-NeXT, LLaVA-OneVision and Qwen2-VL and language models' tokenizers are done here, with
+tokenizers, jinja2, Pillow and numpy. Others are left to transformers, where it is installed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ from vte_compile.errors import EngineError, InputError
 from vte_compile.export.chat_template import ChatTemplate
 from vte_compile.export.image_processor import Array, ImageProcessor, NotKnownError, open_picture
 from vte_compile.export.patch_processor import PatchProcessor
+from vte_compile.export.tile_processor import TileProcessor
 
 _LOGGER = logging.getLogger(__name__)
 _OF_PATCHES, _PATCH_TOKEN = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"), "<|image_pad|>"
-_KNOWN = ("LlavaProcessor", *_OF_PATCHES)
+_KNOWN: dict[str, type[ImageProcessor | PatchProcessor | TileProcessor]] = {
+    "LlavaProcessor": ImageProcessor,
+    **dict.fromkeys(_OF_PATCHES, PatchProcessor),
+    **dict.fromkeys(("LlavaNextProcessor", "LlavaOnevisionProcessor"), TileProcessor),
+}
 _OF_IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images", "pixel_attention_mask")
 """What a processor of transformers gives of images, and an engine takes."""
 TOKENIZERS = ("tokenizer.json", "llm/tokenizer.json")
@@ -65,7 +70,7 @@ class Processor:
         kind, _ = _image_config(folder)
         default = _PATCH_TOKEN if kind in _OF_PATCHES else "<image>"
         self._image_token = self._special.get("image_token") or config.get("image_token") or default
-        self._images: ImageProcessor | PatchProcessor | _FromTransformers | None = None
+        self._images: ImageProcessor | PatchProcessor | TileProcessor | _FromTransformers | None = None
         source = _template_source(file.parent, tokenizer_config)
         self._template = None if source is None else ChatTemplate(source, self._special)
 
@@ -171,12 +176,12 @@ class _FromTransformers:
         return Prompt(made["input_ids"][0].tolist(), features, images.get("image_grid_thw"))
 
 
-def _image_side(folder: Path) -> ImageProcessor | PatchProcessor | _FromTransformers:
+def _image_side(folder: Path) -> ImageProcessor | PatchProcessor | TileProcessor | _FromTransformers:
     kind, images = _image_config(folder)
     try:
         if kind not in _KNOWN:
             raise NotKnownError(f"processor_class {kind!r}")
-        return (PatchProcessor if kind in _OF_PATCHES else ImageProcessor).from_config(images)
+        return _KNOWN[kind].from_config(images)
     except NotKnownError as error:
         return _FromTransformers(folder, str(error))
 
