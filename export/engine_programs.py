@@ -10,6 +10,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
+import vte_compile.kernels.packed_attention  # noqa: F401  (packages of pieces call it by name)
 from vte_compile.export import aoti
 from vte_compile.export.folder import check_files
 from vte_compile.export.manifest import AttendCall, ExitCall, Manifest, PhaseSteps, PieceCall
@@ -95,6 +96,10 @@ class EngineRunner(RowRunner):
         rows = loaded.manifest.model.position_rows
         super().__init__(exits, loaded.manifest.routed, decodes_one_row_apart=False, position_rows=rows)
         self._programs = loaded.programs
+
+    def packed_program(self, last: bool) -> StepProgram | None:
+        """Of prompts at once, with the logits of each row's last token."""
+        return self._programs.get("packed")
 
     def program(
         self, phase: Phase, *, batched: bool = False, last: bool = True, one_prompt: bool = True

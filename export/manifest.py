@@ -73,7 +73,8 @@ class AttendCall:
 
 @dataclass(frozen=True)
 class PhaseSteps:
-    """One phase: prefill, extend (a row's chunk that continues its cache) or decode (one token of each row)."""
+    """One phase: prefill, packed (prompts at once), extend (a row's chunk that continues its cache) or decode (one
+    token of each row)."""
 
     inputs: list[str]
     steps: list[PieceCall | ExitCall | AttendCall]

@@ -6,7 +6,7 @@ The same for every target. Equal pieces are one; weights are inputs of pieces, a
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from vte_compile.export.manifest import AttendCall, ExitCall, GateWeights, Model
 from vte_compile.export.vision import image_encoder
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.passes.lower_piecewise import AttendPoint, ExitPoint, Piece, PiecewiseGraph, structure_key
+from vte_compile.runtime.verify import packed_inputs
 
 logger = logging.getLogger(__name__)
 _PHASES = (("prefill", False), ("extend", False), ("decode", True))
@@ -90,6 +91,9 @@ def stage(fast: Any) -> Staged:
     for phase, batched in _PHASES:
         lowered = runner.lowered(phase, batched=batched)
         staged.phases[phase] = _phase(staged, phase, lowered)
+    if (packed := runner.lowered_packed()) is not None:
+        # Where rows end are numbers that have to fit together.
+        staged.phases["packed"] = _phase(staged, "packed", packed, packed_inputs(fast._vte_spec, packed))
     staged.embedding = staged.add_weight("embed_tokens.weight", embedding_table(fast))
     if fast._vte_spec.is_multimodal:
         _add_vision(staged, fast)
@@ -173,22 +177,26 @@ def embedding_table(fast: Any) -> Tensor:
     return table
 
 
-def _phase(staged: Staged, phase: str, lowered: PiecewiseGraph) -> PhaseSteps:
-    steps = [_call(staged, f"{phase}_{i}", step) for i, step in enumerate(lowered.steps)]
+def _phase(
+    staged: Staged, phase: str, lowered: PiecewiseGraph, tried: Mapping[str, list[list[Tensor]]] | None = None
+) -> PhaseSteps:
+    steps = [_call(staged, f"{phase}_{i}", step, tried or {}) for i, step in enumerate(lowered.steps)]
     return PhaseSteps(lowered.inputs, steps, lowered.outputs, lowered.kv, lowered.prompt_state)
 
 
-def _call(staged: Staged, name: str, step: Piece | ExitPoint | AttendPoint) -> PieceCall | ExitCall | AttendCall:
+def _call(
+    staged: Staged, name: str, step: Piece | ExitPoint | AttendPoint, tried: Mapping[str, list[list[Tensor]]]
+) -> PieceCall | ExitCall | AttendCall:
     if isinstance(step, Piece):
-        return _piece_call(staged, name, step)
+        return _piece_call(staged, name, step, tried.get(step.key, [])[:1])
     if isinstance(step, AttendPoint):
         assert step.kind == "append"  # engines attend with torch's own attention
         return AttendCall(step.inputs, step.outputs, step.scale)
     return _exit_call(staged, step)
 
 
-def _piece_call(staged: Staged, name: str, piece: Piece) -> PieceCall:
-    known = staged.add_piece(StagedPiece(name, piece.module, piece.key, piece.examples))
+def _piece_call(staged: Staged, name: str, piece: Piece, tried: list[list[Tensor]]) -> PieceCall:
+    known = staged.add_piece(StagedPiece(name, piece.module, piece.key, piece.examples, tried))
     named = zip(piece.weights, piece.parameters, strict=True)
     weights = [staged.add_weight(weight, read()) for weight, read in named]
     return PieceCall(known, piece.inputs, weights, piece.outputs)

@@ -34,7 +34,7 @@ from vte_compile import SkippedAttention, StaticExit, load_engine, optimize
 from vte_compile.adapters import PIA
 from vte_compile.errors import EngineError, InputError
 from vte_compile.export import aoti_target
-from vte_compile.export.manifest import MANIFEST, ExitCall, Manifest, PieceCall, decode, encode
+from vte_compile.export.manifest import MANIFEST, SCHEMA_VERSION, ExitCall, Manifest, PieceCall, decode, encode
 from vte_compile.runtime.inductor import missing_compiler
 
 _MISSING = missing_compiler(torch.device("cpu"))
@@ -94,6 +94,28 @@ def test_llava_prompts_and_answers(llava) -> None:
         assert answer.exit_layer.tolist() == known.exit_layer.tolist()
         seen.update(answer.exit_layer.tolist())
     assert seen == {-1, 0, 2, 3}
+
+
+def test_batches_are_packed(llava, llama, monkeypatch) -> None:
+    """Rows of a batch run at once, and each is what it is alone; with routed adapters, they run one by one."""
+    engine = llava[1]
+    program, seen = engine._loaded.programs["packed"], []
+    run = program.run
+    monkeypatch.setattr(program, "run", lambda inputs, rows: seen.append(list(rows.lengths)) or run(inputs, rows))
+    layouts = (".titt", "tittt", "....tttt", "..itt")
+    ids, pixels, mask = image_prompt(*layouts, seed=2)
+    together = engine.prefill(ids, attention_mask=mask, pixel_values=pixels)
+    [lengths], features = seen, list(engine.encode_images(pixels).split(4))
+    assert lengths == mask.sum(1).tolist()
+    for b, layout in enumerate(layouts):
+        given = [features.pop(0) for _ in range(layout.count("i"))]
+        alone = engine.prefill(ids[b : b + 1, mask[b].bool()], image_features=given or None)
+        close(together.logits[b], alone.logits[0])
+        assert together.exit_layer[b] == alone.exit_layer[0]
+        assert together.cache.lengths[:, b].tolist() == alone.cache.lengths[:, 0].tolist()
+    assert seen == [lengths]
+    assert len(set(together.exit_layer.tolist())) > 1
+    assert "packed" not in llama[1].manifest.phases
 
 
 def test_llava_two_turns(llava) -> None:
@@ -164,7 +186,7 @@ def test_equal_layers_are_one_piece(llava, llama) -> None:
     manifest = llava[1].manifest
     folder = llava[1].folder
     steps = {name: [s for s in p.steps if isinstance(s, PieceCall)] for name, p in manifest.phases.items()}
-    assert [len(s) for s in steps.values()] == [6, 6, 5]
+    assert [len(s) for s in steps.values()] == [6, 6, 5, 6]
     compiled = list((folder / "pieces").glob("*.pt2"))
     assert len(compiled) <= 12
     assert {f"pieces/{file.name}" for file in compiled} < set(manifest.files)
@@ -276,7 +298,7 @@ def test_damaged_manifest(folder: Path) -> None:
         (content[:100], "damaged"),
         ("[]", "not of an engine"),
         (
-            content.replace('"schema_version": 4', '"schema_version": 1'),
+            content.replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 1'),
             "schema_version 1, but this",
         ),
         (content.replace('"threshold": 0.5', '"threshold": 0.4'), "altered"),

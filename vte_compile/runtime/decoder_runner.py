@@ -147,13 +147,27 @@ class DecoderRunner(RowRunner):
         key: _Key = ("packed", False, last, True, self.spec.dtype, self.spec.device)
         if key not in self._unpacked:
             with self._lock:
-                self._unpacked.setdefault(key, self._why_not_packed(key))
+                self._unpacked.setdefault(key, self._why_not_packed(key, self._fuses(key)))
                 if reason := self._unpacked[key]:
                     logger.info("prompts of a batch run one by one: %s", reason)
         return None if self._unpacked[key] else self.program("packed", last=last)
 
-    def _why_not_packed(self, key: _Key) -> str:
-        lowered, results = self._lowered(key, self._fuses(key))
+    def lowered_packed(self) -> PiecewiseGraph | None:
+        """What :meth:`lowered` gives, of a packed prefill; None, with a message to the log, if it cannot be packed.
+
+        Raises:
+            CaptureError: The decoder could not be traced or rewritten.
+            UnsupportedModelError: It takes more than embeddings and positions, which engines do not.
+        """
+        refuse_more_than_causal(self.spec)
+        key: _Key = ("packed", False, True, True, self.spec.dtype, self.spec.device)
+        if reason := self._why_not_packed(key, False):
+            logger.info("export: the engine runs prompts of a batch one by one: %s", reason)
+            return None
+        return self._lowered(key, False)[0]
+
+    def _why_not_packed(self, key: _Key, fuse: bool) -> str:
+        lowered, results = self._lowered(key, fuse)
         for refusal in (r for result in results if result.name == "pack_rows" for r in result.refusals):
             return refusal.reason
         *_, last, one_prompt, dtype, device = key

@@ -14,12 +14,14 @@ from vte_compile.families.deepstack import FEATURES, MASK, spread
 from vte_compile.families.logits import capped
 from vte_compile.families.token_blocks import masks_of, unmasked_block
 from vte_compile.plan import Plan
+from vte_compile.runtime.program import Program
 from vte_compile.runtime.visual_tokens import PackedRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from vte_compile.families.decoder import DecoderSpec
+    from vte_compile.passes.lower_piecewise import Piece, PiecewiseGraph
     from vte_compile.runtime.decoder_runner import DecoderRunner
     from vte_compile.runtime.steps import StepProgram
 
@@ -75,6 +77,34 @@ def packing_error(spec: DecoderSpec, packed: StepProgram, alone: StepProgram) ->
     rows = _rows(spec)
     expected = torch.cat([alone.run(row).logits[0] for row in rows])
     return excess(_run_packed(spec, packed, rows)[0], expected)
+
+
+class _Recorder:
+    """In the place of a compiler: pieces run as they are, and what they take is noted, by key."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, list[list[Tensor]]] = {}
+
+    def steps(self, lowered: PiecewiseGraph) -> list[Any]:
+        """All of them."""
+        return lowered.steps
+
+    def compile_piece(self, piece: Piece, lowered: PiecewiseGraph) -> Callable[..., Any]:
+        """The piece, uncompiled."""
+
+        def run(*values: Tensor) -> Any:
+            self.taken.setdefault(piece.key, []).append([value.clone() for value in values[: len(piece.inputs)]])
+            return piece.module(*values)
+
+        return run
+
+
+@torch.no_grad()
+def packed_inputs(spec: DecoderSpec, lowered: PiecewiseGraph) -> dict[str, list[list[Tensor]]]:
+    """What the pieces of a packed graph take when two short rows run through it: by key, of each of its uses."""
+    recorder: Any = _Recorder()
+    _run_packed(spec, Program(lowered, [], recorder), _rows(spec))
+    return recorder.taken
 
 
 @torch.no_grad()
