@@ -19,7 +19,8 @@ MANIFEST = "manifest.json"
 FORMAT = "vte_compile engine"
 SCHEMA_VERSION = 4
 """2: the attentions of decode steps are steps of their own. 3: positions may be multimodal. 4: an ONNX engine may
-need an ONNX Runtime of some age; decoders may take more of each token (DeepStack, blocks); images may be tiles."""
+need an ONNX Runtime of some age; decoders may take more of each token (DeepStack, blocks); images may be tiles;
+prompts of AOTInductor's engines run packed."""
 _REMEDY = "export the model again, or copy the whole folder again"
 T = TypeVar("T")
 
