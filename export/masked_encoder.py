@@ -34,7 +34,7 @@ class _Encoder(nn.Module):
         self.vision_model, self.connector = merger.vision_model, merger.connector
 
     def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor) -> tuple[Tensor]:
-        with _Counting():
+        with _Counting():  # and eager attention, since torch's own asks for NaN under a mask, which TensorRT does not
             seen = self.vision_model(pixel_values=pixel_values, patch_attention_mask=patch_attention_mask)
             return (self.connector(seen.last_hidden_state).flatten(0, -2),)
 
@@ -58,7 +58,7 @@ def masked_encoder(fast: Any, merger: Any, pixels: Tensor) -> EncoderFunction:
         CaptureError: A part does not take what it is given.
     """
     name, patch = type(fast).__name__, int(merger.config.vision_config.patch_size)
-    function, weights = of_module(_Encoder(merger), 2, merger.vision_model.config, "sdpa")
+    function, weights = of_module(_Encoder(merger), 2, merger.vision_model.config, "eager")
     *_, height, width = pixels.shape
     examples = []
     for filled in (width, width // 2):

@@ -50,14 +50,15 @@ def _attention(
     if cu_seq_lens_q is None or cu_seq_lens_q.ndim != 2:
         return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
     windows, heads, size = cu_seq_lens_q, query.shape[1], query.shape[3]
-    index = windows.clamp(min=0).flatten()
+    inside = windows >= 0
+    index = torch.where(inside, windows, 0).flatten()  # TensorRT does not clamp integers
     query, key, value = (
         x[0].index_select(1, index).unflatten(1, windows.shape).transpose(0, 1) for x in (query, key, value)
     )
-    # ONNX Runtime wants a row of the mask for each query.
-    mask = (windows >= 0)[:, None, None].expand(-1, -1, windows.shape[1], -1)
-    given = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    flat = given.transpose(1, 2).reshape(-1, heads, size)
+    scaled = query * (size**-0.5 if scaling is None else scaling)
+    # torch's own attention asks for NaN where there is a mask, which TensorRT does not know.
+    scores = torch.where(inside[:, None, None], scaled @ key.transpose(2, 3), torch.finfo(query.dtype).min)
+    flat = (torch.softmax(scores, dim=-1) @ value).transpose(1, 2).reshape(-1, heads, size)
     return flat.index_select(0, _places.get())[None], None
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vte_compile.errors import CaptureError
 from vte_compile.export.encoder_function import EncoderFunction, of_module
@@ -20,18 +19,6 @@ from vte_compile.export.patch_encoder import WHOLE
 
 _SIZES = ((6, 4), (2, 5), (1, 2))
 """Of images, in units: the traced one, and those that are compared."""
-
-
-class _Reshaping(TorchFunctionMode):
-    """Blocks that stand side by side, by reshaping: of any size, which unfolding is not for all compilers."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.nn.functional.unfold or set(kwargs) != {"kernel_size", "stride"}:
-            return func(*args, **(kwargs or {}))
-        [image], size = args, kwargs["kernel_size"]
-        assert kwargs["stride"] == size
-        blocks = image.unflatten(3, (image.shape[3] // size, size)).unflatten(2, (image.shape[2] // size, size))
-        return blocks.permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(1, 3)
 
 
 class _Encoder(nn.Module):
@@ -45,8 +32,7 @@ class _Encoder(nn.Module):
         seen = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
         features = torch.cat([seen[layer] for layer in layers], dim=-1).squeeze(0)
         height, width = pixel_values.shape[2:]
-        with _Reshaping():
-            return (self.multi_modal_projector(features, [(height, width)]),)
+        return (self.multi_modal_projector(features, [(height, width)]),)
 
 
 def unit_of(merger: Any) -> int | None:

@@ -11,7 +11,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from marks import thorough
+from test_grid_positions import described
 from tiny_families import tiny_family
 from tiny_models import (
     gate,
@@ -29,9 +31,13 @@ from vte_compile.cli import app
 from vte_compile.errors import EngineError
 from vte_compile.export.folder import read_manifest
 from vte_compile.export.manifest import MANIFEST
+from vte_compile.export.onnx_graph import OnnxGraph
+from vte_compile.export.onnx_weights import WeightFiles
+from vte_compile.export.ort_target import write_vision
 from vte_compile.export.tensorrt_build import build_engine, import_tensorrt
-from vte_compile.export.tensorrt_coverage import coverage, refusal
+from vte_compile.export.tensorrt_coverage import coverage, graph_coverage, refusal
 from vte_compile.export.tensorrt_manifest import TensorRTManifest
+from vte_compile.export.tensorrt_ops import TENSORRT
 
 SIZES = {"batch": (1, 2, 4), "prompt": (1, 16, 64), "visual": (1, 8, 32), "columns": (1, 32, 128)}
 pytestmark = pytest.mark.timeout(900)
@@ -54,8 +60,19 @@ def test_all_decoder_nodes_are_in_engines(family: str) -> None:
     assert found.decoder_nodes == found.decoder_placed > 300
     assert [e.layers for e in found.engines if e.layers] == [[0], [1, 2], [3]]
     assert not [e for engine in found.engines for e in engine.exceptions]
-    assert ("image encoder" in found.host) == (family == "qwen2_vl")
+    assert "image encoder" not in found.host
     assert "exit decisions" in found.host
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_5_vl", *map(thorough, ("idefics3", "mistral3", "llava_next"))])
+def test_all_nodes_of_image_encoders_are_in_engines(family: str, tmp_path: Path) -> None:
+    fast = described(family, torch.float32)
+    graph = OnnxGraph("vision", WeightFiles(tmp_path), ir.DataType.FLOAT, operators=TENSORRT)
+    facts, missing = write_vision(graph, fast, tmp_path / "vision.onnx")
+    assert missing is None
+    assert facts.piece == "vision.onnx"
+    assert graph_coverage(tmp_path / "vision.onnx", [], []).exceptions == []
 
 
 def node(kind: str, *inputs: ir.Value, domain: str = "") -> ir.Node:
