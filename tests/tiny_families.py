@@ -188,7 +188,7 @@ def _smolvlm() -> Any:
     return _pixel_shuffled(SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMVisionConfig)
 
 
-def _paligemma(text: Any) -> Any:
+def _paligemma(text: Any, **options: Any) -> Any:
     """Image and prompt, all of type 0, attend to each other in both directions."""
     vision = SiglipVisionConfig(
         **_VISION,
@@ -201,6 +201,7 @@ def _paligemma(text: Any) -> Any:
         text_config=text,
         image_token_index=IMAGE_TOKEN,
         projection_dim=TINY["hidden_size"],
+        **options,
     )
     return PaliGemmaForConditionalGeneration(config)
 
@@ -293,7 +294,9 @@ _BUILDERS = {
     "smolvlm": _smolvlm,
     "llava_mixtral": _llava_mixtral,
     "paligemma": lambda: _paligemma(GemmaConfig(**TINY, head_dim=8)),
-    "paligemma2": lambda: _paligemma(Gemma2Config(**TINY | GEMMA2 | {"sliding_window": 7})),
+    "paligemma2": lambda: _paligemma(
+        Gemma2Config(**TINY | GEMMA2 | {"sliding_window": 7}), attn_implementation=GEMMA2["attn_implementation"]
+    ),
     "gemma3": _gemma3,
 }
 
