@@ -221,7 +221,7 @@ def test_generate(fast, recorder):
             fast(torch.full((2, 1), 7), **{CACHE: chat_cache})
 
 
-def test_the_switch(fast, model):
+def test_the_switch(fast, model, caplog):
     runner = fast._vte_runner
     program = runner.program("decode", batched=True)
     assert runner.decode_graphs(program) is runner.decode_graphs(program) is not None
@@ -238,6 +238,7 @@ def test_the_switch(fast, model):
     runner.cuda_graphs, runner.fuse_attention = True, False
     unfused = optimize(fast, EXITS)._vte_runner
     assert unfused.decode_graphs(unfused.program("decode", batched=True)) is None
+    assert "decode steps run without CUDA graphs: their attention is not fused." in caplog.text
 
 
 @pytest.mark.gpu

@@ -25,6 +25,8 @@ from vte_compile.runtime.steps import StepProgram
 from vte_compile.runtime.verify import excess
 
 logger = logging.getLogger(__name__)
+_one_at_a_time = threading.Lock()
+"""A process may record one graph at a time."""
 _CHECKS = 2
 """Replays that are compared: the recorded step's own, and one with other inputs."""
 
@@ -32,7 +34,7 @@ _CHECKS = 2
 def cuda_graph(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """Record what a function launches, without running it; the result replays it, and gives its one output."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with _one_at_a_time, torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = step()
 
     def replay() -> Tensor:

@@ -70,7 +70,7 @@ class DecoderRunner(RowRunner):
         """Whether attentions are fused, of graphs that were asked for."""
         self._unpacked: dict[_Key, str] = {}
         """Why prompts are not packed; "" if they are."""
-        self._decode_graphs: dict[StepProgram, DecodeGraphs] = {}
+        self._decode_graphs: dict[StepProgram, DecodeGraphs | None] = {}
         self._lock = threading.RLock()
 
     def with_plan(self, plan: Plan, folded: FoldedWeights | None = None) -> DecoderRunner:
@@ -114,11 +114,14 @@ class DecoderRunner(RowRunner):
     def decode_graphs(self, program: StepProgram) -> DecodeGraphs | None:
         """What records and replays the steps of a decode program; None if they run as they are."""
         wanted = self.spec.device.type == "cuda" if self.cuda_graphs is None else self.cuda_graphs
-        if not wanted or not program.takes_ends:
+        if not wanted:
             return None
         with self._lock:
             if program not in self._decode_graphs:
-                self._decode_graphs[program] = DecodeGraphs(program)
+                if not program.takes_ends:
+                    level = logging.WARNING if self.cuda_graphs else logging.INFO
+                    logger.log(level, "decode steps run without CUDA graphs: their attention is not fused.")
+                self._decode_graphs[program] = DecodeGraphs(program) if program.takes_ends else None
             return self._decode_graphs[program]
 
     def lowered(self, phase: Phase, *, batched: bool) -> PiecewiseGraph:
