@@ -8,14 +8,15 @@ import numpy as np
 import torch
 
 from vte_compile.errors import UnsupportedModelError
-from vte_compile.export.token_inputs import PROMPTS, RULES, block_ids
+from vte_compile.export.manifest import BLOCK_RULES, PROMPTS
+from vte_compile.export.token_inputs import block_ids
 from vte_compile.export.vision import example_image, tokens_of_image
 from vte_compile.families.inputs import decoder_inputs
 from vte_compile.families.token_blocks import TYPES, allowed
 
 
 def block_rule(fast: Any) -> str | None:
-    """Which tokens attend to each other in both directions (export/token_inputs.py).
+    """Which tokens attend to each other in both directions, one of BLOCK_RULES.
 
     Args:
         fast: From :func:`vte_compile.optimize`.
@@ -28,7 +29,7 @@ def block_rule(fast: Any) -> str | None:
     """
     if not fast._vte_spec.has_blocks:
         return None
-    reasons = {rule: _difference(fast, rule) for rule in RULES}
+    reasons = {rule: _difference(fast, rule) for rule in BLOCK_RULES}
     if fitting := [rule for rule, reason in reasons.items() if not reason]:
         return fitting[0]
     said = "; ".join(f"by the rule {rule!r} it {reason}" for rule, reason in reasons.items())

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vte_compile.errors import InputError
-from vte_compile.export.manifest import GridFacts, ModelFacts
+from vte_compile.export.manifest import IMAGES, GridFacts, ModelFacts
 
 Array = np.ndarray[Any, Any]
 TEXT, IMAGE, VIDEO = 0, 1, 2
@@ -104,6 +104,7 @@ class Media:
     video_grid_thw: Any = None
     second_per_grid_ts: Any = None
     mm_token_type_ids: Any = None
+    token_type_ids: Any = None
 
     def places(self, facts: ModelFacts, kinds: list[Array]) -> list[Array] | None:
         """Multimodal positions [3, n] of rows of tokens of these kinds; None: they are those of text.
@@ -145,6 +146,29 @@ class Media:
                 "mm_token_type_ids (1 and 2)."
             )
         return np.where(visual, IMAGE if self.video_grid_thw is None else VIDEO, TEXT)
+
+    def check_blocks(self, facts: ModelFacts, placeholders: Array, real: Array) -> None:
+        """Whether the token types that the caller gave make the blocks that the engine makes of token ids.
+
+        Args:
+            facts: Of the model.
+            placeholders: [B, T] bool: tokens of images.
+            real: [B, T] bool: False at padding.
+
+        Raises:
+            InputError: They do not, or the model knows no blocks.
+        """
+        if self.token_type_ids is None:
+            return
+        if facts.blocks is None:
+            raise InputError(f"{facts.name} knows no token_type_ids: leave them out.")
+        given = np.asarray(self.token_type_ids)
+        expected = np.where(placeholders, int(facts.blocks == IMAGES), 0)
+        if given.shape != expected.shape or (given != expected)[real].any():
+            raise InputError(
+                f"token_type_ids: are not those of a prompt ({'1 at images, else 0' if expected.any() else 'all 0'}): "
+                "leave them out, the engine sees in input_ids which tokens attend to later ones."
+            )
 
     def check_types(self, kinds: Array) -> None:
         """Whether the kinds of all tokens [B, T] are those that the caller gave.

@@ -23,6 +23,10 @@ need an ONNX Runtime of some age; decoders may take more of each token (DeepStac
 prompts of AOTInductor's engines run packed."""
 _REMEDY = "export the model again, or copy the whole folder again"
 T = TypeVar("T")
+IMAGES, PROMPTS = "images", "prompts"
+BLOCK_RULES = (IMAGES, PROMPTS)
+"""Which tokens of a chunk attend to each other in both directions: those of each image, side by side; or all, in the
+first chunk of a row and in each of its chunks that has an image."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,7 @@ class ModelFacts:
     deepstack: int = 0
     """Behind how many of the first layers features are added to visual tokens."""
     blocks: str | None = None
-    """Which tokens attend to each other in both directions (export/token_inputs.py); None: all are causal."""
+    """One of BLOCK_RULES; None: all tokens are causal."""
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> ModelFacts:

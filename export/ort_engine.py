@@ -136,6 +136,7 @@ class OnnxEngine:
         batch_num_images: Any = None,
         pixel_attention_mask: Any = None,
         mm_token_type_ids: Any = None,
+        token_type_ids: Any = None,
         cache: OnnxCache | None = None,
         room: int = 0,
     ) -> OnnxOutput:
@@ -167,6 +168,8 @@ class OnnxEngine:
                 SmolVLM, whose pixel_values are [prompts, images, channels, height, width]); None: everywhere.
             mm_token_type_ids: [B, T], as processors give them: 1 at tokens of images, 2 of videos. The engine sees them
                 in ``input_ids``, and compares; with ``inputs_embeds`` it needs them if there are images and videos.
+            token_type_ids: [B, T], as processors of PaliGemma and Gemma3 give them. The engine sees in ``input_ids``
+                which tokens attend to later ones, and compares.
             cache: From an earlier call.
             room: How many tokens will follow in each row: their keys and values get memory now. More than that may
                 follow, but the cache has to move then.
@@ -187,7 +190,7 @@ class OnnxEngine:
             raise InputError("Pass at most one of image_features and pixel_values (pixel_values_videos).")
         if pixels.given:
             image_features = self._parts.encoder(pixels)
-        media = Media(image_grid_thw, video_grid_thw, second_per_grid_ts, mm_token_type_ids)
+        media = Media(image_grid_thw, video_grid_thw, second_per_grid_ts, mm_token_type_ids, token_type_ids)
         chunk = self._parts.inputs.chunk(input_ids, inputs_embeds, image_features, visual_mask, attention_mask, media)
         cache = self._parts.decoder.new_cache(len(chunk.visual)) if cache is None else cache
         logits, exit_layer = self._parts.decoder.run(chunk, cache, room)

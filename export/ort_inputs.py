@@ -166,10 +166,10 @@ class Inputs:
                 raise InputError("inputs_embeds hold the visual features already: leave image_features out.")
             return self._embedded(np.asarray(inputs_embeds), visual_mask, attention_mask, media)
         if _is_ragged(input_ids):
-            if any(mask is not None for mask in (attention_mask, visual_mask, media.mm_token_type_ids)):
+            types = (media.mm_token_type_ids, media.token_type_ids)
+            if any(mask is not None for mask in (attention_mask, visual_mask, *types)):
                 raise InputError(
-                    "input_ids is a list of rows without padding: leave attention_mask, visual_mask and "
-                    "mm_token_type_ids out."
+                    "input_ids is a list of rows without padding: leave attention_mask, visual_mask and types out."
                 )
             rows = [self._checked_ids("input_ids", np.asarray(row)) for row in input_ids]
             visual = [np.isin(row, self._facts.visual_token_ids) for row in rows]
@@ -180,6 +180,7 @@ class Inputs:
         ids = self._checked_ids("input_ids", ids)
         real = _mask("attention_mask", attention_mask, ids.shape, True)
         placeholders = np.isin(ids, self._facts.visual_token_ids)
+        media.check_blocks(self._facts, placeholders, real)
         given = placeholders if visual_mask is None else _visual_mask(visual_mask, ids.shape)
         if (given & ~placeholders & real).any():
             # Which rows of features belong to them would be open.
@@ -233,6 +234,7 @@ class Inputs:
         shape = embeds.shape[:2]
         visual = np.zeros(shape, bool) if visual_mask is None else _visual_mask(visual_mask, shape)
         real = _mask("attention_mask", attention_mask, shape, True)
+        media.check_blocks(facts, visual, real)
         embeds = embeds.astype(self._dtype, copy=False)
         marked = [row[keep] for row, keep in zip(visual, real, strict=True)]
         kinds = [row[keep] for row, keep in zip(media.kinds(visual), real, strict=True)]

@@ -12,22 +12,18 @@ from typing import Any
 import numpy as np
 
 from vte_compile.errors import EngineError
-from vte_compile.export.manifest import ModelFacts
+from vte_compile.export.manifest import BLOCK_RULES, PROMPTS, ModelFacts
 from vte_compile.export.ort_inputs import Chunk, padded
 from vte_compile.export.ort_sessions import Array
 
 BLOCKS, _DEEPSTACK = "block_ids", "deepstack_{}"
-IMAGES, PROMPTS = "images", "prompts"
-RULES = (IMAGES, PROMPTS)
-"""Which tokens of a chunk are a block: those of each image, side by side; or all, in a row's first chunk and in each
-chunk of a row that has an image."""
 
 
 def block_ids(rule: str, placeholders: Array, first: bool) -> Array:
     """The blocks of one row's tokens.
 
     Args:
-        rule: One of RULES.
+        rule: One of BLOCK_RULES.
         placeholders: [n] bool: which tokens are of images.
         first: Whether nothing comes before them.
 
@@ -52,7 +48,7 @@ class TokenInputs:
     """
 
     def __init__(self, facts: ModelFacts, dtype: np.dtype[Any]) -> None:
-        if facts.blocks not in (None, *RULES):
+        if facts.blocks not in (None, *BLOCK_RULES):
             raise EngineError(f"manifest.json: blocks {facts.blocks!r} are unknown: export the model again.")
         self._facts, self._dtype = facts, dtype
         self.names = [_DEEPSTACK.format(layer) for layer in range(facts.deepstack)]

@@ -20,7 +20,7 @@ from tiny_checkpoint import write_weights
 from tiny_internvl import LAYERS, TOKENS, VARIANTS, VOCAB, C, inputs, weights, write_internvl
 from tiny_models import DATA, NEVER, assert_close, assert_relative, one_thread, plan, random_adapter  # noqa: F401
 
-from vte_compile import GateExit, Oracle, Plan, SkippedAttention, StaticExit, optimize
+from vte_compile import GateExit, Oracle, Plan, SkippedAttention, StaticExit, export, load_engine, optimize
 from vte_compile.adapters import PIA
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.internvl import load_internvl
@@ -91,6 +91,24 @@ def test_optimized_internlm2_gives_the_oracles_numbers_and_tokens(parts: str) ->
     assert tokens.exit_layer.tolist() == [layer, layer, -1]
     answers = oracle.generate(embeds, visual, given["attention_mask"].bool(), max_new_tokens=8)
     assert tokens[:, given["input_ids"].shape[1] :].tolist() == answers.tokens
+
+
+@pytest.mark.thorough
+@pytest.mark.shows("ONNX Runtime", "internvl_chat")
+def test_onnx_engine(tmp_path: Path) -> None:
+    """InternLM2, read as a Llama, and the encoder of InternViT-6B's form: rows of two tiles, one and none."""
+    skip = SkippedAttention(LAYERS - 1, random_adapter(PIA, hidden_size=C))
+    model, given, planned = loaded(INTERNLM2), inputs(), plan(StaticExit(1), skip)
+    export(optimize(traced(INTERNLM2), planned), tmp_path / "e", target="onnxruntime", forms=("staged",))
+    engine: Any = load_engine(tmp_path / "e", threads=1)
+    embeds, visual = embed(model, given["input_ids"], given["pixel_values"])
+    prompt = (embeds, visual, given["attention_mask"].bool())
+    oracle = Oracle(model, planned)
+    want, got = oracle.forward(*prompt), engine.prefill(**given)
+    assert_close(torch.from_numpy(got.logits), want.logits[:, -1], 1e-4)
+    assert got.exit_layer.tolist() == want.exit_layer.tolist() == [1, 1, -1]
+    answer = engine.generate(**given, max_new_tokens=8, eos_token_ids=[])
+    assert answer.tokens.tolist() == oracle.generate(*prompt, max_new_tokens=8).tokens
 
 
 def test_llama_dtype_and_saving(tmp_path: Path) -> None:

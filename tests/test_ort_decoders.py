@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +71,31 @@ def test_windows(name: str, tmp_path: Path) -> None:
 NAMES = ("gemma3", thorough("paligemma"), "qwen3_vl")
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def family(request: Any, tmp_path_factory: Any) -> tuple[str, Path]:
-    fast = optimize(optimized(request.param), plan(*EXITS))
-    return request.param, vte_compile.export(fast, tmp_path_factory.mktemp("e") / "engine", target="onnxruntime")
+@pytest.fixture(params=NAMES)
+def name(request: Any) -> str:
+    """A family."""
+    return str(request.param)
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def engine(family: tuple[str, Path], request: Any) -> tuple[str, OnnxEngine]:
-    loaded = load_engine(family[1], threads=1, form=request.param)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: Any) -> Callable[[str], Path]:
+    """Engines of families, made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            fast = optimize(optimized(name), plan(*EXITS))
+            made[name] = vte_compile.export(fast, tmp_path_factory.mktemp("e") / "engine", target="onnxruntime")
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(params=FORMS)
+def engine(folders: Callable[[str], Path], name: str, request: Any) -> OnnxEngine:
+    loaded = load_engine(folders(name), threads=1, form=request.param)
     assert isinstance(loaded, OnnxEngine)
-    return family[0], loaded
-
-
-def given_to(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What an engine takes of a model's inputs."""
-    return {name: value for name, value in inputs.items() if name != "token_type_ids"}
+    return loaded
 
 
 def turn_of(name: str, inputs: dict[str, torch.Tensor], later: bool) -> dict[str, Any]:
@@ -97,9 +107,8 @@ def turn_of(name: str, inputs: dict[str, torch.Tensor], later: bool) -> dict[str
 
 
 @pytest.mark.shows("ONNX Runtime")
-def test_prompts_and_answers(engine: tuple[str, OnnxEngine]) -> None:
+def test_prompts_and_answers(name: str, engine: OnnxEngine) -> None:
     """Batches that leave behind different layers, several images, text alone, padding on either side."""
-    name, ours = engine
     oracle, seen = Oracle(shared_family(name), plan(*EXITS)), set()
     batches = [
         ([2, 0, 1], "left"),
@@ -112,51 +121,51 @@ def test_prompts_and_answers(engine: tuple[str, OnnxEngine]) -> None:
     prompts = [family_inputs(name, images, seed=seed, side=side) for seed, (images, side) in enumerate(batches)]
     for inputs in [*prompts, *([video_inputs(name)] if name == "qwen3_vl" else [])]:
         prompt = handed_over(name, inputs)
-        want, got = oracle.forward(**prompt), ours.prefill(**given_to(inputs))
+        want, got = oracle.forward(**prompt), engine.prefill(**inputs)
         close(got.logits, last(want.logits, inputs["attention_mask"]))
         assert got.exit_layer.tolist() == want.exit_layer.tolist()
-        answer = ours.generate(**given_to(inputs), **OURS)
+        answer = engine.generate(**inputs, **OURS)
         assert answer.tokens.tolist() == oracle.generate(**prompt, max_new_tokens=6).tokens
         seen.update(got.exit_layer.tolist())
     assert seen == {-1, 0, 2, 3}
 
 
-def test_second_turn(engine: tuple[str, OnnxEngine]) -> None:
+def test_second_turn(name: str, engine: OnnxEngine) -> None:
     """One row brings an image, the other text; then a token of each."""
-    name, ours = engine
     oracle = Oracle(shared_family(name), plan(*EXITS))
     first, second = family_inputs(name, [1, 2], seed=3), family_inputs(name, [1, 0], seed=4)
     known = oracle.forward(**turn_of(name, first, False)).cache
     turn = turn_of(name, second, True)
     turn["position_ids"] = following(turn["position_ids"], known)
     want = oracle.forward(**turn, cache=known)
-    got = ours.prefill(**given_to(second), cache=ours.prefill(**given_to(first)).cache)
+    got = engine.prefill(**second, cache=engine.prefill(**first).cache)
     close(got.logits, last(want.logits, second["attention_mask"]))
     assert got.exit_layer.tolist() == want.exit_layer.tolist()
     tokens = torch.tensor([5, 7])
     embeds = shared_family(name).get_input_embeddings()(tokens[:, None])
-    close(ours.decode(tokens, got.cache).logits, oracle.forward(embeds, cache=want.cache).logits[:, -1])
+    close(engine.decode(tokens, got.cache).logits, oracle.forward(embeds, cache=want.cache).logits[:, -1])
 
 
-def test_features_and_embeddings_instead_of_pixels(engine: tuple[str, OnnxEngine]) -> None:
+def test_features_and_embeddings_instead_of_pixels(name: str, engine: OnnxEngine) -> None:
     """With DeepStack, what is added behind layers comes with a visual token's embedding."""
-    name, ours = engine
-    inputs = given_to(family_inputs(name, [1, 2], seed=5))
-    want, pixels, grid = ours.prefill(**inputs), inputs.pop("pixel_values"), inputs.get("image_grid_thw")
-    features = ours.encode_images(pixels, grid)
+    inputs = family_inputs(name, [1, 2], seed=5)
+    want, pixels, grid = engine.prefill(**inputs), inputs.pop("pixel_values"), inputs.get("image_grid_thw")
+    features = engine.encode_images(pixels, grid)
     assert features.shape[1] == C * (3 if name == "qwen3_vl" else 1)
-    np.testing.assert_allclose(ours.prefill(**inputs, image_features=features).logits, want.logits, rtol=1e-5)
+    np.testing.assert_allclose(engine.prefill(**inputs, image_features=features).logits, want.logits, rtol=1e-5)
     ids = inputs.pop("input_ids")
     inputs.pop("mm_token_type_ids", None)
+    with pytest.raises(InputError, match=r"token_type_ids: are not those|knows no token_type_ids"):
+        engine.prefill(ids, image_features=features, **inputs | {"token_type_ids": torch.full_like(ids, 2)})
     embeds = np.zeros((*ids.shape, features.shape[1]), np.float32)
     embeds[..., :C] = shared_family(name).get_input_embeddings()(ids).detach()
     embeds[ids == IMAGE_TOKEN] = features
-    got = ours.prefill(inputs_embeds=embeds, visual_mask=ids == IMAGE_TOKEN, **inputs)
+    got = engine.prefill(inputs_embeds=embeds, visual_mask=ids == IMAGE_TOKEN, **inputs)
     np.testing.assert_allclose(got.logits, want.logits, rtol=1e-5)
     with pytest.raises(InputError, match="which of inputs_embeds are visual is not known"):
-        ours.prefill(inputs_embeds=embeds, **inputs)
+        engine.prefill(inputs_embeds=embeds, **inputs)
     with pytest.raises(InputError, match=rf"inputs_embeds: expected shape \[batch, tokens, {features.shape[1]}\]"):
-        ours.prefill(inputs_embeds=embeds[..., 1:], visual_mask=ids == IMAGE_TOKEN, **inputs)
+        engine.prefill(inputs_embeds=embeds[..., 1:], visual_mask=ids == IMAGE_TOKEN, **inputs)
 
 
 def following(positions: torch.Tensor | None, cache: Any) -> torch.Tensor | None:

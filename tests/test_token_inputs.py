@@ -12,8 +12,9 @@ from test_families import optimized
 from vte_compile.errors import EngineError, UnsupportedModelError
 from vte_compile.export import block_facts
 from vte_compile.export.block_facts import block_rule
+from vte_compile.export.manifest import IMAGES, PROMPTS
 from vte_compile.export.staged import model_facts
-from vte_compile.export.token_inputs import IMAGES, PROMPTS, TokenInputs, block_ids
+from vte_compile.export.token_inputs import TokenInputs, block_ids
 
 RULE = {"gemma3": IMAGES, "paligemma": PROMPTS, "llava": None}
 
@@ -41,7 +42,7 @@ def test_the_rule_is_found(name: str) -> None:
 @pytest.mark.parametrize("name", ["paligemma", "gemma3"])
 def test_a_model_with_other_blocks(name: str, monkeypatch: Any) -> None:
     [known] = [rule for rule in (IMAGES, PROMPTS) if rule != RULE[name]]
-    monkeypatch.setattr(block_facts, "RULES", (known,))
+    monkeypatch.setattr(block_facts, "BLOCK_RULES", (known,))
     with pytest.raises(UnsupportedModelError, match=f"by the rule '{known}' it makes others of prompts with images"):
         block_rule(optimized(name))
 
