@@ -131,5 +131,6 @@ def refuse_companion(name: str, plan: Plan) -> None:
     if plan.companion is not None:
         raise UnsupportedModelError(
             f"{name}: has a companion token (LaVIN-EAS), which goes along with prompts in vte_compile.optimize() and "
-            "backend='vte' only so far."
+            "backend='vte' only so far: use those, or leave it out for numbers that are nearly the same "
+            "(dataclasses.replace(plan, companion=None); docs/lavin.md)."
         )
