@@ -18,7 +18,6 @@ from vte_compile.capture import capture
 from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
 from vte_compile.families.decoder import describe
 from vte_compile.families.deepstack import rows_of, spread
-from vte_compile.tuning.examine import Examiner
 
 NAME = "qwen3_vl"
 """Two of its four layers have features."""
@@ -120,10 +119,8 @@ def test_another_signature():
 
 
 def test_where_features_are_not_taken(tmp_path):
-    """AOTInductor's and TensorRT's engines; and tuning, which already refuses multimodal positions."""
+    """AOTInductor's and TensorRT's engines."""
     with pytest.raises(UnsupportedModelError, match=r"takes deepstack_0, deepstack_1 besides .* only vte_compile.opt"):
         vte_compile.export(optimized(NAME), tmp_path / "engine", target="tensorrt", build=False)
     with pytest.raises(UnsupportedModelError, match="takes deepstack_0"):
         optimized(NAME)._vte_runner.lowered("prefill", batched=False)
-    with pytest.raises(UnsupportedModelError):
-        Examiner(shared_family(NAME))

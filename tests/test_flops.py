@@ -7,7 +7,15 @@ import torch
 from tiny_models import random_adapter
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, MixtralConfig, Starcoder2Config
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Starcoder2Config,
+)
 
 import vte_compile
 from vte_compile import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
@@ -71,6 +79,24 @@ def test_prefill_of_the_model_itself(model):
     assert prefill_flops(CONFIG, SEQ, VISUAL, -1) - causal == linear
     # torch counts all pairs, masked or not, and perhaps the rotary angles, a product of D/2 frequencies and positions.
     assert batched - LAYERS * SEQ**2 * PAIR in (0, SEQ * D)
+
+
+@pytest.mark.parametrize("window", [1, 5, 10, 12, 40])
+def test_sliding_windows(window):
+    """Above an exit they count what is left; keys outside of them are kept all the same."""
+    types = ["sliding_attention", "full_attention"] * 2
+    config = Qwen2Config(
+        **CONFIG.to_dict() | {"use_sliding_window": True, "sliding_window": window, "layer_types": types}
+    )
+    fewer_in_prefill = fewer_in_decode = 0
+    for n, kind in zip(lengths(1), types, strict=True):
+        seen = [min(token + 1, window) if kind == "sliding_attention" else token + 1 for token in range(n + 3)]
+        fewer_in_prefill += sum(range(1, n + 1)) - sum(seen[:n])
+        fewer_in_decode += sum(range(n + 1, n + 4)) - sum(seen[n:])
+    sizes = SEQ, VISUAL, 1
+    assert prefill_flops(config, *sizes) == prefill_flops(CONFIG, *sizes) - fewer_in_prefill * PAIR
+    assert decode_flops(config, *sizes, 3) == decode_flops(CONFIG, *sizes, 3) - fewer_in_decode * PAIR
+    assert kv_bytes(config, *sizes, torch.float32) == kv_bytes(CONFIG, *sizes, torch.float32)
 
 
 @pytest.mark.parametrize("exit_layer", [-1, 0, 2, 3])

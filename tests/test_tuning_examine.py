@@ -260,8 +260,9 @@ def test_unusable_samples_are_named(given, message):
 def test_unusable_models():
     with pytest.raises(InputError, match="optimized"):
         examine(optimized("llava"), sample())
-    with pytest.raises(UnsupportedModelError, match="sliding"):
-        examine(tiny("mistral", sliding_window=3), sample())
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UnsupportedModelError, match="dynamic rotary positions"):
+        examine(tiny(rope_parameters=dynamic), sample())
 
 
 def test_gate_width_is_the_features():

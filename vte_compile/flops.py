@@ -5,7 +5,8 @@ What is counted:
 - Linear layers, 2 m n k each: q, k, v, o and the three matrices of a gated MLP, per token and layer.
 - Attention scores and values, 4 * heads * head size per (query, key) pair, for the pairs that causal attention admits:
   S(S+1)/2 in prefill, not S^2. Flash kernels skip what the mask hides, and counting it would credit an exit with
-  savings that such kernels never spent. (torch.utils.flop_counter counts S^2.)
+  savings that such kernels never spent. (torch.utils.flop_counter counts S^2.) In layers with a sliding window those
+  in the window. What tokens of a block attend to behind them (PaliGemma, Gemma3) is not in the config and not counted.
 - lm_head for one token: generation needs no other logits.
 - The gates that are asked: those up to the exit.
 - Layers as wholes: that optimize() spares the last layer most of its work where only the last token's logits are
@@ -49,6 +50,8 @@ class _Sizes:
     hidden: int
     intermediate: int
     vocabulary: int
+    windows: tuple[int | None, ...]
+    """Of each layer, how many tokens one of them attends to at most."""
 
     @classmethod
     def of(cls, config: Any, plan: Plan | None) -> _Sizes:
@@ -70,6 +73,7 @@ class _Sizes:
             hidden=text.hidden_size,
             intermediate=text.intermediate_size,
             vocabulary=text.vocab_size,
+            windows=_windows(text),
         )
 
     @property
@@ -123,7 +127,8 @@ def prefill_flops(
     sizes = _Sizes.of(config, plan)
     lengths = sizes.lengths(seq, visual, exit_layer)
     flops = 2 * sum(n * weights for n, weights in zip(lengths, _weights(sizes, plan, fold), strict=True))
-    flops += sum(n * (n + 1) // 2 for n in _kept(lengths, plan)) * sizes.pair + 2 * sizes.lm_head
+    pairs = [_pairs(n, window) for n, window in zip(lengths, sizes.windows, strict=True)]
+    flops += sum(_kept(pairs, plan)) * sizes.pair + 2 * sizes.lm_head
     if plan is not None:
         flops += sum(_flops_per_prompt(adapter, sizes, fold) for _, adapter in _adapters(plan))
         flops += gate_flops(plan, exit_layer) if visual else 0
@@ -141,10 +146,10 @@ def decode_flops(
 ) -> int:
     """FLOPs of ``tokens`` decode steps after a prompt; other arguments and errors as in :func:`prefill_flops`."""
     sizes = _Sizes.of(config, plan)
-    # Step t, counted from 1, attends to the prompt, as far as the layer kept it, and to the t tokens behind it.
-    lengths = _kept(sizes.lengths(seq, visual, exit_layer), plan)
-    keys = sum(n * tokens + tokens * (tokens + 1) // 2 for n in lengths)
-    return 2 * tokens * (sum(_weights(sizes, plan, fold)) + sizes.lm_head) + keys * sizes.pair
+    # Each step attends to the prompt, as far as the layer kept it, and to the tokens behind it up to its own.
+    lengths = zip(sizes.lengths(seq, visual, exit_layer), sizes.windows, strict=True)
+    pairs = [_pairs(n + tokens, window) - _pairs(n, window) for n, window in lengths]
+    return 2 * tokens * (sum(_weights(sizes, plan, fold)) + sizes.lm_head) + sum(_kept(pairs, plan)) * sizes.pair
 
 
 def gate_flops(plan: Plan, exit_layer: int) -> int:
@@ -188,10 +193,25 @@ def _weights(sizes: _Sizes, plan: Plan | None, fold: bool) -> list[int]:
     return weights
 
 
-def _kept(lengths: list[int], plan: Plan | None) -> list[int]:
-    """The lengths of the layers that keep their attention."""
+def _kept(values: list[int], plan: Plan | None) -> list[int]:
+    """Those of the layers that keep their attention."""
     skipped = {skip.layer for skip in plan.skips} if plan is not None else set()
-    return [n for layer, n in enumerate(lengths) if layer not in skipped]
+    return [n for layer, n in enumerate(values) if layer not in skipped]
+
+
+def _pairs(tokens: int, window: int | None) -> int:
+    """How many (query, key) pairs so many tokens have from the first on."""
+    if window is None or tokens <= window:
+        return tokens * (tokens + 1) // 2
+    return window * (window + 1) // 2 + (tokens - window) * window
+
+
+def _windows(text: Any) -> tuple[int | None, ...]:
+    window = getattr(text, "sliding_window", None) or None
+    types = getattr(text, "layer_types", None)
+    if types is None:
+        return (window,) * text.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in types[: text.num_hidden_layers])
 
 
 def _adapters(plan: Plan) -> list[tuple[int, Adapter]]:

@@ -361,7 +361,7 @@ class Oracle:
         run.hidden, statistics = block(
             run.hidden,
             run.statistics.get(index),
-            attention_mask=_mask(run.blocks, past_length, _window(self.config, index), run.hidden),
+            attention_mask=_mask(run.blocks, past_length, layer_window(self.config, index), run.hidden),
             position_ids=run.positions,
             position_embeddings=self._rotary(index, run),
             use_cache=True,
@@ -564,7 +564,7 @@ def _mask(blocks: Tensor, past_length: int, window: int | None, like: Tensor) ->
     return like.new_zeros(allowed.shape).masked_fill(~allowed, float("-inf"))[None, None]
 
 
-def _window(config: Any, index: int) -> int | None:
+def layer_window(config: Any, index: int) -> int | None:
     """Sliding window of layer `index`, None = full attention. Without layer types, all layers have the same one."""
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and layer_types[index] == "full_attention":

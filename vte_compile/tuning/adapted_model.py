@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vte_compile.adapters import PIA, PlainAdapter
 from vte_compile.errors import InputError
+from vte_compile.families.token_blocks import NAME as BLOCKS
 from vte_compile.fingerprint import Fingerprint
 from vte_compile.oracle import Oracle
 from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, SkippedBlock
@@ -25,6 +26,7 @@ from vte_compile.tuning.adapter_modules import AdapterModule
 from vte_compile.tuning.answered import embed_answered
 from vte_compile.tuning.batches import IGNORE
 from vte_compile.tuning.examine import Examiner
+from vte_compile.tuning.layer_run import LayerRun
 from vte_compile.tuning.samples import Sample
 
 
@@ -62,34 +64,31 @@ class AdaptedModel(nn.Module):
         self._skipping = {i: SkippedBlock(layers[i], cast(PIA, self.pias[str(i)])) for i in pias}
         self._keeping = {i: KeptBlock(layers[i], cast(PlainAdapter, self.plain[str(i)])) for i in plain}
 
-    def forward(self, embeds: Tensor, prompt_mask: Tensor, labels: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, embeds: Tensor, prompt_mask: Tensor, labels: Tensor, positions: Tensor, **token_inputs: Tensor
+    ) -> dict[str, Tensor]:
         """The mean over rows of each answer's mean loss, as `loss`; arguments as :meth:`collate` gives them.
 
         Raises:
             InputError: It is NaN or infinite.
         """
-        length = embeds.shape[1]
-        positions = positions.movedim(0, -2)  # multimodal ones are [3, B, T] to the decoder
-        mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
-        attention = {
-            "attention_mask": mask[None, None],
-            "position_ids": positions,
-            "position_embeddings": self._examiner.decoder.rotary_emb(embeds, position_ids=positions),
-            "use_cache": False,
-        }
+        spec = self._examiner.spec
+        # Multimodal positions are [3, B, T] to the decoder.
+        run = LayerRun(spec, embeds, positions.movedim(0, -2), [token_inputs[name] for name in spec.token_inputs])
         hidden = embeds
         for index in range(len(self._own)):
             block = self._block(index)
             # The blocks themselves would take all tokens for the prompt, padding too.
-            hidden = block(hidden, block.statistics(hidden, prompt_mask), **attention)[0]
+            hidden = block(hidden, block.statistics(hidden, prompt_mask), **run.arguments(index))[0]
+            hidden = run.behind(index, hidden)
         answered = labels != IGNORE
         logits = self._logits(hidden[answered])
         losses = F.cross_entropy(logits, labels[answered], reduction="none")
         if self._distill:
             with torch.no_grad():
                 full = embeds
-                for own in self._own:
-                    full = own(full, None, **attention)[0]
+                for index, own in enumerate(self._own):
+                    full = run.behind(index, own(full, None, **run.arguments(index))[0])
                 expected = F.log_softmax(self._logits(full[answered]), -1)
             divergence = F.kl_div(F.log_softmax(logits, -1), expected, log_target=True, reduction="none").sum(-1)
             losses = (1 - self._distill) * losses + self._distill * divergence
@@ -103,9 +102,11 @@ class AdaptedModel(nn.Module):
     def collate(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """A batch for :meth:`forward`: embeds [B, T, C], prompt_mask bool [B, T], labels [B, T], positions [B, (3,) T].
 
-        A label is the token that follows, -100 where none of the answer does.
+        A label is the token that follows, -100 where none of the answer does. What else the decoder takes of tokens is
+        there by the names of ``DecoderSpec.token_inputs``, [B, T, ...] each.
         """
-        rows = [embed_answered(self._examiner.model, self._examiner.spec, sample) for sample in samples]
+        spec = self._examiner.spec
+        rows = [embed_answered(self._examiner.model, spec, sample) for sample in samples]
         length = max(row.embeds.shape[1] for row in rows)
         embeds = torch.cat([F.pad(row.embeds, (0, 0, 0, length - row.embeds.shape[1])) for row in rows])
         prompt_mask = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
@@ -115,7 +116,10 @@ class AdaptedModel(nn.Module):
             labels[index, row.prompt - 1 : row.embeds.shape[1]] = row.answer
         positions = torch.cat([F.pad(row.positions, (0, length - row.positions.shape[-1])) for row in rows], -2)
         positions = positions.movedim(-2, 0)
-        return {"embeds": embeds, "prompt_mask": prompt_mask, "labels": labels, "positions": positions}
+        batch = {"embeds": embeds, "prompt_mask": prompt_mask, "labels": labels, "positions": positions}
+        for name, values in zip(spec.token_inputs, zip(*(row.token_inputs for row in rows), strict=True), strict=True):
+            batch[name] = _padded(values, length, fill=-1 if name == BLOCKS else 0)
+        return batch
 
     def plan(self) -> Plan:
         """What to do to the model: skip what is skipped now, with the adapters as they are now.
@@ -143,6 +147,14 @@ class AdaptedModel(nn.Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._examiner.lm_head(self._examiner.decoder.norm(hidden))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _padded(values: Sequence[Tensor], length: int, fill: int) -> Tensor:
+    """[1, T, ...] of rows with different T as [B, length, ...]."""
+    batch = values[0].new_full((len(values), length, *values[0].shape[2:]), fill)
+    for row, value in zip(batch, values, strict=True):
+        row[: value.shape[1]] = value[0]
+    return batch
 
 
 def frozen(model: Any) -> list[nn.Parameter]:

@@ -44,7 +44,7 @@ class Measured:
     attention: list[list[list[float]]]
     """[L, Q, K]: the share of the attention of each of `QUERIES` on each of `KEYS`."""
     uniform: list[list[float]]
-    """[Q, K]: likewise, if attention were uniform."""
+    """[Q, K]: likewise, if attention were uniform; in layers without a sliding window, where there are such."""
     loss: list[float]
     """[L + 1]: mean cross entropy of the answer for an exit after each layer, and for none."""
     unchanged: list[bool]

@@ -146,7 +146,9 @@ class _Meter:
         assert answered.answer is not None
         examined = self.examiner.examine(answered)
         embedded = embed_answered(self.examiner.model, self.examiner.spec, answered)
-        groups = [of(embedded.visual, embedded.prompt) for of in (query_groups, key_groups)]
+        queries, keys = (of(embedded.visual, embedded.prompt) for of in (query_groups, key_groups))
+        windowed = self.examiner.spec.windowed
+        seen = self.examiner.run(embedded).seen(windowed.index(False) if False in windowed else 0)
         unchanged = examined.unchanged[0]
         if sample.answer == answered.answer:
             right: list[bool] | None = unchanged.tolist()
@@ -162,7 +164,7 @@ class _Meter:
             visual=int(examined.visual),
             tokens=int(examined.tokens),
             attention=measure_attention(self.examiner, embedded).tolist(),
-            uniform=uniform_shares(*groups).tolist(),
+            uniform=uniform_shares(queries, keys, seen).tolist(),
             loss=examined.loss[0].tolist(),
             unchanged=unchanged.tolist(),
             right=right,

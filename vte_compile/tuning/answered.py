@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +23,31 @@ class Answered:
     """`embeds` [1, T, C] of the prompt, and of the answer but for its last token, which nothing follows; `answer` [A].
 
     So the last A positions are those that predict the answer. `visual` [T] bool: which tokens are visual. `positions`:
-    their numbers, [1, T], or [3, 1, T] of a decoder with multimodal positions.
+    their numbers, [1, T], or [3, 1, T] of a decoder with multimodal positions. `token_inputs`: what else the decoder
+    takes of each token, each [1, T, ...], as ``DecoderSpec.token_inputs`` names it; the answer is text.
     """
 
     embeds: Tensor
     visual: Tensor
     answer: Tensor
     positions: Tensor
+    token_inputs: tuple[Tensor, ...] = ()
 
     @property
     def prompt(self) -> int:
         """Number of tokens of the prompt."""
         return self.embeds.shape[1] + 1 - len(self.answer)
+
+    def oracle_inputs(self, spec: DecoderSpec) -> dict[str, Any]:
+        """The same as arguments of the oracle, by name."""
+        features = [value[0, self.visual] for value in self.token_inputs[: spec.deepstack]]
+        return {
+            "inputs_embeds": self.embeds,
+            "visual_mask": self.visual[None],
+            "position_ids": self.positions,
+            "deepstack": features or None,
+            "block_ids": self.token_inputs[-1] if spec.has_blocks else None,
+        }
 
 
 def placed(spec: DecoderSpec, sample: Sample) -> dict[str, Tensor]:
@@ -74,7 +88,10 @@ def embed_answered(model: nn.Module, spec: DecoderSpec, sample: Sample) -> Answe
     said = model.get_input_embeddings()(answer[None, :-1])  # type: ignore[operator]
     visual = F.pad(prompt.visual_mask[0], (0, said.shape[1]))
     embeds = torch.cat([prompt.embeds, said], 1)
-    return Answered(embeds, visual, answer, _positions(spec, prompt.position_ids, embeds))
+    token_inputs = [F.pad(value, (0, 0, 0, said.shape[1])) for value in prompt.token_inputs[: spec.deepstack]]
+    if spec.has_blocks:
+        token_inputs.append(F.pad(prompt.token_inputs[-1], (0, said.shape[1]), value=-1))
+    return Answered(embeds, visual, answer, _positions(spec, prompt.position_ids, embeds), tuple(token_inputs))
 
 
 def _positions(spec: DecoderSpec, of_prompt: Tensor | None, embeds: Tensor) -> Tensor:

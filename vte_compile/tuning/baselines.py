@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vte_compile.errors import InputError
-from vte_compile.oracle import Oracle, RowRun
+from vte_compile.oracle import Oracle, RowRun, layer_window
 from vte_compile.oracle_blocks import Block
 from vte_compile.plan import Plan
 from vte_compile.tuning.watched_attention import watched
@@ -96,9 +96,12 @@ class ReducingOracle(Oracle):
             return super()._run_layer(index, block, run, past)
         if isinstance(self.reduction, AttentionPruning):
             paid: list[Tensor] = []
-            with watched(
-                self.config, index, self.layers[index], lambda *seen: paid.append(_last_query_attention(*seen))
-            ):
+            window = layer_window(self.config, index)
+
+            def watch(query: Tensor, key: Tensor, scaling: float) -> None:
+                paid.append(_last_query_attention(query, key, scaling, window))
+
+            with watched(self.config, index, self.layers[index], watch):
                 cached = super()._run_layer(index, block, run, past)
             scores = paid[0][-len(run.visual) :]  # of this chunk's tokens
         else:
@@ -110,14 +113,16 @@ class ReducingOracle(Oracle):
         return cached
 
 
-def _last_query_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def _last_query_attention(query: Tensor, key: Tensor, scaling: float, window: int | None) -> Tensor:
     """What the last query pays to each key [keys], in the mean of the heads; query and key as `Watch` gets them.
 
-    It attends to all keys, so its scores are computed once more, without those of all others.
+    It attends to all keys, or to those of its window: its scores are computed once more, without those of all others.
     """
     keys = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = (keys.to(wide) @ query[:, -1, :, None].to(wide))[..., 0] * scaling
+    if window is not None:
+        scores[:, :-window] = -math.inf
     return scores.softmax(-1).mean(0)
 
 

@@ -77,27 +77,21 @@ class Deleter:
 
     def _run(self, sample: Answered, deleted: Collection[int], candidates: Sequence[int]) -> Tensor:
         """States before the final norm [n + 1, T, C]: for each candidate, and for none."""
-        embeds, positions, length = sample.embeds, sample.positions, sample.embeds.shape[1]
-        mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
-        attention = {
-            "attention_mask": mask[None, None],
-            "position_ids": positions,
-            "position_embeddings": self.examiner.decoder.rotary_emb(embeds, position_ids=positions),
-            "use_cache": False,
-        }
+        embeds, length, run = sample.embeds, sample.embeds.shape[1], self.examiner.run(sample)
         at_once = max(1, _BRANCH_TOKENS // length)
         states = embeds.new_empty(len(candidates) + 1, length, embeds.shape[-1])
         states[-1:] = embeds
         branched = 0
         for index in range(self.layers):
             block = self._skipped[index] if index in deleted else self._own[index]
+            attention = run.arguments(index)
             for start in range(0, branched, at_once):
                 part = states[start : min(start + at_once, branched)]
-                part.copy_(block(part, None, **attention)[0])
+                part.copy_(run.behind(index, block(part, None, **attention)[0]))
             if index in candidates:
-                states[branched] = self._skipped[index](states[-1:], None, **attention)[0][0]
+                states[branched] = run.behind(index, self._skipped[index](states[-1:], None, **attention)[0])[0]
                 branched += 1
-            states[-1:] = block(states[-1:], None, **attention)[0]
+            states[-1:] = run.behind(index, block(states[-1:], None, **attention)[0])
         return states
 
     def _measure(self, states: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:

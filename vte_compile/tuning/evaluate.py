@@ -211,9 +211,7 @@ class _Evaluator:
         # An answer of one token adds none to the prompt: nothing follows its last.
         prompt = embed_answered(self.model, self.examiner.spec, replace(sample, answer=(0,)))
         found = oracle.generate(
-            prompt.embeds,
-            prompt.visual[None],
-            position_ids=prompt.positions,
+            **prompt.oracle_inputs(self.spec),
             max_new_tokens=self.max_new_tokens,
             eos_token_id=self.model.generation_config.eos_token_id,
         )

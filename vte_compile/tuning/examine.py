@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from vte_compile.errors import InputError
 from vte_compile.families.decoder import describe
-from vte_compile.families.refusals import refuse_companion, refuse_more_than_causal
+from vte_compile.families.refusals import refuse_companion, refuse_softcaps
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
 from vte_compile.oracle_blocks import Block, OwnBlock
 from vte_compile.plan import Plan
 from vte_compile.tuning.answered import Answered, embed_answered, placed
+from vte_compile.tuning.layer_run import LayerRun
 from vte_compile.tuning.samples import Sample, check_question
 
 # The paper's two conditions for the label "may exit".
@@ -89,8 +90,8 @@ class Examiner:
     be run one by one is tried out once. `base`: skips and adapters that the exits come on top of; the answers that are
     to stay are still those of the model without them.
 
-    Raises UnsupportedModelError if they cannot, or if its decoder takes more than embeddings and positions; InputError
-    for an optimized model or a base with exits; PlanMismatchError if the base is for another model.
+    Raises UnsupportedModelError if they cannot, or if the decoder caps its scores; InputError for an optimized model or a base with exits;
+    PlanMismatchError if the base is for another model.
     """
 
     def __init__(self, model: nn.Module, base: Plan | None = None) -> None:
@@ -98,7 +99,7 @@ class Examiner:
             raise InputError("model: is an optimized one, whose answers have exits in them: pass the original model.")
         self.model: Any = model
         self.spec = describe(model)
-        refuse_more_than_causal(self.spec)
+        refuse_softcaps(self.spec)
         base = base or Plan()
         if base.exits:
             raise InputError("base: has exits, which are what is to be found: pass a plan of skips and adapters only.")
@@ -158,15 +159,14 @@ class Examiner:
 
         Returns the text's states before the final norm [L, text tokens, C], and features [L, 2C] as in `Examined`.
         """
-        embeds, visual, positions = answered.embeds, answered.visual, answered.positions
+        embeds, visual = answered.embeds, answered.visual
         length, layers = embeds.shape[1], len(self.layers)
         if not bool(visual.any()):
             raise InputError(f"{name}: has no visual token, so there is nothing to leave.")
         question = slice(int(visual.nonzero().max()) + 1, answered.prompt)
         wide = torch.promote_types(embeds.dtype, torch.float32)
-        text = ~visual
-        mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
-        text_mask, text_positions = mask[text][:, text], positions[..., text]
+        text, run = ~visual, self.run(answered)
+        text_run = run.where(text)
         # What adapters know of the prompt, at inference, is not of the answer.
         asks = torch.arange(length, device=embeds.device)[None] < answered.prompt
         text_asks = asks[:, text]
@@ -177,8 +177,8 @@ class Examiner:
         for index in range(layers):
             for start in range(0, index, at_once):
                 part = branches[start : min(start + at_once, index)]
-                part.copy_(self._run_block(self._blocks[index], part, text_mask, text_positions, text_asks))
-            hidden = self._run_block(self._blocks[index], hidden, mask, positions, asks)
+                part.copy_(self._run_block(self._blocks[index], index, part, text_run, text_asks))
+            hidden = self._run_block(self._blocks[index], index, hidden, run, asks)
             branches[index] = hidden[0, text]
             asked = hidden[0, question].to(wide)
             features.append(torch.cat([asked[:-1].mean(0), asked[-1]]))
@@ -186,37 +186,32 @@ class Examiner:
 
     def _full(self, answered: Answered) -> Tensor:
         """The states [1, T, C] before the final norm of the model without the base."""
-        embeds, length = answered.embeds, answered.embeds.shape[1]
-        mask = torch.full((length, length), -torch.inf, dtype=embeds.dtype, device=embeds.device).triu(1)
+        hidden, run = answered.embeds, self.run(answered)
         for index in range(len(self.layers)):
-            embeds = self.run_layer(index, embeds, mask, answered.positions)
-        return embeds
+            hidden = self.run_layer(index, hidden, run)
+        return hidden
 
-    def run_layer(self, index: int, hidden: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """A layer's output for hidden [B, T, C], without a cache.
+    def run(self, answered: Answered) -> LayerRun:
+        """What layers are given of a sample besides hidden states."""
+        return LayerRun(self.spec, answered.embeds, answered.positions, answered.token_inputs)
+
+    def run_layer(self, index: int, hidden: Tensor, run: LayerRun) -> Tensor:
+        """What comes behind a layer for hidden [B, T, C], without a cache.
 
         It is the model's own layer, whatever the base does to it.
 
         Args:
             index: Of the layer.
             hidden: What goes in.
-            mask: Additive, [T, T].
-            positions: As in :class:`Answered`.
+            run: As :meth:`run` gives it.
         """
         everything = torch.ones(1, hidden.shape[1], dtype=torch.bool, device=hidden.device)
-        return self._run_block(OwnBlock(self.layers[index]), hidden, mask, positions, everything)
+        return self._run_block(OwnBlock(self.layers[index]), index, hidden, run, everything)
 
-    def _run_block(self, block: Block, hidden: Tensor, mask: Tensor, positions: Tensor, asks: Tensor) -> Tensor:
-        """A block's output, as :meth:`run_layer`; `asks` [1, T]: where the prompt is."""
-        result: Tensor = block(
-            hidden,
-            block.statistics(hidden, asks.expand(len(hidden), -1)),
-            attention_mask=mask[None, None],
-            position_ids=positions,
-            position_embeddings=self.decoder.rotary_emb(hidden, position_ids=positions),
-            use_cache=False,
-        )[0]
-        return result
+    def _run_block(self, block: Block, index: int, hidden: Tensor, run: LayerRun, asks: Tensor) -> Tensor:
+        """What comes behind a block, as :meth:`run_layer`; `asks` [1, T]: where the prompt is."""
+        known = block.statistics(hidden, asks.expand(len(hidden), -1))
+        return run.behind(index, block(hidden, known, **run.arguments(index))[0])
 
     def _measure(self, states: Tensor, answer: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cross entropy and argmax at each position, [L, A] each, from states [L, A, C] before the final norm."""

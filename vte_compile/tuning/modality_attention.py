@@ -45,14 +45,19 @@ def key_groups(visual: Tensor, prompt: int) -> Tensor:
     return torch.stack([first, before, visual, (place > last_visual) & (place < prompt), place >= prompt])
 
 
-def uniform_shares(queries: Tensor, keys: Tensor) -> Tensor:
-    """The shares if every query attended equally to all it may see: float64 [Q, K] from bool [Q, T] and [K, T]."""
-    seen = keys.double().cumsum(-1)
-    return _mean_over(queries, seen / seen.sum(0))
+def uniform_shares(queries: Tensor, keys: Tensor, seen: Tensor | None = None) -> Tensor:
+    """The shares if every query attended equally to all it may see: float64 [Q, K] from bool [Q, T] and [K, T].
+
+    What that is stands in `seen` [T, T] bool; None: all tokens up to itself.
+    """
+    counts = keys.double().cumsum(-1) if seen is None else (keys.float() @ seen.float().T).double()
+    return _mean_over(queries, counts / counts.sum(0))
 
 
-def attention_shares(query: Tensor, key: Tensor, scaling: float, queries: Tensor, keys: Tensor) -> Tensor:
-    """The shares of causal attention in one layer, computed in float32 or wider.
+def attention_shares(
+    query: Tensor, key: Tensor, scaling: float, queries: Tensor, keys: Tensor, seen: Tensor | None = None
+) -> Tensor:
+    """The shares of attention in one layer, computed in float32 or wider.
 
     Args:
         query: [heads, T, D].
@@ -60,6 +65,7 @@ def attention_shares(query: Tensor, key: Tensor, scaling: float, queries: Tensor
         scaling: Of their products.
         queries: Groups of queries, bool [Q, T], none of them empty.
         keys: Groups of keys, bool [K, T].
+        seen: Which tokens each of them attends to, bool [T, T]; None: all up to itself.
 
     Returns:
         Float64 [Q, K] on the CPU.
@@ -70,10 +76,11 @@ def attention_shares(query: Tensor, key: Tensor, scaling: float, queries: Tensor
     place = torch.arange(length, device=query.device)
     by_token = torch.zeros(len(keys), length, dtype=torch.float64, device=query.device)
     for block in queries.any(0).nonzero().flatten().split(max(1, _SCORES // (heads * length))):
-        end = int(block[-1]) + 1  # behind it there is nothing that these queries may see
+        # Behind the last token that these queries may see there is nothing for them.
+        end = 1 + int(block[-1] if seen is None else seen[block].any(0).nonzero().max())
         asked = query[:, block].to(wide).reshape(kv_heads, -1, size)
         scores = (asked @ transposed[..., :end]).view(heads, len(block), end).mul_(scaling)
-        scores.masked_fill_(place[:end] > block[:, None], -torch.inf)
+        scores.masked_fill_(place[:end] > block[:, None] if seen is None else ~seen[block, :end], -torch.inf)
         shares = scores.softmax(-1) @ groups[:end]
         by_token[:, block] = shares.double().mean(0).T
     return _mean_over(queries, by_token).cpu()
@@ -86,17 +93,16 @@ def measure_attention(examiner: Examiner, answered: Answered) -> Tensor:
     Raises:
         UnsupportedModelError: A layer's attention cannot be seen.
     """
-    length = answered.embeds.shape[1]
     queries, keys = (groups(answered.visual, answered.prompt) for groups in (query_groups, key_groups))
-    hidden, found = answered.embeds, []
+    hidden, run = answered.embeds, examiner.run(answered)
+    found: list[Tensor] = []
 
     def watch(query: Tensor, key: Tensor, scaling: float) -> None:
-        found.append(attention_shares(query, key, scaling, queries, keys))
+        found.append(attention_shares(query, key, scaling, queries, keys, run.seen(len(found))))
 
-    mask = hidden.new_full((length, length), -torch.inf).triu(1)
     for index, layer in enumerate(examiner.layers):
         with watched(examiner.decoder.config, index, layer, watch):
-            hidden = examiner.run_layer(index, hidden, mask, answered.positions)
+            hidden = examiner.run_layer(index, hidden, run)
     return torch.stack(found)
 
 

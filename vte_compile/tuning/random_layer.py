@@ -129,12 +129,14 @@ def labelled_row(examiner: Examiner, sample: Sample, max_new_tokens: int) -> tup
 
     Raises:
         InputError: The model does not take the sample.
-        UnsupportedModelError: The model has multimodal positions.
+        UnsupportedModelError: The model's decoder takes more than embeddings, counted positions and a causal mask.
     """
-    if examiner.spec.position_rows > 1:
+    spec = examiner.spec
+    if spec.position_rows > 1 or spec.token_inputs or spec.has_windows:
         raise UnsupportedModelError(
-            f"{type(examiner.model).__name__} has multimodal positions: the paper's way to train gates, a layer at a "
-            "time, counts positions as of text. Take the way that examines all layers (the default)."
+            f"{type(examiner.model).__name__} has multimodal positions, features behind layers, blocks of tokens or "
+            "sliding windows: the paper's way to train gates, a layer at a time, counts positions as of text, and lets "
+            "each token attend to all before it. Take the way that examines all layers (the default)."
         )
     answered = sample if sample.answer else own_answer(examiner, sample, max_new_tokens)
     inputs = placed(examiner.spec, answered)

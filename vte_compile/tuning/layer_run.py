@@ -1,0 +1,82 @@
+"""What decoder layers are given besides hidden states, where they run one by one over tokens without a past.
+
+Masks, positions and rotary tables may differ by layer, and some decoders add features behind layers: all that a
+``DecoderSpec`` says of a decoder is in here, so that what runs layers need not know of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vte_compile.families.decoder import DecoderSpec
+from vte_compile.families.token_blocks import allowed
+
+
+class LayerRun:
+    """Tokens of B rows, padded on the right, or of one row (B = 1) that any number of branches share.
+
+    Args:
+        spec: The decoder.
+        like: Hidden states, for their dtype and device.
+        positions: [B, T], or [3, B, T] of a decoder with multimodal positions.
+        token_inputs: What else it takes of each token, as ``spec.token_inputs`` names it, each [B, T, ...].
+    """
+
+    def __init__(self, spec: DecoderSpec, like: Tensor, positions: Tensor, token_inputs: Sequence[Tensor] = ()) -> None:
+        self._spec, self._like, self._positions = spec, like, positions
+        self._token_inputs = list(token_inputs)
+        self._features = self._token_inputs[: spec.deepstack]
+        self._rotary: dict[str | None, Any] = {}
+        self._masks: dict[bool, Tensor] = {}
+        decoder: Any = spec.decoder
+        self._rotary_emb = decoder.rotary_emb
+        self._by_type = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+
+    def where(self, kept: Tensor) -> LayerRun:
+        """Those tokens of one row that a mask [T] keeps: positions keep their numbers, windows count what is left."""
+        inputs = [value[:, kept] for value in self._token_inputs]
+        return LayerRun(self._spec, self._like, self._positions[..., kept], inputs)
+
+    def arguments(self, index: int) -> dict[str, Any]:
+        """Of layer `index`, by name."""
+        kind = self._spec.config.layer_types[index] if self._by_type else None
+        if kind not in self._rotary:
+            given = {} if kind is None else {"layer_type": kind}
+            self._rotary[kind] = self._rotary_emb(self._like, position_ids=self._positions, **given)
+        window = self._spec.windowed[index]
+        if window not in self._masks:
+            seen = self._seen(window)
+            mask = torch.zeros(seen.shape, dtype=self._like.dtype, device=seen.device)
+            self._masks[window] = mask.masked_fill_(~seen, -torch.inf)
+        return {
+            "attention_mask": self._masks[window],
+            "position_ids": self._positions,
+            "position_embeddings": self._rotary[kind],
+            "use_cache": False,
+        }
+
+    def behind(self, index: int, hidden: Tensor) -> Tensor:
+        """Hidden states behind layer `index`, with what the decoder adds to them there."""
+        return hidden + self._features[index].to(hidden) if index < len(self._features) else hidden
+
+    def seen(self, index: int) -> Tensor | None:
+        """Which tokens those of one row attend to in layer `index`, [T, T] bool; None: all up to themselves."""
+        window = self._spec.windowed[index]
+        return self._seen(window)[0, 0] if window or self._spec.has_blocks else None
+
+    def _seen(self, window: bool) -> Tensor:
+        """[B or 1, 1, T, T]."""
+        tokens, device = self._positions.shape[-1], self._positions.device
+        if self._spec.has_blocks:
+            seen = allowed(self._token_inputs[-1], tokens)
+        else:
+            seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device).tril()
+        if not window:
+            return seen
+        order = torch.arange(tokens, device=device)
+        return seen & (order > order[:, None] - self._spec.config.sliding_window)
