@@ -101,6 +101,16 @@ def test_second_turn_of_images():
 
 @pytest.mark.slow
 @pytest.mark.thorough
+def test_compiled_by_inductor():
+    """Around the decoder too, where numbers of tokens are counted."""
+    planned = plan(gate(0, 0.1, seed=2), StaticExit(1))
+    fast = optimize(tiny("qwen2", **OPTIONS["qwen2"]), planned, compile=False)
+    model = compiled(tiny("qwen2", **OPTIONS["qwen2"]), planned, visual_token_ids=[IMAGE], compile=None)
+    assert_same(fast, model, prompt("tvvvtt", "..tvtt"))
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
 def test_serves_without_new_graphs():
     """After a generation across the window, and prompts of two lengths below it and beyond, nothing is compiled anew.
 
