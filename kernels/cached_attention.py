@@ -104,10 +104,12 @@ def attended(columns: Tensor, count: int, window: int, block_ids: Tensor | None)
     """
     index, own = torch.arange(count, device=columns.device), columns[..., None]
     mask = index <= own
-    if block_ids is not None:
+    if window:
+        mask = mask & (index > own - window)
+    if block_ids is not None:  # a window does not limit a token's own block
         of_columns = block_ids.new_full((columns.shape[0], count), -1).scatter(1, columns, block_ids)
         mask = mask | ((block_ids[..., None] == of_columns[:, None]) & (block_ids[..., None] >= 0))
-    return mask & (index > own - window) if window else mask
+    return mask
 
 
 @cached_attention.register_fake

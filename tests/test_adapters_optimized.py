@@ -619,6 +619,7 @@ def test_freed_weights(folding):
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.traces
 def test_freed_weights_are_gone_with_the_model(folding):
     model, _ = two_layers()
     references = {name: weakref.ref(p) for name, p in model.named_parameters()}

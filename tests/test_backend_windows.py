@@ -141,7 +141,7 @@ def test_static_caches_are_refused(caplog):
 
 def test_explain():
     told = explain(tiny("qwen2", **OPTIONS["qwen2"]), prompt("tttttt"), Plan())
-    assert {finding.name for finding in told.refused} == {"plain_causal"}  # a mask that stays
+    assert not told.refused
     assert {finding.outcome for finding in told.findings if finding.name == "decoder"} == {"rewritten"}
 
 

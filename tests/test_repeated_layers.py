@@ -14,6 +14,8 @@ from vte_compile.families.decoder import describe
 from vte_compile.oracle import Oracle
 from vte_compile.repeated_layers import NotRepeatable, layer_kinds, layers_to_trace
 
+pytestmark = pytest.mark.traces
+
 DEPTH = 6
 PHASES = {
     "prefill": lambda: [embeddings(4), positions(4)],

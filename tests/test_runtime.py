@@ -204,6 +204,7 @@ def test_runner_survives_copying():
     assert restored.plan.exits == (StaticExit(1),)
 
 
+@pytest.mark.traces
 def test_capture_error_names_the_phase(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no such thing")

@@ -90,8 +90,8 @@ class Examiner:
     be run one by one is tried out once. `base`: skips and adapters that the exits come on top of; the answers that are
     to stay are still those of the model without them.
 
-    Raises UnsupportedModelError if they cannot, or if the decoder caps its scores; InputError for an optimized model or a base with exits;
-    PlanMismatchError if the base is for another model.
+    Raises UnsupportedModelError if they cannot, or if the decoder caps its scores; InputError for an optimized model or
+    a base with exits; PlanMismatchError if the base is for another model.
     """
 
     def __init__(self, model: nn.Module, base: Plan | None = None) -> None:

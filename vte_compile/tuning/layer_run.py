@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vte_compile.families.decoder import DecoderSpec
-from vte_compile.families.token_blocks import allowed
+from vte_compile.families.token_blocks import same_block
 
 
 class LayerRun:
@@ -70,13 +70,10 @@ class LayerRun:
         return self._seen(window)[0, 0] if window or self._spec.has_blocks else None
 
     def _seen(self, window: bool) -> Tensor:
-        """[B or 1, 1, T, T]."""
+        """[B or 1, 1, T, T]; a window does not limit a token's own block."""
         tokens, device = self._positions.shape[-1], self._positions.device
-        if self._spec.has_blocks:
-            seen = allowed(self._token_inputs[-1], tokens)
-        else:
-            seen = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device).tril()
-        if not window:
-            return seen
         order = torch.arange(tokens, device=device)
-        return seen & (order > order[:, None] - self._spec.config.sliding_window)
+        seen = (order <= order[:, None])[None, None]
+        if window:
+            seen = seen & (order > order[:, None] - self._spec.config.sliding_window)
+        return seen | same_block(self._token_inputs[-1], tokens) if self._spec.has_blocks else seen
