@@ -32,12 +32,14 @@ def naive(query, key, value, past_key, past_value, past, new, heads, kv_heads, s
             for head in range(heads):
                 kv_head = head * kv_heads // heads
                 own = blocks is not None and int(blocks[b, t]) >= 0
-                seen = [s for s in range(int(new[b])) if s <= t or (own and blocks[b, s] == blocks[b, t])]
+                # A window does not limit a token's own block.
                 first = max(0, filled + t + 1 - window) if window else 0
+                before = range(max(0, first - filled), t + 1)
+                seen = [s for s in range(int(new[b])) if s in before or (own and blocks[b, s] == blocks[b, t])]
                 keys = key[b, seen].unflatten(-1, (kv_heads, -1))[:, kv_head]
-                keys = torch.cat([past_key[b, kv_head, :filled], keys])[first:].double()
+                keys = torch.cat([past_key[b, kv_head, first:filled], keys]).double()
                 values = value[b, seen].unflatten(-1, (kv_heads, -1))[:, kv_head]
-                values = torch.cat([past_value[b, kv_head, :filled], values])[first:].double()
+                values = torch.cat([past_value[b, kv_head, first:filled], values]).double()
                 scores = keys @ query[b, t].unflatten(-1, (heads, -1))[head].double() * scale
                 outputs[b, t, head] = scores.softmax(0) @ values
     return outputs.flatten(-2)
