@@ -65,7 +65,7 @@ def test_equals_optimize(name):
     for layouts in (("tvvvtt", "..tvtt"), ("tttvvvvttttt", "....tttttttt")):
         want, _ = assert_same(fast, model, prompt(*layouts))
         left += want.past_key_values.exit_layer.tolist()
-    assert set(left) == {-1, 0, 1}
+    assert {-1, 0} <= set(left)
 
 
 @pytest.mark.slow
