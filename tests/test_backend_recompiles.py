@@ -105,6 +105,21 @@ def test_compiled_decoder_serves_without_new_pieces():
     assert seen == {-1, 0, 1}
 
 
+@pytest.mark.parametrize(("marked", "traced"), [(True, [1, 1]), (False, [1, 2])])
+def test_prompts_whose_length_is_marked_are_traced_once(marked, traced):
+    options = {"plan": plan(StaticExit(0)), "compile": False, "visual_token_ids": [IMAGE]}
+    compiled = torch.compile(tiny(num_hidden_layers=2), backend="vte", options=options)
+    before, seen = graphs(), []
+    for layout in ("titt", "ttittttt"):
+        ids, _, _ = image_prompt(layout)
+        if marked:
+            torch._dynamo.mark_dynamic(ids, 1)
+        exit_layer, _ = serve(compiled, 0, input_ids=ids)
+        assert exit_layer == 0
+        seen.append(graphs() - before)
+    assert seen == traced
+
+
 @pytest.mark.parametrize("cache", ["dynamic", thorough("static")])
 def test_a_generation_that_dynamo_gives_up_is_an_error(cache):
     """The model's own code would attend to handles, which are NaN, or to buffers that nobody filled."""
