@@ -26,6 +26,8 @@ from common import (
     VisualOption,
     build_model,
     build_prompt,
+    exit_candidates,
+    mixed_exits,
     write_report,
 )
 from rich import box
@@ -34,12 +36,10 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from vte_compile import GateExit, Plan, StaticExit, optimize
+from vte_compile import Plan, StaticExit, optimize
 from vte_compile.flops import prefill_flops
-from vte_compile.kernels.exit_gate import exit_logits, question_start
 from vte_compile.timing import interleaved
 
-GATE_WIDTH = 256
 MIXED = "mixed exits"
 
 
@@ -78,7 +78,7 @@ def time_batch(
     if batch > 1:
         visual_mask[-1] = False  # a row of text alone, as long as the others
     layers = model.config.text_config.num_hidden_layers
-    candidates = [layers // 4 - 1, layers // 2 - 1, 3 * layers // 4 - 1]
+    candidates = exit_candidates(layers)
     plans = {"no exit": Plan(), **{f"exit after {k}": Plan([StaticExit(k)]) for k in candidates}}
     if batch > 1:
         plans[MIXED] = Plan(mixed_exits(model, embeds, visual_mask, candidates))
@@ -113,38 +113,6 @@ def prefill(model: Any, embeds: Tensor, visual_mask: Tensor | None) -> Callable[
         return model(**inputs)
 
     return run
-
-
-def mixed_exits(model: Any, embeds: Tensor, visual_mask: Tensor, candidates: list[int]) -> list[GateExit]:
-    """Gates of random weights with thresholds between the rows of this batch: half of those that are left fire."""
-    width = embeds.shape[-1]
-    generator = torch.Generator().manual_seed(0)
-    states: list[Tensor] = []
-    hooks = [
-        layer.register_forward_hook(lambda module, args, output: states.append(output))
-        for layer in model.get_decoder().layers
-    ]
-    with torch.no_grad():
-        model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1)
-    for hook in hooks:
-        hook.remove()
-    left = [b for b in range(len(embeds)) if visual_mask[b].any()]
-    gates = []
-    for layer in candidates:
-        w1 = 0.1 * torch.randn(GATE_WIDTH, 2 * width, generator=generator)
-        w2 = 0.1 * torch.randn(2, GATE_WIDTH, generator=generator)
-        margins = {}
-        for b in left:
-            keep, leave = exit_logits(states[layer][b, question_start(visual_mask[b]) :], w1, w2)
-            margins[b] = float(leave - keep)
-        ordered = sorted(margins, key=margins.__getitem__)
-        half = len(ordered) // 2
-        between = 1e9 if not ordered else margins[ordered[0]] - 1
-        if half:
-            between = (margins[ordered[half - 1]] + margins[ordered[half]]) / 2
-        gates.append(GateExit(layer, w1, w2, between))
-        left = ordered[:half]
-    return gates
 
 
 def show(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import torch
 import typer
 from common import (
     BASELINE,
+    GATE_WIDTH,
     DtypeOption,
     HiddenOption,
     JsonOption,
@@ -27,6 +28,7 @@ from common import (
     VisualOption,
     build_model,
     build_prompt,
+    exit_candidates,
     write_report,
 )
 from rich.console import Console
@@ -38,7 +40,6 @@ from vte_compile import GateExit, Plan, optimize
 from vte_compile.flops import prefill_flops
 from vte_compile.timing import Phases, Summary, interleaved, phases
 
-GATE_WIDTH = 256
 NEVER, ALWAYS = 1e9, -1e9
 TEXT_ONLY = "same, text alone"
 
@@ -88,7 +89,7 @@ def build_cases(model: Any, embeds: Tensor, visual_mask: Tensor) -> tuple[dict[s
     """What is timed, by name, and the plans of the optimized ones. Compiles everything."""
     layers = model.config.text_config.num_hidden_layers
     without = optimize(model, Plan())
-    plans = {f"exit after {k}": forced(model, k) for k in (layers // 4 - 1, layers // 2 - 1, 3 * layers // 4 - 1)}
+    plans = {f"exit after {k}": forced(model, k) for k in exit_candidates(layers)}
     models = {
         BASELINE: torch.compile(model, dynamic=False),
         "eager": model,

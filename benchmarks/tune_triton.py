@@ -5,7 +5,7 @@
 For each kernel, head size and dtype: the shipped settings and their nearest neighbours, ``--most`` at most. What spills
 registers or takes more shared memory than the chip has (compiled ahead of time) is left out, and so is what does not
 give the numbers of the naive reference. The fastest is kept where it is faster than the shipped one by more than
-``--gain``; else that one stays. Only the settings of this GPU's chip change. Run ``triton_kernels.py --check`` and the
+``--gain``; else that one stays. Only the settings of this GPU's chip change. Run ``kernels.py --check`` and the
 tests of ``tests/kernels`` behind it.
 """
 

@@ -1,7 +1,7 @@
 """Block sizes, warps and stages of the Triton kernels, per chip, head size and dtype.
 
 They stand in ``triton_settings.json``, and nothing is searched at run time: a first call takes what stands there.
-``benchmarks/triton_kernels.py --check`` compiles all of it ahead of time, and tests do for a part: no spilled
+``benchmarks/kernels.py --check`` compiles all of it ahead of time, and tests do for a part: no spilled
 registers, and shared memory that the chip has. ``benchmarks/tune_triton.py`` searches, on a GPU, and writes the file
 anew.
 """

@@ -1,5 +1,6 @@
 """The benchmarks: which attentions they skip, and what they make of what they measured. Their times are not tested."""
 
+import json
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import typer
 from transformers import LlamaConfig
 
 from vte_compile.timing import Summary
@@ -290,3 +292,82 @@ def test_what_decode_steps_did_to_openvinos_state_is_undone(engines, monkeypatch
     assert state.state.data.tolist() == [45, 45]
     rewind()
     assert state.state.data.tolist() == [41, 41]
+
+
+@pytest.fixture
+def kernel_times(monkeypatch):
+    """benchmarks/kernel_times.py, importable for the length of a test."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setenv("COLUMNS", "200")
+    yield __import__("kernel_times")
+    for name in ("kernel_times", "kernel_cases", "kernel_check", "common"):
+        sys.modules.pop(name)
+
+
+def kernel_rows(kernel_times, file, cases, batches="3"):
+    kernel_times.main(shapes="tiny", batches=batches, cases=cases, json_file=file)
+    report = json.loads(file.read_text())
+    assert report["machine"]["commit"]
+    assert set(report["settings"]["ceilings"]["float32"]) == {"flops_per_s", "bytes_per_s"}
+    return {(row["phase"], row["exits"], row["case"]): row for row in report["cases"]}
+
+
+def test_kernels_beside_pytorchs(kernel_times, tmp_path, capsys):
+    """All give the same numbers, and a backend that refuses a shape is named with its reason."""
+    if torch.cuda.is_available():
+        pytest.skip("which backends refuse is known of CPUs: test_kernels_on_a_gpu runs them on a GPU")
+    rows = kernel_rows(kernel_times, tmp_path / "kernels.json", "vte,flash,cudnn")
+    assert set(rows) == {
+        (p, e, c) for p in ("prefill", "decode") for e in (False, True) for c in ("vte", "flash", "cudnn")
+    }
+    for (phase, _, case), row in rows.items():
+        if case == "cudnn":
+            assert "RuntimeError" in row["reason"]
+            assert "median_s" not in row
+        else:
+            unit = {"prefill": "flops_per_s", "decode": "bytes_per_s"}[phase]
+            assert row["relative_error"] < 1e-5
+            assert row[unit] == pytest.approx(row["of_ceiling"] * kernel_ceiling(tmp_path, unit))
+    # Packed, two rows of 48 tokens and one of 8: pairs, and columns.
+    amounts = {"prefill": 4 * (2 * 48 * 49 // 2 + 8 * 9 // 2) * 2 * 64, "decode": 2 * (2 * 48 + 8) * 2 * 64 * 4}
+    for phase, unit in (("prefill", "flops_per_s"), ("decode", "bytes_per_s")):
+        row = rows[phase, True, "vte"]
+        assert row[unit] * row["median_s"] == pytest.approx(amounts[phase])
+    shown = capsys.readouterr().out
+    assert shown.count("refused") == 4
+    assert "decode, cudnn: RuntimeError" in shown
+
+
+def kernel_ceiling(folder, unit):
+    return json.loads((folder / "kernels.json").read_text())["settings"]["ceilings"]["float32"][unit]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shown"), [(lambda out: out * 1.01, "wrong: 1e-02"), (torch.empty_like, "wrong: NaN")]
+)
+def test_wrong_kernels_are_not_timed(kernel_times, monkeypatch, tmp_path, capsys, wrong, shown):
+    """Nor those that leave what they allocated as it is, which may hold the right numbers of the call before."""
+    module = sys.modules["kernel_cases"]
+    right = module.varlen_attention
+    monkeypatch.setattr(module, "varlen_attention", lambda *args: wrong(right(*args)))
+    with pytest.raises(typer.Exit):
+        kernel_rows(kernel_times, tmp_path / "kernels.json", "vte", "1")
+    rows = {row["phase"]: row for row in json.loads((tmp_path / "kernels.json").read_text())["cases"]}
+    assert "median_s" not in rows["prefill"]
+    assert "median_s" in rows["decode"]
+    assert shown in capsys.readouterr().out
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_kernels_options(kernel_times):
+    with pytest.raises(typer.BadParameter, match="--cases: 'fast' is unknown; there are vte, flash, cudnn, efficient"):
+        kernel_times.main(shapes="tiny", cases="vte,fast")
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu(kernel_times, tmp_path):
+    """In float32, which flash takes none of. What is timed is timed as a CUDA graph."""
+    rows = kernel_rows(kernel_times, tmp_path / "kernels.json", "vte,flash,flex")
+    for (_, _, case), row in rows.items():
+        assert ("reason" in row) == (case == "flash")
+        assert row.get("by_graph") == (None if case == "flash" else True)

@@ -1,6 +1,6 @@
 """The Triton kernels compile ahead of time for each chip with the shipped settings, without spilling registers.
 
-One head size and dtype here; ``benchmarks/triton_kernels.py --check`` does all of them.
+One head size and dtype here; ``benchmarks/kernels.py --check`` does all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KERNELS = {"append_kernel", "attention_kernel", "split_kernel", "combine_kernel"
 def run(*options):
     """The benchmark, in a process in which kernels are not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "triton_kernels.py"), *options]
+    command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
