@@ -371,3 +371,14 @@ def test_kernels_on_a_gpu(kernel_times, tmp_path):
     for (_, _, case), row in rows.items():
         assert ("reason" in row) == (case == "flash")
         assert row.get("by_graph") == (None if case == "flash" else True)
+
+
+def test_kernels_py_may_be_taken_for_the_package_kernels(monkeypatch):
+    """transformers imports what it finds by that name, beside any benchmark that runs: it must be cheap and nothing."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    module = __import__("kernels")
+    assert Path(module.__file__) == ROOT / "benchmarks" / "kernels.py"
+    assert not [name for name in vars(module) if not name.startswith("__")]
+    assert not hasattr(module, "__version__")
+    sys.modules.pop("kernels")
