@@ -173,8 +173,8 @@ def _value(example: Tensor, size: Callable[[Any], int]) -> Tensor:
     """A contiguous tensor like an example, of reproducible numbers."""
     shape = [size(s) for s in example.shape]
     if not example.dtype.is_floating_point:
-        # Positions count on; where a row begins (one number per row) may be nowhere but at 0.
-        count = torch.arange(shape[-1], device=example.device).expand(shape)
+        # Positions count on, two tokens alike, which are a block then; where a row begins may be nowhere but at 0.
+        count = (torch.arange(shape[-1], device=example.device) // 2).expand(shape)
         return (count if len(shape) > 1 else torch.zeros_like(count)).to(example.dtype).contiguous()
     generator = torch.Generator().manual_seed(len(shape))
     return torch.randn(shape, generator=generator).to(example.device, example.dtype)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vte_compile.errors import InputError
+from vte_compile.export.engine_inputs import EngineInputs, as_numpy
 from vte_compile.export.engine_programs import EngineRunner, Loaded, load
-from vte_compile.export.grid_positions import IMAGE, Media, token_kinds
-from vte_compile.export.image_features import Array, ImageEncoder, Pixels, interleaved, vision_inputs
+from vte_compile.export.grid_positions import IMAGE, Media
+from vte_compile.export.image_features import Array, ImageEncoder, Pixels, vision_inputs
 from vte_compile.export.manifest import Manifest
 from vte_compile.runtime.cache import RowsCache
 
@@ -52,6 +52,8 @@ class Engine:
         self.folder = folder
         """Where it was loaded from."""
         self._runner = EngineRunner(loaded)
+        facts = loaded.manifest.model
+        self._inputs = EngineInputs(facts, loaded.weights[loaded.manifest.embedding], self._runner.may_exit)
 
     @classmethod
     def load(cls, folder: Path, body: dict[str, Any], **options: object) -> Engine:
@@ -103,13 +105,17 @@ class Engine:
         image_sizes: Tensor | None = None,
         batch_num_images: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         cache: RowsCache | None = None,
     ) -> EngineOutput:
         """Run a prompt, or with a ``cache`` the next chunk of the same rows.
 
         Args:
             input_ids: [B, T] int64, with a placeholder for each visual token. Either these or ``inputs_embeds``.
-            inputs_embeds: [B, T, C], visual features in place; then pass ``visual_mask`` too if there are any.
+            inputs_embeds: [B, T, C], visual features in place; then pass ``visual_mask`` too if there are any. Of
+                models with DeepStack (Qwen3-VL) [B, T, (1 + layers) C]: behind each embedding what is added behind the
+                first layers, zero at text; so are ``image_features``.
             image_features: Embeddings of the visual tokens, [n, C] or a list of such, in the order of the placeholders.
             pixel_values: [images, channels, height, width]; the engine's own encoder makes features of them. Of models
                 that take images of any size as patches (Qwen2-VL): [patches, numbers of a patch]; as tiles
@@ -128,46 +134,27 @@ class Engine:
                 several (LLaVA-OneVision); None: one each.
             pixel_attention_mask: [prompts, images, height, width], where pixels are those of an image (Idefics3,
                 SmolVLM, whose pixel_values are [prompts, images, channels, height, width]); None: everywhere.
+            mm_token_type_ids: [B, T], as processors give them: 1 at tokens of images, 2 of videos. The engine sees them
+                in ``input_ids``, and compares; with ``inputs_embeds`` it needs them if there are images and videos.
+            token_type_ids: [B, T], as processors of PaliGemma and Gemma3 give them. The engine sees in ``input_ids``
+                which tokens attend to later ones, and compares.
             cache: From an earlier call.
 
         Raises:
             InputError: Contradicting or misshaped inputs; the message says which.
         """
         images = (pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw)
-        pixels = Pixels(*map(_numpy, (*images, image_sizes, batch_num_images, pixel_attention_mask)))
+        pixels = Pixels(*map(as_numpy, (*images, image_sizes, batch_num_images, pixel_attention_mask)))
         if image_features is not None and pixels.given:
             raise InputError("Pass at most one of image_features and pixel_values (pixel_values_videos).")
         features = self._encode(pixels) if pixels.given else image_features
-        embeds, visual = self._embed(input_ids, inputs_embeds, features, visual_mask)
-        shape = embeds.shape[:2]
-        if attention_mask is None:
-            attention_mask = torch.ones(shape, dtype=torch.bool)
-        if attention_mask.shape != shape:
-            raise InputError(
-                f"attention_mask: expected shape {list(shape)} ([batch, tokens of this chunk]), got "
-                f"{list(attention_mask.shape)}."
-            )
+        types = (mm_token_type_ids, token_type_ids)
+        media = Media(*map(as_numpy, (image_grid_thw, video_grid_thw, second_per_grid_ts, *types)))
         cache = RowsCache.empty() if cache is None else cache
-        real = attention_mask.to(self.device, torch.bool)
-        media = Media(*(_numpy(value) for value in (image_grid_thw, video_grid_thw, second_per_grid_ts)))
-        positions = self._positions(input_ids, visual, real, media, cache)
-        output = self._runner.run(embeds, visual, real, positions, cache, last=True)
+        chunk = self._inputs.chunk(input_ids, inputs_embeds, features, visual_mask, attention_mask, media, cache)
+        rows = (chunk.embeds, chunk.visual, chunk.real, chunk.positions)
+        output = self._runner.run(*rows, cache, last=True, token_inputs=chunk.token_inputs)
         return EngineOutput(output.logits[:, -1], output.exit_layer, cache)
-
-    def _positions(
-        self, input_ids: Tensor | None, visual: Tensor, real: Tensor, media: Media, cache: RowsCache
-    ) -> Tensor | None:
-        """[3, B, T] of a chunk with images, where positions are multimodal; None: tokens are numbered one by one."""
-        facts = self.manifest.model
-        masks = _numpy(real)
-        kinds = media.kinds(_numpy(visual)) if input_ids is None else token_kinds(facts.grids, _numpy(input_ids))
-        rows = media.places(facts, [row[mask] for row, mask in zip(kinds, masks, strict=True)])
-        if rows is None:
-            return None
-        positions = np.zeros((facts.position_rows, *masks.shape), np.int64)
-        for b, row in enumerate(rows):
-            positions[:, b, masks[b]] = row + (0 if cache.is_empty else int(cache.next_positions[b]))
-        return torch.from_numpy(positions).to(self.device)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: RowsCache) -> EngineOutput:
@@ -180,11 +167,9 @@ class Engine:
         Raises:
             InputError: Misshaped tokens, or an empty cache.
         """
-        if tokens.ndim != 1:
-            raise InputError(f"tokens: expected shape [batch], got {list(tokens.shape)}.")
+        embeds = self._inputs.tokens(tokens)
         if cache.is_empty:
             raise InputError("cache: is empty: run the prompt with prefill() first.")
-        embeds = F.embedding(self._ids("tokens", tokens[:, None]), self._embedding)
         every = torch.ones(embeds.shape[:2], dtype=torch.bool, device=self.device)
         output = self._runner.run(embeds, ~every, every, None, cache, last=True)
         return EngineOutput(output.logits[:, -1], output.exit_layer, cache)
@@ -252,7 +237,7 @@ class Engine:
             InputError: The engine has no image encoder (the message says why), or takes other images.
         """
         given = (pixel_values, None, image_grid_thw, None, image_sizes, batch_num_images, pixel_attention_mask)
-        features = self._encode(Pixels(*map(_numpy, given)))[IMAGE]
+        features = self._encode(Pixels(*map(as_numpy, given)))[IMAGE]
         return torch.from_numpy(np.concatenate(features)).to(self.device, self.dtype)
 
     def _encode(self, pixels: Pixels) -> dict[int, list[Array]]:
@@ -269,82 +254,5 @@ class Engine:
         assert encoder is not None
         values = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in vision_inputs(vision)]
         given = [value.to(self.device, self.dtype if value.is_floating_point() else value.dtype) for value in values]
-        features: Array = _numpy(encoder([*given, *(self._loaded.weights[name] for name in vision.weights)])[0])
+        features: Array = as_numpy(encoder([*given, *(self._loaded.weights[name] for name in vision.weights)])[0])
         return features
-
-    def _ids(self, name: str, ids: Tensor) -> Tensor:
-        if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise InputError(f"{name}: expected token ids (int64), got {ids.dtype}.")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.manifest.model.vocab_size:
-            raise InputError(f"{name}: an id lies outside the vocabulary of {self.manifest.model.vocab_size}.")
-        return ids.to(self.device, torch.long)
-
-    def _embed(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        image_features: Tensor | Sequence[Tensor] | Mapping[int, list[Array]] | None,
-        visual_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, T, C] of a chunk, visual features in place, and where these are [B, T]."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise InputError("Pass exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is not None:
-            if image_features is not None:
-                raise InputError("inputs_embeds hold the visual features already: leave image_features out.")
-            return self._given_embeds(inputs_embeds, visual_mask)
-        assert input_ids is not None
-        if input_ids.ndim != 2 or not input_ids.numel():
-            raise InputError(f"input_ids: expected shape [batch, tokens], got {list(input_ids.shape)}.")
-        known = torch.tensor(self.manifest.model.visual_token_ids, dtype=torch.long, device=self.device)
-        placeholders = torch.isin(input_ids.to(self.device), known)
-        visual = placeholders if visual_mask is None else self._given_mask(visual_mask, input_ids.shape)
-        # Placeholders may lie outside the table, and what stands there is replaced.
-        ids = self._ids("input_ids", input_ids.to(self.device).masked_fill(placeholders, 0))
-        embeds = F.embedding(ids, self._embedding)
-        count = int(placeholders.sum())
-        if image_features is None and not count:
-            return embeds, visual
-        if image_features is None:
-            raise InputError(f"input_ids hold {count} visual placeholders: pass image_features or pixel_values.")
-        if isinstance(image_features, Mapping):
-            kinds = [token_kinds(self.manifest.model.grids, row) for row in _numpy(input_ids)]
-            image_features = [torch.from_numpy(part) for part in interleaved(kinds, image_features)]
-        parts = [image_features] if isinstance(image_features, Tensor) else list(image_features)
-        hidden = self.manifest.model.hidden_size
-        if any(part.shape[-1] != hidden for part in parts) or sum(p.numel() for p in parts) != count * hidden:
-            raise InputError(
-                f"image_features: expected [{count}, {hidden}], one for each visual placeholder of input_ids, got "
-                f"{', '.join(str(list(part.shape)) for part in parts)}."
-            )
-        embeds[placeholders] = torch.cat([p.reshape(-1, hidden) for p in parts]).to(embeds.device, embeds.dtype)
-        return embeds, visual
-
-    def _given_embeds(self, embeds: Tensor, visual_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        hidden = self.manifest.model.hidden_size
-        if embeds.ndim != 3 or embeds.shape[-1] != hidden or not embeds.numel():
-            raise InputError(f"inputs_embeds: expected shape [batch, tokens, {hidden}], got {list(embeds.shape)}.")
-        if visual_mask is None:
-            if self._runner.may_exit or self.manifest.model.grids is not None:
-                why = "exits" if self._runner.may_exit else "multimodal positions"
-                raise InputError(
-                    f"The engine has {why}, but which of inputs_embeds are visual is not known: pass visual_mask "
-                    "([batch, tokens] bool, all False for a text-only prompt)."
-                )
-            visual_mask = torch.zeros(embeds.shape[:2], dtype=torch.bool)
-        return embeds.to(self.device, self.dtype), self._given_mask(visual_mask, embeds.shape[:2])
-
-    def _given_mask(self, visual_mask: Tensor, shape: torch.Size) -> Tensor:
-        if visual_mask.shape != shape or visual_mask.dtype != torch.bool:
-            raise InputError(
-                f"visual_mask: expected a bool tensor of shape {list(shape)}, got {visual_mask.dtype} of shape "
-                f"{list(visual_mask.shape)}."
-            )
-        return visual_mask.to(self.device)
-
-
-def _numpy(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach().cpu()
-    return (value.float() if value.dtype is torch.bfloat16 else value).numpy()

@@ -10,7 +10,9 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-import vte_compile.kernels.packed_attention  # noqa: F401  (packages of pieces call it by name)
+# Packages of pieces call these by name.
+import vte_compile.kernels.causal_attention
+import vte_compile.kernels.packed_attention  # noqa: F401
 from vte_compile.export import aoti
 from vte_compile.export.folder import check_files
 from vte_compile.export.manifest import AttendCall, ExitCall, Manifest, PhaseSteps, PieceCall
@@ -71,7 +73,7 @@ def _program(phase: PhaseSteps, weights: Mapping[str, Tensor], pieces: Mapping[s
             own = [weights[name] for name in step.weights]
             steps.append(_LoadedPiece(slot(step.inputs), slot(step.outputs), pieces[step.piece], own))
         elif isinstance(step, AttendCall):
-            steps.append(AttendStep(slot(step.attend), slot(step.outputs), step.scale))
+            steps.append(AttendStep(slot(step.attend), slot(step.outputs), step.scale, step.window))
         else:
             [stream] = slot([step.stream])
             gate = _gate(step, weights)

@@ -7,6 +7,7 @@ it is the largest number seen over prompts and answers, which go through the gra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import length_hint
 from typing import Any, cast
@@ -55,8 +56,9 @@ def calibrate(fast: Any, decoder: OnnxDecoder, samples: object, processor: Any =
 def _note(decoder: OnnxDecoder, answered: Answered, ranges: dict[str, float], sample: Sample) -> None:
     stream, positions = answered.embeds, answered.positions
     visual = answered.visual[None]
+    more = dict(zip(decoder.token_inputs, answered.token_inputs, strict=True))
     for index, stage in enumerate(decoder.stages):
-        env = _run(decoder, stage, stream, positions, ranges)
+        env = _run(decoder, stage, stream, positions, more, ranges)
         if stage.exit is None:
             break
         stream = env[decoder.stages[index + 1].stream]
@@ -68,17 +70,23 @@ def _note(decoder: OnnxDecoder, answered: Answered, ranges: dict[str, float], sa
         if bool(fires):
             keep = (~visual[0]).nonzero()[:, 0]
             stream, positions, visual = stream[:, keep], positions[..., keep], visual[:, keep]
+            more = {name: value[:, keep] for name, value in more.items()}
     for name, largest in ranges.items():
         if not largest < float("inf"):
             raise InputError(f"{sample.name}: {name} reads numbers up to {largest}: no scale for float8 follows.")
 
 
 def _run(
-    decoder: OnnxDecoder, stage: Stage, stream: Tensor, positions: Tensor, ranges: dict[str, float]
+    decoder: OnnxDecoder,
+    stage: Stage,
+    stream: Tensor,
+    positions: Tensor,
+    more: Mapping[str, Tensor],
+    ranges: dict[str, float],
 ) -> dict[str, Tensor]:
     """One row without a past through a stage; the values of its pieces, by name."""
     tokens = torch.tensor([stream.shape[1]], device=stream.device)
-    env = {stage.stream: stream, "position_ids": positions, "new_lengths": tokens, "past_lengths": tokens * 0}
+    env = {stage.stream: stream, "position_ids": positions, "new_lengths": tokens, "past_lengths": tokens * 0, **more}
     for cache in decoder.caches(stage):
         for kind, size in (("key", cache.key_size), ("value", cache.value_size)):
             env[f"past_{kind}_{cache.layer}"] = stream.new_zeros(1, cache.kv_heads, stream.shape[1], size)

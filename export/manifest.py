@@ -20,7 +20,7 @@ FORMAT = "vte_compile engine"
 SCHEMA_VERSION = 4
 """2: the attentions of decode steps are steps of their own. 3: positions may be multimodal. 4: an ONNX engine may
 need an ONNX Runtime of some age; decoders may take more of each token (DeepStack, blocks); images may be tiles;
-prompts of AOTInductor's engines run packed."""
+prompts of AOTInductor's engines run packed; attentions of their decode steps may have windows."""
 _REMEDY = "export the model again, or copy the whole folder again"
 T = TypeVar("T")
 IMAGES, PROMPTS = "images", "prompts"
@@ -74,6 +74,8 @@ class AttendCall:
     """The attention's output, keys and values."""
     scale: float | None
     """Of the scores; None for 1 / sqrt(head size)."""
+    window: int = 0
+    """How many columns the token sees, the last ones; 0: all."""
 
 
 @dataclass(frozen=True)

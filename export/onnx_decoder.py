@@ -56,7 +56,7 @@ class OnnxDecoder:
         token_inputs: Sequence[str] = (),
         operators: Operators = ORT,
     ) -> None:
-        self.lowered, self.operators, self._token_inputs = lowered, operators, token_inputs
+        self.lowered, self.operators, self.token_inputs = lowered, operators, token_inputs
         pieces = [step for step in lowered.steps if isinstance(step, Piece)]
         self._preamble = [p for p in pieces if p.layer < 0]
         self.stages = _stages(pieces, exits, layers)
@@ -284,7 +284,7 @@ class OnnxDecoder:
     def _add_token_inputs(self, graph: OnnxGraph, stages: Sequence[Stage], tokens: str) -> dict[str, ir.Value]:
         """Inputs [B, tokens, ...] that some of these stages read."""
         added = {}
-        for name in self._token_inputs:
+        for name in self.token_inputs:
             if self._reads(stages, name):
                 example = self._placeholders[name]
                 dtype = None if example.dtype.is_floating_point else ir.DataType.INT64

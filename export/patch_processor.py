@@ -1,4 +1,4 @@
-"""Pictures as patches, with numpy and Pillow: what transformers' image processor of Qwen2-VL and Qwen2.5-VL does.
+"""Pictures as patches, with numpy and Pillow: what transformers' image processor of Qwen2-VL to Qwen3-VL does.
 
 A picture keeps its proportions: it is resized to whole tokens, within a smallest and a largest number of pixels.
 """

@@ -1,7 +1,7 @@
 """Text and pictures as an engine takes them, from the files that transformers' ``processor.save_pretrained`` wrote.
 
-The processors of LLaVA, LLaVA-NeXT, LLaVA-OneVision and Qwen2-VL and language models' tokenizers are done here, with
-tokenizers, jinja2, Pillow and numpy. Others are left to transformers, where it is installed.
+The processors of LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL to Qwen3-VL and language models' tokenizers are done
+here, with tokenizers, jinja2, Pillow and numpy. Others are left to transformers, where it is installed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vte_compile.export.patch_processor import PatchProcessor
 from vte_compile.export.tile_processor import TileProcessor
 
 _LOGGER = logging.getLogger(__name__)
-_OF_PATCHES, _PATCH_TOKEN = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"), "<|image_pad|>"
+_OF_PATCHES, _PATCH_TOKEN = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"), "<|image_pad|>"
 _KNOWN: dict[str, type[ImageProcessor | PatchProcessor | TileProcessor]] = {
     "LlavaProcessor": ImageProcessor,
     **dict.fromkeys(_OF_PATCHES, PatchProcessor),

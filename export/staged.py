@@ -191,7 +191,7 @@ def _call(
         return _piece_call(staged, name, step, tried.get(step.key, [])[:1])
     if isinstance(step, AttendPoint):
         assert step.kind == "append"  # engines attend with torch's own attention
-        return AttendCall(step.inputs, step.outputs, step.scale)
+        return AttendCall(step.inputs, step.outputs, step.scale, step.window)
     return _exit_call(staged, step)
 
 

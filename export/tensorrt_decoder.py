@@ -20,6 +20,7 @@ from vte_compile.export.ort_decoder import Decoder, leaves
 from vte_compile.export.ort_inputs import Chunk
 from vte_compile.export.ort_sessions import Array
 from vte_compile.export.tensorrt_graph import as_tensor
+from vte_compile.export.token_inputs import TokenInputs
 
 
 class StageMemory:
@@ -110,6 +111,7 @@ class TensorRTDecoder(Decoder):
         device: Where they lie.
         sizes: Of the manifest: what the engines take.
         position_rows: How many numbers make a token's position.
+        tokens: What graphs take of each token besides embedding and position.
 
     Raises:
         EngineError: A graph does not take or give what docs/tensorrt.md says.
@@ -123,6 +125,7 @@ class TensorRTDecoder(Decoder):
         device: torch.device,
         sizes: Mapping[str, Sequence[int]],
         position_rows: int,
+        tokens: TokenInputs,
     ) -> None:
         if not stages or stages[-1].exit is not None or any(stage.exit is None for stage in stages[:-1]):
             raise EngineError("manifest.json: its stages do not end with the only one without exit.")
@@ -132,11 +135,14 @@ class TensorRTDecoder(Decoder):
         self._exit_layers = [None if stage.exit is None else stage.exit.layer for stage in stages]
         self.may_exit = len(stages) > 1
         self._position_rows = position_rows
+        self._tokens = tokens
+        self._token_inputs = [[name for name in tokens.names if name in graph.inputs] for graph in self._engines]
         memories: list[Any] = self.new_cache(1).memories
         self._stages, self._layouts = len(stages), [memory.layout for memory in memories]
         for s, (graph, memory) in enumerate(zip(self._engines, memories, strict=True)):
             first = ["hidden_states", "keep"] if s else ["inputs_embeds"]
-            _check(graph, [*first, "position_ids", "new_lengths", "past_lengths", *memory.rows()], [
+            first += ["position_ids", "new_lengths", "past_lengths", *self._token_inputs[s]]
+            _check(graph, [*first, *memory.rows()], [
                 self._result(s), *memory.outputs])  # fmt: skip
         for gate in self._gates:
             if gate is not None:
@@ -162,6 +168,7 @@ class TensorRTDecoder(Decoder):
         visual = {b: chunk.visual[b] for b in rows}
         positions = {b: chunk.positions(b, int(cache.next_positions[b])) for b in rows}
         keep = {b: np.arange(counts[b]) for b in rows}
+        more = {b: self._tokens.of_row(chunk, b, not cache.next_positions[b]) for b in rows}
         stream: dict[int, Any] = {b: chunk.row(b) for b in rows}
         for s, graph in enumerate(self._engines):
             memory: Any = cache.memories[s]
@@ -173,6 +180,7 @@ class TensorRTDecoder(Decoder):
                     "position_ids": self._position_ids(positions[b][..., None, :]),
                     "new_lengths": np.array([len(keep[b])], np.int64),
                     "past_lengths": lengths[s, [b]],
+                    **{name: more[b][name][None] for name in self._token_inputs[s]},
                     **memory.row(b, empty=not past),
                 }
                 stream[b], *given = graph.run(inputs, [self._result(s), *memory.outputs])
@@ -186,6 +194,7 @@ class TensorRTDecoder(Decoder):
                     exit_layer[b] = layer
                     keep[b] = np.flatnonzero(~visual[b])
                     positions[b] = positions[b][..., keep[b]]
+                    more[b] = {name: value[keep[b]] for name, value in more[b].items()}
         last = {b: stream[b].numpy()[0, -1].astype(np.float32) for b in rows}
         logits = np.zeros((cache.batch, len(last[rows[0]])), np.float32)
         for b in rows:
@@ -195,6 +204,7 @@ class TensorRTDecoder(Decoder):
     def _step(self, embeds: Any, cache: OnnxCache) -> Array:
         batch, stream = cache.batch, embeds
         lengths = as_tensor(cache.lengths, self._device)
+        more = {name: as_tensor(value, self._device) for name, value in self._tokens.of_step(batch).items()}
         fixed = {
             "position_ids": as_tensor(self._position_ids(cache.next_positions[:, None]), self._device),
             "new_lengths": torch.ones(batch, dtype=torch.int64, device=self._device),
@@ -204,6 +214,7 @@ class TensorRTDecoder(Decoder):
             memory: Any = cache.memories[s]
             memory.reserve(int(cache.lengths[s].max()) + 1)
             inputs = {**fixed, "hidden_states" if s else "inputs_embeds": stream, "past_lengths": lengths[s]}
+            inputs |= {name: more[name] for name in self._token_inputs[s]}
             stream, *given = graph.run(inputs | memory.rows(), [self._result(s), *memory.outputs])
             memory.extend(lengths[s], given)
         return np.asarray(stream.numpy()[:, -1].astype(np.float32))

@@ -23,6 +23,7 @@ from vte_compile.export.tensorrt_build import import_tensorrt
 from vte_compile.export.tensorrt_decoder import TensorRTDecoder
 from vte_compile.export.tensorrt_graph import TensorRTGraph
 from vte_compile.export.tensorrt_manifest import TensorRTManifest
+from vte_compile.export.token_inputs import TokenInputs
 
 _NUMPY: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -43,7 +44,13 @@ class TensorRTEngine(OnnxEngine):
         dtype = np.dtype(_NUMPY[manifest.model.dtype])
         facts = manifest.model
         decoder = TensorRTDecoder(
-            graphs, manifest.stages, getattr(torch, facts.dtype), device, manifest.sizes, facts.position_rows
+            graphs,
+            manifest.stages,
+            getattr(torch, facts.dtype),
+            device,
+            manifest.sizes,
+            facts.position_rows,
+            TokenInputs(facts, dtype),
         )
         vision = None if manifest.vision is None else graphs[manifest.vision.piece]
         parts = Parts(

@@ -35,6 +35,7 @@ def _attention(
     kv_heads: int,
     scale: float,
     window: int = 0,
+    block_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's new tokens stand behind all columns of the cache here; the mask says which of these it has filled.
 
@@ -51,7 +52,10 @@ def _attention(
     if window:
         own = past_lengths[:, None, None] + index[:, None]
         seen, causal = seen & (columns > own - window), causal & (index > index[:, None] - window)
-    mask = torch.cat([seen, causal.expand(batch, -1, -1)], dim=2)
+    near = causal.expand(batch, -1, -1)
+    if block_ids is not None:  # a window does not limit a token's own block
+        near = near | ((block_ids[:, :, None] == block_ids[:, None]) & (block_ids >= 0)[:, :, None])
+    mask = torch.cat([seen, near], dim=2)
     mask = mask[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]
     scores = torch.where(mask, queries @ keys.transpose(2, 3), torch.finfo(query.dtype).min)
     output = torch.softmax(scores, dim=-1) @ values
@@ -70,10 +74,11 @@ def _expected_attention(
     kv_heads: int,
     scale: float,
     window: int = 0,
+    block_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the reference gives, with the new tokens' columns of its caches."""
     tensors = (query, key, value, past_key, past_value, past_lengths, new_lengths)
-    output, *caches = cached_attention._opoverload(*tensors, heads, kv_heads, scale, window)
+    output, *caches = cached_attention._opoverload(*tensors, heads, kv_heads, scale, window, block_ids)
     columns = past_lengths[:, None] + torch.arange(query.shape[1], device=query.device)
     new = [c.gather(2, columns[:, None, :, None].expand(-1, kv_heads, -1, c.shape[3])) for c in caches]
     return output, new[0], new[1]

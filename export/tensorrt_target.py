@@ -37,7 +37,6 @@ from vte_compile.export.tensorrt_build import build_engine, import_tensorrt
 from vte_compile.export.tensorrt_manifest import BuilderFacts, EngineFacts, TensorRTManifest
 from vte_compile.export.tensorrt_ops import TENSORRT, TENSORRT_FP8
 from vte_compile.export.tensorrt_profiles import Profiles, shell_script, trtexec
-from vte_compile.families.refusals import refuse_token_inputs
 
 logger = logging.getLogger(__name__)
 DTYPES = {
@@ -157,8 +156,7 @@ def in_precision(fast: Any, precision: str | None) -> Any:
 
     Raises:
         InputError: Not an optimized model, or an unknown precision.
-        UnsupportedModelError: Its dtype is none TensorRT computes in, or its decoder takes more than embeddings and
-            positions.
+        UnsupportedModelError: Its dtype is none TensorRT computes in, or it has experts that are a loop.
     """
     check_model(fast)
     known = (*PRECISIONS, "fp8")
@@ -181,11 +179,10 @@ def check_model(fast: Any) -> None:
 
     Raises:
         InputError: Not an optimized model.
-        UnsupportedModelError: Its decoder takes more than embeddings and positions, or has experts that are a loop.
+        UnsupportedModelError: It has experts that are a loop.
     """
     check_optimized(fast)
     check_experts(fast)
-    refuse_token_inputs(fast._vte_spec)
 
 
 def find_ranges(fast: Any, precision: str | None, calibration: object, processor: Any = None) -> Fp8 | None:

@@ -19,6 +19,16 @@ from vte_compile.export.ort_sessions import Array
 BLOCKS, _DEEPSTACK = "block_ids", "deepstack_{}"
 
 
+def check_block_rule(facts: ModelFacts) -> None:
+    """Make sure that the manifest's rule of blocks is one that is known here.
+
+    Raises:
+        EngineError: It is not.
+    """
+    if facts.blocks not in (None, *BLOCK_RULES):
+        raise EngineError(f"manifest.json: blocks {facts.blocks!r} are unknown: export the model again.")
+
+
 def block_ids(rule: str, placeholders: Array, first: bool) -> Array:
     """The blocks of one row's tokens.
 
@@ -48,8 +58,7 @@ class TokenInputs:
     """
 
     def __init__(self, facts: ModelFacts, dtype: np.dtype[Any]) -> None:
-        if facts.blocks not in (None, *BLOCK_RULES):
-            raise EngineError(f"manifest.json: blocks {facts.blocks!r} are unknown: export the model again.")
+        check_block_rule(facts)
         self._facts, self._dtype = facts, dtype
         self.names = [_DEEPSTACK.format(layer) for layer in range(facts.deepstack)]
         """Of the graphs' inputs."""

@@ -1,4 +1,4 @@
-"""DeepStack: features that a decoder adds behind its first layers, in graphs and oracle, and where it is refused."""
+"""DeepStack: features that a decoder adds behind its first layers, in graphs and oracle, and which are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tiny_families import family_inputs, shared_family, tiny_family
 from tiny_models import NEVER, assert_relative, gate, plan
 from transformers import Qwen3VLForConditionalGeneration
 
-import vte_compile
 from vte_compile import Oracle, Plan, StaticExit, optimize
 from vte_compile.capture import capture
 from vte_compile.errors import CaptureError, InputError, UnsupportedModelError
@@ -116,11 +115,3 @@ def test_another_signature():
     decoder.__class__ = Other
     with pytest.raises(UnsupportedModelError, match=r"^Other takes deepstack_features besides .*\(DeepStack\) are"):
         describe(model)
-
-
-def test_where_features_are_not_taken(tmp_path):
-    """AOTInductor's and TensorRT's engines."""
-    with pytest.raises(UnsupportedModelError, match=r"takes deepstack_0, deepstack_1 besides .* only vte_compile.opt"):
-        vte_compile.export(optimized(NAME), tmp_path / "engine", target="tensorrt", build=False)
-    with pytest.raises(UnsupportedModelError, match="takes deepstack_0"):
-        optimized(NAME)._vte_runner.lowered("prefill", batched=False)

@@ -26,11 +26,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor
+from uncompiled import uncompiled_engine
 
 import vte_compile
 from vte_compile import load_engine, optimize
 from vte_compile.errors import InputError
-from vte_compile.export import aoti
 from vte_compile.export.ort_engine import OnnxEngine
 from vte_compile.oracle import Oracle
 
@@ -47,9 +47,10 @@ _SPECIAL = {IMAGE_TOKEN: "<|image_pad|>", START_TOKEN: "<start>", END_TOKEN: "<e
 
 
 class FakeProcessor:
-    """The files of Qwen2.5-VL's processor as published; the class itself wants torchvision."""
+    """The files of a Qwen-VL processor as published; the class itself wants torchvision."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "Qwen2_5_VLProcessor") -> None:
+        self.kind = kind
         words = Tokenizer(WordLevel({_SPECIAL.get(i, f"w{i}"): i for i in range(VOCAB)}, unk_token="w3"))
         words.pre_tokenizer = WhitespaceSplit()
         # Placeholders stand side by side.
@@ -59,7 +60,7 @@ class FakeProcessor:
 
     def save_pretrained(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
-        config = self.images.to_dict() | {"processor_class": "Qwen2_5_VLProcessor"}
+        config = self.images.to_dict() | {"processor_class": self.kind}
         (folder / "preprocessor_config.json").write_text(json.dumps(config))
 
     def inputs(self, text: str, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
@@ -189,27 +190,22 @@ def test_bad_inputs(engine: OnnxEngine) -> None:
         engine.prefill(inputs_embeds=np.zeros((1, 2, 32), np.float32))
 
 
-def test_aoti_engine(fast, tmp_path: Path, monkeypatch) -> None:
+def test_aoti_engine(fast, tmp_path: Path) -> None:
     """The steps of an engine, with pieces that were not compiled; images and videos as patches and as features."""
-    pieces: dict[str, Any] = {}
-    monkeypatch.setattr(aoti, "compile_piece", lambda module, key, examples, file, tried: keep(pieces, module, file))
-    monkeypatch.setattr(aoti, "load_piece", lambda file: lambda values: pieces[file.name](*values))
-    vte_compile.export(fast, tmp_path / "engine", target="aoti")
-    engine = load_engine(tmp_path / "engine")
+    engine = uncompiled_engine(fast, tmp_path / "engine")
     for inputs in (*prompts()[:4], video_inputs(NAME)):
         video = "pixel_values_videos" in inputs
         encode = shared_family(NAME).get_video_features if video else shared_family(NAME).get_image_features
         pixels = [name for name in inputs if name.startswith("pixel_values")]
         grids = [inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs]
         features = encode(inputs[pixels[0]], *grids).pooler_output if pixels else None
-        whole = {k: v for k, v in inputs.items() if k != "mm_token_type_ids"}
-        given = {k: v for k, v in whole.items() if k not in pixels}
+        given = {k: v for k, v in inputs.items() if k not in pixels}
         want = fast(**inputs, logits_to_keep=1)
         got = engine.prefill(**given, image_features=features)
         close(got.logits, want.logits[:, -1])
         assert got.exit_layer.tolist() == want.exit_layer.tolist()
-        close(engine.prefill(**whole).logits, want.logits[:, -1])
-        answer = engine.generate(**whole, **OURS)
+        close(engine.prefill(**inputs).logits, want.logits[:, -1])
+        answer = engine.generate(**inputs, **OURS)
         step = engine.decode(got.logits.argmax(-1), got.cache)
         assert answer.tokens[:, 1].tolist() == step.logits.argmax(-1).tolist()
         if inputs["attention_mask"].all():
@@ -217,8 +213,3 @@ def test_aoti_engine(fast, tmp_path: Path, monkeypatch) -> None:
             assert answer.tokens.tolist() == known[:, inputs["input_ids"].shape[1] :].tolist()
     with pytest.raises(InputError, match=r"image_grid_thw .or video_grid_thw.: is missing"):
         engine.prefill(given["input_ids"], image_features=features)
-
-
-def keep(pieces: dict[str, Any], module: Any, file: Path) -> None:
-    pieces[file.name] = module
-    file.touch()

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from marks import thorough
+from PIL import Image
 from test_families import handed_over, optimized
+from test_multimodal_engines import FakeProcessor
 from test_windows import WINDOWS
 from tiny_families import IMAGE_TOKEN, family_inputs, shared_family, video_inputs
 from tiny_models import (
@@ -21,16 +23,19 @@ from tiny_models import (
     plan,
     tiny,
 )
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 import vte_compile
 from vte_compile import Oracle, StaticExit, load_engine, optimize
 from vte_compile.errors import InputError
 from vte_compile.export.ort_engine import OnnxEngine
+from vte_compile.export.processor import Processor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 FORMS = ("staged", "single")
 EXITS = (gate(0), gate(2), gate(3))
 OURS = dict(max_new_tokens=6, eos_token_ids=[])
+QWEN3 = "Qwen3VLProcessor"
 
 
 def close(ours: Any, theirs: torch.Tensor) -> None:
@@ -85,7 +90,9 @@ def folders(tmp_path_factory: Any) -> Callable[[str], Path]:
     def folder(name: str) -> Path:
         if name not in made:
             fast = optimize(optimized(name), plan(*EXITS))
-            made[name] = vte_compile.export(fast, tmp_path_factory.mktemp("e") / "engine", target="onnxruntime")
+            processor = FakeProcessor(QWEN3) if name == "qwen3_vl" else None
+            folder = tmp_path_factory.mktemp("e") / "engine"
+            made[name] = vte_compile.export(fast, folder, target="onnxruntime", processor=processor)
         return made[name]
 
     return folder
@@ -173,3 +180,43 @@ def following(positions: torch.Tensor | None, cache: Any) -> torch.Tensor | None
     if positions is None:
         return None
     return positions + torch.tensor(cache.next_positions())[:, None]
+
+
+def pictures() -> list[Image.Image]:
+    """One that is fitted into the fewest pixels, one into the most."""
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (size, 40, 3), np.uint8)) for size in (3, 60)]
+
+
+def test_processor_of_qwen3_vl(tmp_path: Path) -> None:
+    """Tokens and patches are those of transformers' own class."""
+
+    class WithoutVideos(Qwen3VLProcessor):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
+            """Its processor of videos, which is None here, wants torchvision."""
+
+    files = FakeProcessor(QWEN3)
+    files.save_pretrained(tmp_path)
+    ours, theirs = Processor(tmp_path, True), WithoutVideos(files.images, files.tokenizer, None)
+    seen: dict[str, Any] = {}
+
+    def encode(made: Any) -> list[np.ndarray]:
+        seen.update(made)
+        return [np.zeros((grid.prod() // 4, 3 * C), np.float32) for grid in made["image_grid_thw"]]
+
+    prompt = ours.prompt(ours.messages("w7 w8", pictures()), encode)
+    text = "<start> <|image_pad|> <end> " * 2 + "w7 w8 "
+    expected = theirs(text=[text], images=pictures(), return_tensors="np")
+    assert prompt.ids == expected["input_ids"][0].tolist()
+    np.testing.assert_array_equal(prompt.image_grid_thw, expected["image_grid_thw"])
+    np.testing.assert_allclose(seen["pixel_values"], expected["pixel_values"], atol=1e-5)
+
+
+def test_chat_of_qwen3_vl(folders: Callable[[str], Path]) -> None:
+    """Pictures of any size, without transformers' processor; what is added behind layers comes from them, too."""
+    engine: Any = load_engine(folders("qwen3_vl"), threads=1, form="staged")
+    answer = engine.chat("w7 w8", pictures(), **OURS)
+    inputs = FakeProcessor(QWEN3).inputs("<start> <|image_pad|> <end> " * 2 + "w7 w8", pictures())
+    want = Oracle(shared_family("qwen3_vl"), plan(*EXITS)).generate(**handed_over("qwen3_vl", inputs), max_new_tokens=6)
+    assert answer.tokens == want.tokens[0]
+    assert [answer.exit_layer] == want.exit_layer.tolist()

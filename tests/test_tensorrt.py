@@ -149,15 +149,17 @@ def test_cache_holds_less_above_exits_and_moves_when_full(llava) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("window", [1, 3, 7])
-def test_windows(window: int) -> None:
-    """What stands for attention sees what the reference sees, in rows that are padded and behind pasts."""
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 3, 7])
+def test_windows(window: int, blocks: bool) -> None:
+    """What stands for attention sees what the reference sees, in rows that are padded, behind pasts and in blocks."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 4, 32), (2, 4, 16), (2, 4, 16), (2, 2, 6, 8), (2, 2, 6, 8))
     values = [torch.randn(shape, generator=generator) for shape in shapes]
     rows = (torch.tensor([6, 2]), torch.tensor([4, 3]))
     function, expected = TENSORRT.lowered[CACHED], TENSORRT.expected[CACHED]
-    got, want = (of(*values, *rows, 4, 2, 0.3, window) for of in (function, expected))
+    of_tokens = torch.tensor([[0, 0, -1, 1], [-1, 2, 2, -1]]) if blocks else None
+    got, want = (of(*values, *rows, 4, 2, 0.3, window, of_tokens) for of in (function, expected))
     for b, count in enumerate(rows[1].tolist()):
         close(got[0][b, :count], want[0][b, :count])
     close(got[1], want[1])

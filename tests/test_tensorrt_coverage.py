@@ -53,7 +53,9 @@ def manifest(folder: Path) -> TensorRTManifest:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llava", thorough("internvl"), "qwen2_vl"])
+@pytest.mark.parametrize(
+    "family", ["llava", "qwen2_vl", "qwen3_vl", *map(thorough, ("internvl", "gemma3", "paligemma"))]
+)
 def test_all_decoder_nodes_are_in_engines(family: str) -> None:
     fast = optimize(tiny_family(family), plan(gate(0), gate(2)), compile=False)
     found = coverage(fast, profiles=SIZES)

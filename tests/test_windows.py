@@ -1,15 +1,13 @@
-"""Sliding windows: after an exit they count what is left, in graphs as in the oracle; and where they are refused."""
+"""Sliding windows: after an exit they count what is left, in graphs as in the oracle."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import assert_relative, chunk, optimized, plan, shared_model, tiny
+from tiny_models import assert_relative, chunk, plan, tiny
 
 from vte_compile import Oracle, Plan, StaticExit, optimize
-from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.cache_name import CACHE, cache_of
-from vte_compile.families.decoder import describe
 from vte_compile.kernels.append_attention import append_and_attend, append_attention
 
 WINDOWS = {
@@ -66,13 +64,3 @@ def test_a_token_sees_the_last_columns(window):
         assert torch.equal(append_and_attend(query, key, value, *room, rows, None, window), output)
         assert all(map(torch.equal, room, grown))
     torch.library.opcheck(append_attention, (query, key, value, keys, values, starts, None, window))
-
-
-def test_where_windows_are_not_taken():
-    """AOTInductor's engines would attend to all tokens."""
-    model = tiny("qwen2", **WINDOWS["qwen2"])
-    message = r"^Qwen2Model: decoder layer 1 uses sliding_attention: only vte_compile.optimize\(\), backend='vte', ONNX"
-    with pytest.raises(UnsupportedModelError, match=message):
-        optimize(model, Plan(), compile=False)._vte_runner.lowered("prefill", batched=False)
-    assert not describe(shared_model("llama")).has_windows
-    optimized("llama")._vte_runner.lowered("prefill", batched=False)

@@ -71,20 +71,6 @@ def refuse_other_architectures(model: nn.Module, decoder: nn.Module) -> None:
             )
 
 
-def refuse_windows(spec: DecoderSpec) -> None:
-    """Refuse, where attention is a softmax over all tokens before, a decoder with sliding windows.
-
-    Raises:
-        UnsupportedModelError: It is one.
-    """
-    if spec.has_windows:
-        raise UnsupportedModelError(
-            f"{type(spec.decoder).__name__}: decoder layer {spec.windowed.index(True)} uses sliding_attention: only "
-            "vte_compile.optimize(), backend='vte', ONNX and TensorRT engines take that so far (set "
-            "sliding_window=None in the config if prompts stay below the window)."
-        )
-
-
 def refuse_softcaps(spec: DecoderSpec) -> None:
     """Refuse, where attention is a softmax of the scores as they are, a decoder that caps them.
 
@@ -95,30 +81,6 @@ def refuse_softcaps(spec: DecoderSpec) -> None:
         raise UnsupportedModelError(
             f"{type(spec.decoder).__name__} caps the scores of its attention (attn_logit_softcapping in its config): "
             "only vte_compile.optimize() takes that so far."
-        )
-
-
-def refuse_more_than_causal(spec: DecoderSpec) -> None:
-    """Refuse, where graphs get embeddings and positions alone, what takes more of each token; and other attention.
-
-    Raises:
-        UnsupportedModelError: It does.
-    """
-    refuse_windows(spec)
-    refuse_softcaps(spec)
-    refuse_token_inputs(spec)
-
-
-def refuse_token_inputs(spec: DecoderSpec) -> None:
-    """Refuse, where graphs get embeddings and positions alone, a decoder that takes more of each token.
-
-    Raises:
-        UnsupportedModelError: It does.
-    """
-    if spec.token_inputs:
-        raise UnsupportedModelError(
-            f"{type(spec.decoder).__name__} takes {', '.join(spec.token_inputs)} besides embeddings and positions: "
-            "only vte_compile.optimize(), backend='vte' and ONNX engines (target='onnxruntime') give that so far."
         )
 
 

@@ -14,7 +14,7 @@ from vte_compile.capture import DecoderGraph, capture
 from vte_compile.chunk_capture import capture_chunk
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec
-from vte_compile.families.refusals import refuse_companion, refuse_more_than_causal
+from vte_compile.families.refusals import refuse_companion, refuse_softcaps
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.passes import PASSES, PassResult, PassSettings, run_passes
 from vte_compile.passes.lower_piecewise import PiecewiseGraph, lower_piecewise
@@ -130,11 +130,10 @@ class DecoderRunner(RowRunner):
 
         Raises:
             CaptureError: The decoder could not be traced or rewritten.
-            UnsupportedModelError: It is more than causal, which graphs of phases other than chunks are not; or a
-                companion token goes along with prompts, which engines do not know.
+            UnsupportedModelError: It caps the scores of its attention, or a companion token goes along with prompts:
+                engines do not know these.
         """
-        if phase != "chunk":
-            refuse_more_than_causal(self.spec)
+        refuse_softcaps(self.spec)
         refuse_companion("plan", self.plan)
         one_prompt = not self.routed and phase != "chunk"
         return self._lowered((phase, batched, True, one_prompt, self.spec.dtype, self.spec.device), False)[0]
@@ -160,9 +159,9 @@ class DecoderRunner(RowRunner):
 
         Raises:
             CaptureError: The decoder could not be traced or rewritten.
-            UnsupportedModelError: It takes more than embeddings and positions, which engines do not.
+            UnsupportedModelError: It caps the scores of its attention.
         """
-        refuse_more_than_causal(self.spec)
+        refuse_softcaps(self.spec)
         key: _Key = ("packed", False, True, True, self.spec.dtype, self.spec.device)
         if reason := self._why_not_packed(key, False):
             logger.info("export: the engine runs prompts of a batch one by one: %s", reason)
