@@ -10,6 +10,8 @@ import onnx
 import pytest
 import torch
 from fake_tensorrt import load_fake
+from marks import thorough
+from tiny_families import family_inputs, tiny_family
 from tiny_models import image_prompt, one_thread, plan, random_adapter, tiny_llava  # noqa: F401
 from torch import nn
 
@@ -93,6 +95,17 @@ def test_ranges_are_those_of_the_model() -> None:
             assert found[name] <= largest * 1.0001
         else:
             assert found[name] == pytest.approx(largest, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", thorough("gemma3"), thorough("paligemma")])
+def test_ranges_where_decoders_take_more_of_each_token(name: str) -> None:
+    """Features behind layers, blocks of tokens: without them the layers would read something else."""
+    model, prompts = tiny_family(name), [family_inputs(name, [2], seed=seed) for seed in range(3)]
+    found, expected = ranges_of(optimize(model, plan(), compile=False), prompts).ranges, inputs_of(model, prompts)
+    assert found.keys() == expected.keys()
+    for layer, largest in expected.items():
+        if ".3." not in layer:  # of the last layer's upper half, the last token alone is computed
+            assert found[layer] == pytest.approx(largest, rel=1e-4)
 
 
 def test_what_left_is_not_in_the_ranges() -> None:
