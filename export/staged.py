@@ -20,6 +20,7 @@ from vte_compile.export.encoder_function import traced
 from vte_compile.export.grid_facts import grid_facts
 from vte_compile.export.manifest import AttendCall, ExitCall, GateWeights, ModelFacts, PhaseSteps, PieceCall, VisionCall
 from vte_compile.export.vision import image_encoder
+from vte_compile.live_model import LiveModel
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.passes.lower_piecewise import AttendPoint, ExitPoint, Piece, PiecewiseGraph, structure_key
 from vte_compile.runtime.verify import packed_inputs
@@ -106,6 +107,12 @@ def check_optimized(fast: Any) -> None:
     Raises:
         InputError: It is none.
     """
+    if isinstance(fast, LiveModel):
+        raise InputError(
+            f"export: {type(fast).__name__} has code of its own, which no engine runs: pass the {fast._vte_live.path} "
+            "of this one, which takes embeddings; or optimize the checkpoint as a class of transformers or vte_compile "
+            "(docs/models.md, Models with code of their own)."
+        )
     if not isinstance(fast, OptimizedModel):
         raise InputError(
             f"export: expected what vte_compile.optimize() returned for a model with a decoder, got a "

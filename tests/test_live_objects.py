@@ -1,22 +1,38 @@
-"""Models with code of their own, as it lies beside checkpoints: classes of the shape of InternVL's, VILA's, Eagle-X5's.
+"""Live objects of the authors' own code through optimize(): the structures of InternVL, VILA, LLaVA and Eagle-X5.
 
-Their generate() makes embeddings and hands them, with whatever else it is given, to a causal language model. The
-classes here have that structure and that code's names; what they compute from pixels does not matter.
+Their own methods are called as they are; which tokens are visual, and what comes of that, is the oracle's.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from internlm import with_intern_blocks
+from tiny_live import (
+    IGNORE,
+    IMG,
+    TOKENS,
+    ChatModel,
+    EagleX5,
+    OldVila,
+    Vila,
+    chat_model,
+    chat_prompts,
+    eagle,
+    media_prompts,
+    pixels,
+    text,
+    vila,
+)
 from tiny_models import (
+    LAYERS,
     NEVER,
-    TINY,
-    C,
+    assert_relative,
     gate,
     one_thread,  # noqa: F401
     optimized,
@@ -26,264 +42,21 @@ from tiny_models import (
     tiny,
 )
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
-from vte_compile import Oracle, Plan, SkippedAttention, StaticExit, optimize
+from vte_compile import Oracle, Plan, SkippedAttention, StaticExit, export, optimize
 from vte_compile.adapters import PIA
 from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.fingerprint import Fingerprint
+from vte_compile.tuning.examine import Examiner
 
-IMG, MEDIA, IGNORE = 58, -200, -100
-TOKENS = 4
-"""Of each image."""
 PARTS = {
     "first": [StaticExit(0)],
     "natural": [gate(1), gate(2)],
+    "last": [StaticExit(LAYERS - 1)],
     "never, skip": [gate(1, NEVER), SkippedAttention(2, random_adapter(PIA))],
 }
-NEW = 6
+NEW = 16
 OPTIONS: dict[str, Any] = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
-
-
-class Encoder(nn.Module):
-    """Features [images, 4, C] of images [images, 3, 8, 8]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, C, 4, 4)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.patches(pixels).flatten(2).mT
-
-
-class ChatModel(PreTrainedModel):
-    """InternVLChatModel: a placeholder for each visual token; its id comes from the tokenizer, in chat()."""
-
-    config_class = LlamaConfig
-    main_input_name = "pixel_values"
-
-    def __init__(self, config: LlamaConfig, language_model: Any) -> None:
-        super().__init__(config)
-        self.vision_model, self.language_model, self.img_context_token_id = Encoder(), language_model, None
-
-    def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Any = None
-    ) -> Any:
-        raise AssertionError("for training")
-
-    @torch.no_grad()
-    def generate(
-        self,
-        pixel_values: Tensor | None = None,
-        input_ids: Any = None,
-        attention_mask: Tensor | None = None,
-        generation_config: Any = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **generate_kwargs: Any,
-    ) -> Tensor:
-        embeds = self.language_model.get_input_embeddings()(input_ids)
-        if pixel_values is not None:
-            embeds[input_ids == self.img_context_token_id] = self.vision_model(pixel_values).flatten(0, 1)
-        return self.language_model.generate(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            generation_config=generation_config,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            use_cache=True,
-            **generate_kwargs,
-        )
-
-    def chat(self, ids: Tensor, pixel_values: Tensor, generation_config: dict[str, Any]) -> Tensor:
-        """The tokens of an answer (the authors' takes and gives text)."""
-        self.img_context_token_id = IMG
-        mask = torch.ones_like(ids)
-        return self.generate(pixel_values=pixel_values, input_ids=ids, attention_mask=mask, **generation_config)
-
-
-class MergesMedia:
-    """How VILA and LLaVA's relatives put all tokens of an image where its one placeholder is."""
-
-    @staticmethod
-    def merge(embed: nn.Module, features: Tensor, ids: Tensor, labels: Tensor | None, mask: Tensor | None) -> Any:
-        """Embeddings [B, T', C], labels (-100 at visual tokens and padding) and mask [B, T'], padded on the left."""
-        labels = torch.full_like(ids, IGNORE) if labels is None else labels
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        images, rows = list(features), []
-        for row, known, keep in zip(ids, labels, real, strict=True):
-            parts, marks = [], []
-            for token, label in zip(row[keep], known[keep], strict=True):
-                is_media = int(token) == MEDIA
-                parts.append(images.pop(0) if is_media else embed(token[None]))
-                marks += [IGNORE] * len(parts[-1]) if is_media else [int(label)]
-            rows.append((torch.cat(parts), torch.tensor(marks)))
-        longest = max(len(marks) for _, marks in rows)
-        embeds, mask = torch.zeros(len(rows), longest, C), torch.zeros(len(rows), longest, dtype=torch.bool)
-        merged = torch.full((len(rows), longest), IGNORE)
-        for b, (row, marks) in enumerate(rows):
-            at = slice(longest - len(marks), None)
-            embeds[b, at], merged[b, at], mask[b, at] = row, marks, True
-        return embeds, merged, mask
-
-
-class Vila(MergesMedia, PreTrainedModel):
-    """LlavaLlamaModel of VILA: no get_decoder() of its own, the head of its llm, forward() with **kwargs."""
-
-    config_class = LlamaConfig
-    main_input_name = "input_embeds"
-
-    def __init__(self, config: LlamaConfig, llm: Any) -> None:
-        super().__init__(config)
-        self.llm, self.vision_tower, self.mm_projector = llm, Encoder(), nn.Linear(C, C)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.llm.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.llm.get_output_embeddings()
-
-    def _embed(self, ids: Tensor, media: Any, media_config: Any, labels: Tensor | None, mask: Tensor | None) -> Any:
-        features = self.mm_projector(self.vision_tower(media["image"]))
-        return self.merge(self.llm.model.embed_tokens, features, ids, labels, mask)
-
-    def forward(
-        self, input_ids: Any = None, media: Any = None, inputs_embeds: Any = None, labels: Any = None, **kwargs: Any
-    ) -> Any:
-        if inputs_embeds is None:
-            inputs_embeds, labels, kwargs["attention_mask"] = self._embed(input_ids, media, {}, labels, None)
-        return self.llm(inputs_embeds=inputs_embeds, labels=labels, **kwargs)
-
-    @torch.inference_mode()
-    def generate(
-        self,
-        input_ids: Any = None,
-        media: Any = None,
-        media_config: Any = None,
-        attention_mask: Tensor | None = None,
-        **generation_kwargs: Any,
-    ) -> Tensor:
-        embeds, _, mask = self._embed(input_ids, media, media_config, None, attention_mask)
-        return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, **generation_kwargs)
-
-
-class EagleModel(LlamaModel):
-    """Several encoders, their features side by side, inside the decoder itself."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
-        self.vision_tower, self.mm_projector = nn.ModuleList([Encoder(), Encoder()]), nn.Linear(2 * C, C)
-
-
-class EagleX5(MergesMedia, LlamaForCausalLM):
-    """EagleLlamaForCausalLM: a causal language model that makes embeddings itself (LLaVA's original code too)."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
-        self.model = EagleModel(config)
-        self.post_init()
-
-    def prepare_inputs_labels_for_multimodal(
-        self, ids: Tensor, positions: Any, mask: Tensor | None, cache: Any, labels: Any, images: Any, sizes: Any = None
-    ) -> Any:
-        if images is None:
-            return ids, positions, mask, cache, None, labels
-        features = self.model.mm_projector(torch.cat([tower(images) for tower in self.model.vision_tower], -1))
-        embeds, labels, mask = self.merge(self.model.embed_tokens, features, ids, labels, mask)
-        return None, positions, mask, cache, embeds, labels
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        images: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if inputs_embeds is None:
-            input_ids, position_ids, attention_mask, _, inputs_embeds, labels = (
-                self.prepare_inputs_labels_for_multimodal(
-                    input_ids,
-                    position_ids,
-                    attention_mask,
-                    None,
-                    labels,
-                    images,  # type: ignore[arg-type]
-                )
-            )
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            **kwargs,
-        )
-
-    @torch.no_grad()
-    def generate(self, inputs: Any = None, images: Any = None, image_sizes: Any = None, **kwargs: Any) -> Any:
-        positions, mask = kwargs.pop("position_ids", None), kwargs.pop("attention_mask", None)
-        if "inputs_embeds" in kwargs:
-            raise NotImplementedError("`inputs_embeds` is not supported")
-        if images is None:
-            embeds = self.model.embed_tokens(inputs)
-        else:
-            _, positions, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
-                inputs, positions, mask, None, None, images, image_sizes
-            )
-        return super().generate(position_ids=positions, attention_mask=mask, inputs_embeds=embeds, **kwargs)
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, inputs_embeds: Any = None, **kwargs: Any) -> Any:
-        images, sizes = kwargs.pop("images", None), kwargs.pop("image_sizes", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        return inputs | {k: v for k, v in dict(images=images, image_sizes=sizes).items() if v is not None}
-
-
-def pixels(images: int) -> Tensor:
-    return torch.randn(images, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-
-
-def text(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randint(3, 50, (n,), generator=generator).tolist() for n in lengths]
-
-
-def chat_prompts() -> SimpleNamespace:
-    """Two images, one, and none, padded on the left."""
-    a, b, c, d, e, f = text(2, 1, 3, 4, 2, 9)
-    image = [IMG] * TOKENS
-    return _padded([a + image + b + image + c, d + image + e, f], images=3)
-
-
-def media_prompts() -> SimpleNamespace:
-    """The same with one placeholder for an image."""
-    a, b, c, d, e, f = text(2, 1, 3, 4, 2, 9)
-    return _padded([[*a, MEDIA, *b, MEDIA, *c], [*d, MEDIA, *e], f], images=3)
-
-
-def _padded(rows: list[list[int]], images: int) -> SimpleNamespace:
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return SimpleNamespace(ids=ids, mask=mask, pixels=pixels(images))
-
-
-def chat_model(llm: Any) -> ChatModel:
-    torch.manual_seed(1)
-    model = ChatModel(LlamaConfig(**TINY), llm).eval()
-    model.img_context_token_id = IMG
-    return model
-
-
-def vila(llm: Any) -> Vila:
-    torch.manual_seed(1)
-    return Vila(LlamaConfig(**TINY), llm).eval()
-
-
-def eagle() -> EagleX5:
-    torch.manual_seed(1)
-    return EagleX5(LlamaConfig(**TINY)).eval()
 
 
 def oracle_tokens(llm: Any, planned: Plan, embeds: Tensor, visual: Tensor, mask: Tensor) -> Any:
@@ -295,99 +68,372 @@ def assert_same(tokens: Any, want: Any) -> None:
     assert tokens.exit_layer.tolist() == want.exit_layer.tolist()
 
 
-def fast_llm(name: str, planned: Plan) -> Any:
-    """`shared_model(name)` optimized; what is traced is shared by the tests."""
-    return optimize(optimized(name), planned)
+@functools.cache
+def live(kind: type) -> Any:
+    """An object that no test may change."""
+    if kind is ChatModel:
+        return chat_model(shared_model("qwen2"))
+    return eagle() if kind is EagleX5 else vila(shared_model("llama"), kind)
 
 
 @functools.cache
-def fast_eagle() -> Any:
-    """Traced once."""
-    return optimize(eagle(), Plan(), compile=False)
+def _fast(kind: type) -> Any:
+    return optimize(live(kind), Plan(), compile=False)
+
+
+def fast(kind: type, *parts: Any) -> Any:
+    """It optimized, of its own class; what is traced is shared by the tests."""
+    return optimize(_fast(kind), plan(*parts))
+
+
+def prompt_of(kind: type) -> Any:
+    return chat_prompts() if kind is ChatModel else media_prompts()
+
+
+def embedded(kind: type, prompt: Any) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """The language model of it; embeddings, visual tokens and mask of a prompt, found in the labels by hand."""
+    model = live(kind)
+    with torch.no_grad():
+        if kind is ChatModel:
+            visual = prompt.ids == IMG
+            return model.language_model, model.merged(prompt.pixels, prompt.ids), visual, prompt.mask
+        if kind is Vila:
+            embeds, labels, mask = model._embed(prompt.ids, {"image": prompt.pixels}, {}, prompt.ids, prompt.mask)
+        else:
+            _, _, mask, _, embeds, labels = model.prepare_inputs_labels_for_multimodal(
+                prompt.ids, None, prompt.mask, None, prompt.ids, prompt.pixels
+            )
+    visual = (labels == IGNORE) & mask.bool()
+    tokens = TOKENS + (kind is Vila)
+    assert visual.sum(1).tolist() == [2 * tokens, tokens, 0]
+    return getattr(model, "llm", model), embeds, visual, mask
+
+
+def generate(model: Any, prompt: Any, **options: Any) -> Any:
+    """As the authors' scripts call it."""
+    options = OPTIONS | options
+    if isinstance(model, ChatModel):
+        return model.generate(prompt.pixels, prompt.ids, prompt.mask, **options)
+    if isinstance(model, Vila):
+        return model.generate(prompt.ids, {"image": prompt.pixels}, {}, prompt.mask, **options)
+    return model.generate(prompt.ids, images=prompt.pixels, attention_mask=prompt.mask, **options)
+
+
+KINDS = pytest.mark.parametrize("kind", [ChatModel, Vila, OldVila, EagleX5])
 
 
 @pytest.mark.parametrize("parts", list(PARTS))
-def test_internvl(parts: str) -> None:
-    llm, planned, prompt = shared_model("qwen2"), plan(*PARTS[parts]), chat_prompts()
-    model = chat_model(fast_llm("qwen2", planned))
-    visual = prompt.ids == model.img_context_token_id
-    tokens = model.generate(prompt.pixels, prompt.ids, prompt.mask, visual_mask=visual, **OPTIONS)
-    with torch.no_grad():
-        embeds = llm.get_input_embeddings()(prompt.ids)
-        embeds[visual] = model.vision_model(prompt.pixels).flatten(0, 1)
-    assert_same(tokens, oracle_tokens(llm, planned, embeds, visual, prompt.mask))
+@KINDS
+def test_generate_is_the_oracles(kind: type, parts: str) -> None:
+    """Rows with two images, one, and none."""
+    planned, prompt = plan(*PARTS[parts]), prompt_of(kind)
+    want = oracle_tokens(embedded(kind, prompt)[0], planned, *embedded(kind, prompt)[1:])
+    assert_same(generate(fast(kind, *PARTS[parts]), prompt), want)
 
 
-def test_internvl_chat() -> None:
-    """chat() makes the ids itself and calls generate() by name: that can look for the image token."""
-    prompt, planned = chat_prompts(), plan(StaticExit(1))
-    model = chat_model(fast_llm("qwen2", planned))
-    model.img_context_token_id = None
-    generate = model.generate
+@KINDS
+def test_without_exits_it_is_the_model(kind: type) -> None:
+    prompt = prompt_of(kind)
+    tokens = generate(_fast(kind), prompt)
+    assert tokens.tolist() == generate(live(kind), prompt).tolist()
+    assert tokens.exit_layer.tolist() == [-1] * 3
 
-    def generate_with_mask(input_ids: Tensor, **options: Any) -> Tensor:
-        return generate(input_ids=input_ids, visual_mask=input_ids == model.img_context_token_id, **options)
 
-    row = prompt.ids[1:2, prompt.mask[1].bool()]
-    with pytest.raises(InputError, match=r"which tokens are visual is not known.*Pass visual_mask"):
-        model.chat(row, prompt.pixels[:1], dict(OPTIONS))
-    model.generate = generate_with_mask
-    tokens: Any = model.chat(row, prompt.pixels[:1], dict(OPTIONS))
-    want = model.generate(input_ids=row, pixel_values=prompt.pixels[:1], **OPTIONS)
-    assert tokens.exit_layer.tolist() == [1]
+@KINDS
+def test_the_object_is_not_changed(kind: type) -> None:
+    model = live(kind)
+    made = fast(kind, StaticExit(1))
+    assert isinstance(made, kind)
+    assert (type(made).__name__, type(model)) == (kind.__name__, kind)
+    assert (made.plan.exits, made.training) == ((StaticExit(1),), False)
+    assert not hasattr(model, "plan")
+    assert getattr(model, "llm", None) is (shared_model("llama") if hasattr(model, "llm") else None)
+    mine, theirs = dict(made.named_parameters()), dict(model.named_parameters())
+    assert {name: id(value) for name, value in mine.items()} == {name: id(value) for name, value in theirs.items()}
+
+
+@KINDS
+def test_padded_on_the_right(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = prompt_of(kind)
+    if kind is ChatModel:
+        real = prompt.mask.bool()
+        order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
+        prompt.ids, prompt.mask = prompt.ids.gather(1, order), prompt.mask.gather(1, order)
+    else:
+        monkeypatch.setattr(kind, "side", "right")
+    llm, *given = embedded(kind, prompt)
+    assert not given[2][1, -1]
+    assert_same(generate(fast(kind, *PARTS["natural"]), prompt), oracle_tokens(llm, plan(*PARTS["natural"]), *given))
+
+
+class Llava(EagleX5):
+    """LLaVA's forward() takes no more than it names, and so no cache by the name of transformers 5.24."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        images: Any = None,
+        image_sizes: Any = None,
+        return_dict: Any = None,
+    ) -> Any:
+        assert past_key_values is None
+        return super().forward(
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, use_cache=use_cache
+        )
+
+
+def test_a_forward_without_room_for_more() -> None:
+    prompt, planned = media_prompts(), plan(*PARTS["natural"])
+    model = eagle()
+    model.__class__ = Llava
+    made = optimize(model, planned, compile=False)
+    want = oracle_tokens(embedded(EagleX5, prompt)[0], planned, *embedded(EagleX5, prompt)[1:])
+    assert_same(generate(made, prompt), want)
+
+
+@KINDS
+def test_text_alone(kind: type) -> None:
+    ids, made = torch.tensor(text(6)), fast(kind, StaticExit(1))
+    media = [None] if kind is ChatModel else []
+    options = OPTIONS | (dict(media=None) if kind is Vila else {})
+    tokens, want = (model.generate(*media, ids, **options) for model in (made, live(kind)))
     assert tokens.tolist() == want.tolist()
-    alone: Any = model.chat(torch.tensor(text(6)), None, dict(OPTIONS))  # type: ignore[arg-type]
+    assert tokens.exit_layer.tolist() == [-1]
+
+
+@KINDS
+def test_beams(kind: type) -> None:
+    """A mask has a row for each prompt, embeddings have one for each beam."""
+    prompt, made = prompt_of(kind), fast(kind, *PARTS["natural"])
+    beams = dict(num_beams=2, num_return_sequences=2, max_new_tokens=5)
+    tokens = generate(made, prompt, **beams)
+    _, _, visual, _ = embedded(kind, prompt)
+    assert tokens.tolist() == generate(made, prompt, visual_mask=visual, **beams).tolist()
+    assert tokens.exit_layer.tolist() == generate(made, prompt).exit_layer.repeat_interleave(2).tolist()
+    assert tokens.tolist() != generate(live(kind), prompt, **beams).tolist()
+
+
+@KINDS
+def test_a_given_mask_is_taken(kind: type) -> None:
+    prompt, made = prompt_of(kind), fast(kind, StaticExit(0))
+    visual = embedded(kind, prompt)[2].clone()
+    visual[0] = False
+    tokens = generate(made, prompt, visual_mask=visual)
+    assert tokens.exit_layer.tolist() == [-1, 0, -1]
+    with pytest.raises(InputError, match=r"visual_mask: expected a bool tensor of shape"):
+        generate(made, prompt, visual_mask=visual[:, 1:])
+
+
+@KINDS
+def test_forward_and_a_second_turn(kind: type) -> None:
+    """Both turns bring an image; VILA's older forward() takes no cache, and so has one turn."""
+    prompt, made = prompt_of(kind), fast(kind, *PARTS["natural"])
+    prompt.ids, prompt.mask, prompt.pixels = prompt.ids[:2], prompt.mask[:2], prompt.pixels[:3]
+    llm, embeds, visual, mask = embedded_rows(kind, prompt)
+    oracle = Oracle(llm, plan(*PARTS["natural"]))
+    want, out = oracle.forward(embeds, visual, mask), call(made, prompt)
+    assert out.exit_layer.tolist() == want.exit_layer.tolist()
+    assert_relative(out.logits, want.logits)
+    if kind is OldVila:
+        return
+    _, more, visual, mask = embedded_rows(kind, prompt)
+    again = call(made, prompt, past_key_values=out.past_key_values)
+    want = oracle.forward(more, visual, mask, cache=want.cache)
+    assert again.exit_layer.tolist() == want.exit_layer.tolist()
+    assert_relative(again.logits, want.logits)
+    assert again.past_key_values.lengths.T.tolist() == want.cache.lengths()
+
+
+def embedded_rows(kind: type, prompt: Any) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """`embedded` for rows that all have images."""
+    whole = prompt_of(kind)
+    llm, embeds, visual, mask = embedded(kind, whole)
+    return llm, embeds[:2], visual[:2], mask[:2].bool()
+
+
+def call(model: Any, prompt: Any, **options: Any) -> Any:
+    if isinstance(model, ChatModel):
+        return model(prompt.pixels, prompt.ids, prompt.mask, **options)
+    if isinstance(model, Vila):
+        return model(prompt.ids, {"image": prompt.pixels}, attention_mask=prompt.mask, **options)
+    return model(prompt.ids, images=prompt.pixels, attention_mask=prompt.mask, **options)
+
+
+class OldChatModel(ChatModel):
+    def generate(self, pixel_values: Any = None, input_ids: Any = None, **options: Any) -> Any:
+        """It hands return_dict on, as code from before transformers 5 does it; generate() there would pass it twice."""
+        return super().generate(pixel_values, input_ids, **options, return_dict=None)
+
+
+@pytest.mark.parametrize("cls", [ChatModel, OldChatModel])
+def test_internvl_chat(cls: type) -> None:
+    """chat() learns the image token's id late, and calls generate() by name."""
+    model, prompt = chat_model(shared_model("qwen2")), chat_prompts()
+    model.__class__, model.img_context_token_id = cls, None
+    made = optimize(model, plan(StaticExit(1)), compile=False)
+    row = prompt.ids[1:2, prompt.mask[1].bool()]
+    tokens: Any = made.chat(row, prompt.pixels[:1], dict(OPTIONS))
+    assert tokens.exit_layer.tolist() == [1]
+    assert tokens.tolist() == made.generate(prompt.pixels[:1], row, **OPTIONS).tolist()
+    assert (made.img_context_token_id, model.img_context_token_id) == (IMG, None)
+    alone: Any = made.chat(torch.tensor(text(6)), None, dict(OPTIONS))
     assert alone.exit_layer.tolist() == [-1]
 
 
-@pytest.mark.parametrize("parts", list(PARTS))
-def test_vila(parts: str) -> None:
-    llm, planned, prompt = shared_model("llama"), plan(*PARTS[parts]), media_prompts()
-    model = vila(llm)
-    media = {"image": prompt.pixels}
-    with torch.no_grad():
-        embeds, labels, mask = model._embed(prompt.ids, media, {}, prompt.ids, prompt.mask)
-    visual = (labels == IGNORE) & mask
-    assert visual.sum(1).tolist() == [2 * TOKENS, TOKENS, 0]
-    want = oracle_tokens(llm, planned, embeds, visual, mask)
-    model.llm = fast_llm("llama", planned)
-    assert_same(model.generate(prompt.ids, media, {}, prompt.mask, visual_mask=visual, **OPTIONS), want)
-    # What it handed on, handed on directly: the images are looked at once.
-    assert_same(model.llm.generate(inputs_embeds=embeds, attention_mask=mask, visual_mask=visual, **OPTIONS), want)
+def test_an_unknown_placeholder_is_asked_for() -> None:
+    model, prompt = fast(ChatModel, StaticExit(1)), chat_prompts()
+    model.img_context_token_id = None
+    with pytest.raises(InputError, match=r"which tokens are visual is not known.*Pass visual_mask"):
+        model.generate(None, prompt.ids, **OPTIONS)
 
 
-@pytest.mark.parametrize("parts", list(PARTS))
-def test_eagle_x5(parts: str) -> None:
-    model, planned, prompt = eagle(), plan(*PARTS[parts]), media_prompts()
-    with torch.no_grad():
-        prepared = model.prepare_inputs_labels_for_multimodal(
-            prompt.ids, None, prompt.mask, None, prompt.ids, prompt.pixels
+@pytest.mark.parametrize("labels", [None, "given"])
+def test_labels_come_back(labels: str | None) -> None:
+    """The methods that merge text and images give what they give without optimize()."""
+    prompt = media_prompts()
+    labels_in = None if labels is None else torch.where(prompt.mask.bool(), prompt.ids + 3, IGNORE)
+    for mask in (None, prompt.mask):
+        want, got = (
+            model._embed(prompt.ids, {"image": prompt.pixels}, {}, labels_in, mask)
+            for model in (live(Vila), _fast(Vila))
         )
-    _, _, mask, _, embeds, labels = prepared
-    visual = (labels == IGNORE) & mask
-    assert visual.sum(1).tolist() == [2 * TOKENS, TOKENS, 0]
-    want = oracle_tokens(model, planned, embeds, visual, mask)
-    fast = optimize(fast_eagle(), planned)
-    tokens = fast.generate(prompt.ids, images=prompt.pixels, attention_mask=prompt.mask, visual_mask=visual, **OPTIONS)
-    assert_same(tokens, want)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        want, got = (
+            model.prepare_inputs_labels_for_multimodal(prompt.ids, None, mask, None, labels_in, prompt.pixels)
+            for model in (live(EagleX5), _fast(EagleX5))
+        )
+        assert [each is None for each in got] == [each is None for each in want]
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True) if a is not None)
 
 
-def test_eagle_x5_forward() -> None:
-    """It takes embeddings; pixels are refused, with what to do."""
-    fast, prompt = optimize(fast_eagle(), plan(StaticExit(1))), media_prompts()
-    with pytest.raises(InputError, match=r"^EagleX5: .*no images: pass inputs_embeds and visual_mask, or .*generate"):
-        fast(input_ids=prompt.ids, images=prompt.pixels)
-    alone = torch.tensor(text(6))
-    tokens: Any = fast.generate(alone, visual_mask=torch.zeros_like(alone, dtype=torch.bool), **OPTIONS)
-    assert tokens.tolist() == eagle().generate(alone, **OPTIONS).tolist()
+@pytest.mark.parametrize("kind", [Vila, EagleX5])
+def test_a_loss_is_the_models(kind: type) -> None:
+    prompt = media_prompts()
+    prompt.ids, prompt.mask, prompt.pixels = prompt.ids[:1], prompt.mask[:1], prompt.pixels[:2]
+    labels = prompt.ids.where(prompt.ids > 0, IGNORE)
+    with torch.no_grad():
+        want = call(live(kind), prompt, labels=labels).loss
+        assert_relative(call(_fast(kind), prompt, labels=labels).loss, want)
 
 
-@pytest.mark.parametrize("name", ["language_model", "llm"])
-def test_wrappers_are_refused_with_advice(name: str) -> None:
-    model = {"language_model": chat_model, "llm": vila}[name](shared_model("llama"))
-    advice = rf"Optimize its {name}, .*model\.{name} = vte_compile\.optimize\(model\.{name}, plan\).*visual_mask"
+def test_labels_that_do_not_tell_are_refused() -> None:
+    class Other(Vila):
+        def merge(self, *args: Any) -> Any:
+            embeds, labels, mask = super().merge(*args)
+            return embeds, labels.flip(1), mask
+
+    made = optimize(vila(optimized("llama"), Other), plan(StaticExit(1)))
+    with pytest.raises(InputError, match=r"_embed\(\) changes labels or their order.*pass visual_mask"):
+        generate(made, media_prompts())
+
+
+def test_encoders_know_the_copy() -> None:
+    """And not the object that it was made from, which would stay for them, with all its weights."""
+    model, made = live(Vila), fast(Vila)
+    assert made.encoders["image"].parent is made
+    assert model.encoders["image"].parent is model
+    assert _fast(Vila).encoders["image"].parent is _fast(Vila)
+
+
+@pytest.mark.parametrize("kind", [Vila, EagleX5])
+def test_copies_and_folders(kind: type, tmp_path: Path) -> None:
+    made, prompt = fast(kind, StaticExit(1)), prompt_of(kind)
+    assert call(copy.deepcopy(made), prompt).logits.equal(call(made, prompt).logits)
+    made.save_pretrained(tmp_path)
+    assert Plan.from_pretrained(tmp_path).exits == made.plan.exits
+    with pytest.raises(InputError, match="for inference"):
+        made.train()
+    skips = fast(kind, SkippedAttention(2))
+    with pytest.raises(InputError, match="weights were freed"):
+        skips.save_pretrained(tmp_path / "more")
+
+
+@KINDS
+def test_plans_are_checked_and_made(kind: type) -> None:
+    """A plan fits the object if it fits its language model."""
+    model = live(kind)
+    llm = getattr(model, {ChatModel: "language_model", Vila: "llm", OldVila: "llm"}.get(kind, ""), model)
+    assert Fingerprint.of(model) == Fingerprint.of(llm)
+    Plan((StaticExit(1),), fingerprint=Fingerprint.of(llm)).check(model)
+
+
+def test_what_takes_no_live_objects_says_so() -> None:
+    for refused in (Examiner, lambda model: Oracle(model, Plan())):
+        with pytest.raises(
+            UnsupportedModelError, match=r"^ChatModel: .*only vte_compile\.optimize\(\).*language_model"
+        ):
+            refused(live(ChatModel))
+    with pytest.raises(InputError, match=r"export: .*ChatModel.*language_model"):
+        export(_fast(ChatModel), "nowhere", target="onnxruntime")
+
+
+class GoesAround(ChatModel):
+    """Eagle 2.5's forward(), for training: it runs the decoder itself."""
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> Any:
+        return self.language_model.model(inputs_embeds=self.merged(pixel_values, input_ids))
+
+
+def test_code_that_goes_around_the_language_model() -> None:
+    torch.manual_seed(1)
+    model = GoesAround(live(ChatModel).config, shared_model("qwen2")).eval()
+    model.img_context_token_id = IMG
+    made = optimize(model, plan(StaticExit(1)), compile=False)
+    with pytest.raises(InputError, match=r"GoesAround\.forward\(\) did not run its language_model"):
+        made(pixels(3), chat_prompts().ids)
+    assert generate(made, chat_prompts()).exit_layer.tolist() == [1, 1, -1]
+
+
+def test_methods_set_on_the_object_are_refused() -> None:
+    for model in (chat_model(shared_model("qwen2")), eagle()):
+        model.generate = functools.partial(model.generate)
+        with pytest.raises(UnsupportedModelError, match=r"generate was set on the object itself.*del model\.generate"):
+            optimize(model, plan(StaticExit(1)))
+
+
+class Unknown(nn.Module):
+    """A whole language model, and code of which nothing is known."""
+
+    def __init__(self, llm: Any) -> None:
+        super().__init__()
+        self.llm, self.config = llm, llm.config
+
+    def get_decoder(self) -> nn.Module:
+        return self.llm.get_decoder()
+
+    def generate(self, ids: Tensor) -> None:
+        raise AssertionError
+
+    def forward(self, ids: Tensor) -> None:
+        raise AssertionError
+
+
+def test_other_wrappers_are_refused_with_advice() -> None:
+    advice = r"Optimize its llm, .*model\.llm = vte_compile\.optimize\(model\.llm, plan\).*visual_mask"
     with pytest.raises(UnsupportedModelError, match=advice):
-        optimize(model, plan(StaticExit(1)))
+        optimize(Unknown(shared_model("llama")), plan(StaticExit(1)))
+
+
+def test_by_hand() -> None:
+    """What such objects, too, can do: the language model is an optimized one, and says what it lacks."""
+    prompt = media_prompts()
+    llm, embeds, visual, mask = embedded(Vila, prompt)
+    model = vila(optimized("llama", StaticExit(1)))
+    want = oracle_tokens(llm, plan(StaticExit(1)), embeds, visual, mask)
+    given = dict(inputs_embeds=embeds, attention_mask=mask, **OPTIONS)
+    assert_same(model.llm.generate(visual_mask=visual, **given), want)
+    for each in (model, fast(Vila, StaticExit(1))):
+        with pytest.raises(InputError, match=r"which tokens are visual is not known.*Pass visual_mask"):
+            each.llm.generate(**given)
+    assert_same(generate(model, prompt, visual_mask=visual), want)
 
 
 class OwnRotary(nn.Module):

@@ -20,6 +20,13 @@ def shallow_copy(module: ModuleT) -> ModuleT:
     return other
 
 
+def of_class(cls: type, module: nn.Module) -> Any:
+    """A shallow copy of a module that is of another class, one that derives from its own."""
+    other: Any = object.__new__(cls)
+    other.__dict__.update(vars(shallow_copy(module)))  # to set its __class__ takes classes of the same layout
+    return other
+
+
 def without_parameters(module: ModuleT, names: Iterable[str]) -> ModuleT:
     """A copy in which these parameters and buffers (dotted names) are None; all other ones are shared."""
     return _copy_with(module, dict.fromkeys(names))

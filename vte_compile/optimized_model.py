@@ -20,10 +20,11 @@ from vte_compile.families.cache_name import CACHE, given_cache
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.families.inputs import chunk_tokens, decoder_inputs, image_positions
 from vte_compile.folded_weights import FoldReport
-from vte_compile.module_tree import shallow_copy
+from vte_compile.module_tree import of_class
 from vte_compile.plan import Plan
 from vte_compile.runtime.decoder_runner import DecoderRunner
 from vte_compile.runtime.exit_cache import ExitCache
+from vte_compile.runtime.told import report_exits, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +38,10 @@ _DECODER_ARGUMENTS = frozenset(
 )
 
 
+# What else generate() gives.
+_OF_GENERATE = (CACHE, "cache_position")
+
+
 @dataclass
 class CausalLMOutputWithExit(CausalLMOutputWithPast):
     """A model's usual output, and where the visual tokens left."""
@@ -46,35 +51,45 @@ class CausalLMOutputWithExit(CausalLMOutputWithPast):
     """[B] int64: the layer after which each row's visual tokens left in this call; -1 = never."""
 
 
-def wrap(model: ModelT, spec: DecoderSpec, runner: DecoderRunner) -> ModelT:
-    """A shallow copy of the model, of a subclass that carries the same name."""
-    fast: Any = shallow_copy(model)
+def wrap(model: ModelT, spec: DecoderSpec, runner: DecoderRunner, *mixins: type) -> ModelT:
+    """A shallow copy of the model, of a subclass that carries the same name; `mixins` come before OptimizedModel."""
+    kind: Any = type(model)
+    fast = of_class(_optimized(kind, *mixins), model)
     fast.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
-    fast.__class__ = _optimized(type(fast))  # type: ignore[arg-type]
     fast.training = False  # of this object; the shared modules stay as they are
     fast._vte_spec, fast._vte_runner = spec, runner
     return fast
 
 
 @functools.cache
-def _optimized(base: type) -> type:
+def _optimized(base: type, *mixins: type) -> type:
     """The subclass of a model's class."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     forward = _forward_like(inspect.signature(base.forward))  # type: ignore[attr-defined]
-    return type(base.__name__, (OptimizedModel, base), {**names, "_vte_base": base, "forward": forward})
+    own = {"_vte_base": base, "_vte_mixins": mixins, "forward": forward}
+    return type(base.__name__, (*mixins, OptimizedModel, base), {**names, **own})
 
 
-def _blank(base: type) -> Any:
+def _blank(base: type, *mixins: type) -> Any:
     """An object to be filled by pickle or copy."""
-    return object.__new__(_optimized(base))
+    return object.__new__(_optimized(base, *mixins))
 
 
 def _forward_like(signature: inspect.Signature) -> Any:
-    """A forward with the model's own signature, which generate() inspects, and visual_mask."""
+    """A forward with the model's own signature, which generate() inspects, and visual_mask.
+
+    One that takes nothing but what it names may be of code that knows older transformers (LLaVA's).
+    """
     parameters = list(signature.parameters.values())
-    extra = inspect.Parameter("visual_mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None)
     at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
-    extended = signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])
+    # generate() leaves out logits_to_keep where it is not named, and with it which is a row's last token.
+    names = ["visual_mask", "logits_to_keep", *(_OF_GENERATE if at == len(parameters) else ())]
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in names
+        if name not in signature.parameters
+    ]
+    extended = signature.replace(parameters=[*parameters[:at], *extra, *parameters[at:]])
 
     def forward(self: OptimizedModel, *args: Any, **kwargs: Any) -> CausalLMOutputWithExit | tuple[Any, ...]:
         bound = extended.bind(self, *args, **kwargs)
@@ -101,12 +116,13 @@ class OptimizedModel:
     """What :func:`optimize` adds to a model's class."""
 
     _vte_base: type
+    _vte_mixins: tuple[type, ...]
     _vte_spec: DecoderSpec
     _vte_runner: DecoderRunner
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle finds it through the model's own.
-        return _blank, (self._vte_base,), self.__dict__
+        return _blank, (self._vte_base, *self._vte_mixins), self.__dict__
 
     @property
     def plan(self) -> Plan:
@@ -141,13 +157,16 @@ class OptimizedModel:
         mask = _chunk_mask(given("attention_mask"), batch, length, cache.get_seq_length(), self._vte_spec.device)
         positions = _positions(given("position_ids"), self._vte_spec.position_rows, mask)
         extra = {k: v for k, v in arguments.items() if k not in _DECODER_ARGUMENTS and v is not None}
+        visual_mask = given("visual_mask")
+        if visual_mask is None and given("inputs_embeds") is not None and not decoding:
+            visual_mask = told(tokens)
         with torch.no_grad():
             inputs = decoder_inputs(
                 self,  # type: ignore[arg-type]
                 self._vte_spec,
                 input_ids=given("input_ids"),
                 inputs_embeds=given("inputs_embeds"),
-                visual_mask=given("visual_mask"),
+                visual_mask=visual_mask,
                 may_exit=bool(self.plan.exits) and not decoding,
                 multimodal=extra,
                 attention_mask=mask,
@@ -156,7 +175,8 @@ class OptimizedModel:
             )
             if inputs.position_ids is not None:
                 positions = _counted_on(inputs.position_ids, cache)
-            keep = given("logits_to_keep", 0)
+            keep: Any = given("logits_to_keep")
+            keep = 0 if keep is None else keep
             last = isinstance(keep, int) and keep == 1
             output = self._vte_runner.run(
                 inputs.embeds,
@@ -167,6 +187,7 @@ class OptimizedModel:
                 last=last,
                 token_inputs=inputs.token_inputs,
             )
+        report_exits(output.exit_layer)
         record = _generation_exits.get()
         if record is not None and not record:
             record.append(output.exit_layer)
@@ -217,6 +238,8 @@ class OptimizedModel:
     ) -> dict[str, Any]:
         """The model's own, with ``visual_mask`` cut to the tokens of this call."""
         visual_mask = kwargs.pop("visual_mask", None)
+        if visual_mask is None and inputs_embeds is not None:
+            visual_mask = told(inputs_embeds)
         # generate() looks for the name inputs_embeds in this signature before it accepts them.
         kwargs["inputs_embeds"] = inputs_embeds
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
@@ -289,13 +312,16 @@ class OptimizedModel:
         Raises:
             InputError: The model has no longer the weights it had before: some were freed or folded.
         """
+        self._vte_refuse_to_save()
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        self.plan.save_pretrained(save_directory)
+
+    def _vte_refuse_to_save(self) -> None:
         if self._vte_spec.freed:
             raise InputError(
                 f"save_pretrained: {len(self._vte_spec.freed)} weights were freed or folded (the plan skips attentions "
                 "or has adapters): save the original model, and the plan beside it with plan.save_pretrained(folder)."
             )
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        self.plan.save_pretrained(save_directory)
 
     def train(self, mode: bool = True) -> Any:
         """Only ``train(False)``.

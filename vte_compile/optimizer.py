@@ -16,8 +16,10 @@ from vte_compile.errors import InputError, PlanError, UnsupportedModelError
 from vte_compile.families.co_attention import find_co_attention
 from vte_compile.families.decoder import describe
 from vte_compile.families.independence import check_independence
+from vte_compile.families.live import find_live
 from vte_compile.families.logits import softcap_of
 from vte_compile.folded_weights import FoldedWeights
+from vte_compile.live_model import mixins_of, refuse_replaced, wrap_live
 from vte_compile.module_tree import own_submodule, shallow_copy, without_parameters
 from vte_compile.optimized_model import OptimizedModel, wrap
 from vte_compile.plan import Plan
@@ -61,6 +63,8 @@ def optimize(
         model: A causal language model or LLaVA-type MLLM of transformers, on one device. An optimized model gives
             another for the new plan, which shares what was traced and compiled (``compile`` and ``fold`` stay).
             Or a BridgeTower, whose co-attention layers are rewritten (vte_compile/co_attention_optimizer.py).
+            Or a live object of the authors' own code with such a language model (docs/models.md): the language model in
+            the result is an optimized one, the other methods are its own, and visual tokens are found.
         plan: What to do. None: the plan saved beside the model's checkpoint if there is one, else only what is
             lossless (a log message says which).
         compile: Whether the graphs run through Inductor. None: if its compiler is there (a warning says if it is not).
@@ -101,6 +105,19 @@ def optimize(
         if cuda_graphs is not None:
             raise InputError("cuda_graphs: a new plan cannot change that: optimize the original model.")
         return _replan(model, plan, compile, fold)
+    if (live := find_live(model)) is not None:
+        refuse_replaced(model)
+        language_model: Any = optimize(
+            getattr(model, live.path),
+            plan,
+            compile=compile,
+            fold=fold,
+            backend=backend,
+            backend_options=backend_options,
+            cuda_graphs=cuda_graphs,
+        )
+        return wrap_live(model, live, language_model)
+    mixins = mixins_of(model)
     spec = describe(model)
     _check_placement(model)
     plan.check(model)
@@ -117,7 +134,7 @@ def optimize(
         cuda_graphs = False
     runner = DecoderRunner(spec, plan, compiler, FoldedWeights(fold is not False), cuda_graphs=cuda_graphs)
     verify_prefill(model, runner)
-    return _free(wrap(model, spec, runner))
+    return _free(wrap(model, spec, runner, *mixins))
 
 
 def _check_backend(

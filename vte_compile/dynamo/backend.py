@@ -27,6 +27,7 @@ from vte_compile.dynamo.visual import remember
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec, describe, find_decoder
 from vte_compile.families.independence import check_independence
+from vte_compile.families.live import find_live
 from vte_compile.families.refusals import refuse_softcaps
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.optimized_model import OptimizedModel
@@ -127,7 +128,8 @@ def _find_model(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[PreT
         if not issubclass(type(candidate), PreTrainedModel) or issubclass(type(candidate), OptimizedModel):
             continue
         try:
-            if candidate.get_output_embeddings() is None:
+            # Of live objects the language model in them is a candidate, too, and what Dynamo compiled.
+            if find_live(candidate) is not None or candidate.get_output_embeddings() is None:
                 continue
             layers: Any = find_decoder(candidate).layers
         except (UnsupportedModelError, AttributeError, NotImplementedError):

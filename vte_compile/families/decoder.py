@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.deepstack import FEATURES, MASK, deepstack_layers
+from vte_compile.families.live import find_live
 from vte_compile.families.logits import logit_softcap
 from vte_compile.families.refusals import refuse_other_architectures
 from vte_compile.families.token_blocks import NAME as BLOCKS
@@ -123,7 +124,8 @@ def find_decoder(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: `model` has no ``get_decoder()``.
     """
-    decoder = model
+    live = find_live(model)
+    model = decoder = model if live is None else model.get_submodule(live.path)
     while True:
         get_decoder = getattr(decoder, "get_decoder", None)
         if get_decoder is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from vte_compile.errors import UnsupportedModelError
+from vte_compile.families.live import find_live
 
 if TYPE_CHECKING:
     from vte_compile.families.decoder import DecoderSpec
@@ -32,9 +33,15 @@ def refuse_other_architectures(model: nn.Module, decoder: nn.Module) -> None:
 
     Raises:
         UnsupportedModelError: An encoder-decoder, cross-attention, recurrent layers; or attention that does not cap
-            scores where the config asks for it.
+            scores where the config asks for it; or a live object of the authors' own code.
     """
     name = type(model).__name__
+    if (live := find_live(model)) is not None:
+        raise UnsupportedModelError(
+            f"{name}: how a model with code of its own embeds images only vte_compile.optimize() knows. Here pass its "
+            f"{live.path}, with embeddings; or the checkpoint as a class of transformers or vte_compile, whose plans "
+            "are for this object, too (docs/models.md, Models with code of their own)."
+        )
     for config in (getattr(model, "config", None), getattr(decoder, "config", None)):
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
