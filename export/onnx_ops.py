@@ -2,8 +2,9 @@
 
 The one here is for ONNX Runtime: com.microsoft.GroupQueryAttention is the one operator whose CPU and CUDA kernels
 append to a cache in place and take rows of unequal lengths. It is causal: where tokens of a block attend to later ones,
-Attention stands behind two ScatterND that append, and a mask says what GroupQueryAttention knows by itself. That for
-TensorRT: tensorrt_ops.py.
+Attention stands behind two ScatterND that append, and a mask says what GroupQueryAttention knows by itself. Capped
+scores are written out there: Attention capped them behind its mask, which lets hidden columns in again, until an
+erratum (onnx/onnx#7865) that earlier releases of ONNX Runtime do not have. That for TensorRT: tensorrt_ops.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vte_compile.families.logits import capped
 from vte_compile.kernels.cached_attention import attended, cached_attention, rotary
 
 OPSET = 23
@@ -37,6 +39,7 @@ def _group_query_attention(
     scale: float,
     window: int = 0,
     block_ids: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Any:
     assert block_ids is None
     totals = (past_lengths + new_lengths).to(torch.int32)
@@ -45,7 +48,13 @@ def _group_query_attention(
     return torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         (query, key, value, past_key, past_value, totals - 1, totals.max()),
-        {"num_heads": heads, "kv_num_heads": kv_heads, "scale": scale, "local_window_size": window or -1},
+        {
+            "num_heads": heads,
+            "kv_num_heads": kv_heads,
+            "scale": scale,
+            "local_window_size": window or -1,
+            "softcap": softcap,
+        },
         dtypes=(query.dtype,) * 3,
         shapes=(
             (batch, tokens, heads * past_value.shape[3]),
@@ -69,6 +78,7 @@ def _attention_with_mask(
     scale: float,
     window: int = 0,
     block_ids: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Any:
     batch, tokens = query.shape[:2]
     columns = past_lengths[:, None] + torch.arange(tokens)
@@ -80,9 +90,21 @@ def _attention_with_mask(
         for past, new in ((past_key, key), (past_value, value))
     )
     queries = query.unflatten(-1, (heads, -1)).transpose(1, 2)
-    shape = (batch, heads, tokens, past_value.shape[3])
-    output = _op("Attention", queries, keys, values, mask, like=query.new_empty(shape), scale=scale)
+    if softcap:
+        output = _capped_attention(queries, keys, values, mask, scale, softcap)
+    else:
+        shape = (batch, heads, tokens, past_value.shape[3])
+        output = _op("Attention", queries, keys, values, mask, like=query.new_empty(shape), scale=scale)
     return output.transpose(1, 2).flatten(2), keys, values
+
+
+def _capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """[B, heads, T, D]; heads of a group are rows of their key/value head, so that keys are not repeated."""
+    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    grouped = (query * scale).unflatten(1, (kv_heads, group)).flatten(2, 3)
+    scores = capped(grouped @ key.transpose(2, 3), softcap).unflatten(2, (group, -1))
+    weights = torch.where(mask[:, None], scores, torch.finfo(scores.dtype).min).softmax(-1)
+    return (weights.flatten(2, 3) @ value).unflatten(2, (group, -1)).flatten(1, 2)
 
 
 def _op(kind: str, *inputs: Tensor, like: Tensor, **attributes: Any) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vte_compile.export import fp8_numbers
 from vte_compile.export.onnx_ops import Operators
+from vte_compile.families.logits import capped
 from vte_compile.kernels.cached_attention import cached_attention, rotary, rotate
 
 
@@ -36,11 +37,13 @@ def _attention(
     scale: float,
     window: int = 0,
     block_ids: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's new tokens stand behind all columns of the cache here; the mask says which of these it has filled.
 
     Query heads that share keys stand one below the other, so that keys are not repeated: [B, kv_heads, group * T, D].
     """
+    assert block_ids is None
     batch, tokens = query.shape[:2]
     group = heads // kv_heads
     new_key, new_value = (x.unflatten(-1, (kv_heads, -1)).transpose(1, 2) for x in (key, value))
@@ -57,7 +60,8 @@ def _attention(
         near = near | ((block_ids[:, :, None] == block_ids[:, None]) & (block_ids >= 0)[:, :, None])
     mask = torch.cat([seen, near], dim=2)
     mask = mask[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]
-    scores = torch.where(mask, queries @ keys.transpose(2, 3), torch.finfo(query.dtype).min)
+    scores = capped(queries @ keys.transpose(2, 3), softcap or None)
+    scores = torch.where(mask, scores, torch.finfo(query.dtype).min)
     output = torch.softmax(scores, dim=-1) @ values
     return output.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2), new_key, new_value
 
@@ -75,10 +79,11 @@ def _expected_attention(
     scale: float,
     window: int = 0,
     block_ids: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the reference gives, with the new tokens' columns of its caches."""
     tensors = (query, key, value, past_key, past_value, past_lengths, new_lengths)
-    output, *caches = cached_attention._opoverload(*tensors, heads, kv_heads, scale, window, block_ids)
+    output, *caches = cached_attention._opoverload(*tensors, heads, kv_heads, scale, window, block_ids, softcap)
     columns = past_lengths[:, None] + torch.arange(query.shape[1], device=query.device)
     new = [c.gather(2, columns[:, None, :, None].expand(-1, kv_heads, -1, c.shape[3])) for c in caches]
     return output, new[0], new[1]

@@ -8,7 +8,7 @@ Rows of a chunk are aligned at the start, too: row b has new_lengths[b] tokens, 
 output means nothing.
 
 A token attends to all tokens before it, or to the last ones if there is a window; and to those of the chunk that are of
-its block, also behind it, where tokens are in blocks (vte_compile/families/token_blocks.py).
+its block, also behind it, where tokens are in blocks (vte_compile/families/token_blocks.py). Scores may be capped.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vte_compile.kernels.causal_attention import attend
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
@@ -56,6 +58,7 @@ def cached_attention(
     scale: float,
     window: int = 0,
     block_ids: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of a chunk to what its rows have cached, and to itself.
 
@@ -71,6 +74,7 @@ def cached_attention(
         window: How many columns a token sees at most, of those up to its own; 0: all.
         block_ids: [B, T] int64: tokens with the same number attend to each other, also to later ones; but for -1, which
             padding has. None: causal.
+        softcap: Scores s become ``softcap * tanh(s / softcap)``; 0: as they are.
 
     Returns:
         [B, T, heads * D]; and the cache with the chunk's keys and values behind each row's past, [B, kv_heads, P + T,
@@ -87,10 +91,9 @@ def cached_attention(
     mask = attended(columns, grown[0].shape[2], window, block_ids)  # [B, T, P + T]
     # What is free may hold anything, and 0 times NaN is NaN.
     free = torch.arange(grown[0].shape[2], device=query.device) >= (past_lengths + new_lengths)[:, None]
-    filled = (x.masked_fill(free[:, None, :, None], 0) for x in grown)
-    keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in filled)
+    keys, values = (x.masked_fill(free[:, None, :, None], 0) for x in grown)
     queries = query.unflatten(-1, (heads, -1)).transpose(1, 2)
-    output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None], scale=scale)
+    output = attend(queries, keys, values, mask[:, None], scale, softcap)
     return output.transpose(1, 2).flatten(-2).contiguous(), grown[0], grown[1]
 
 
@@ -126,6 +129,7 @@ def _(
     scale: float,
     window: int = 0,
     block_ids: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens = query.shape[:2]
     for other in (past_key, past_value, past_lengths, new_lengths):

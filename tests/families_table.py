@@ -62,8 +62,6 @@ def why_empty(family: str, column: str) -> str:
         return "no decoder: no token leaves, nothing is generated"
     if column == "videos":
         return "frames are images to the model" if family == "smolvlm" else "the family has none"
-    if column in ('backend="vte"', "ONNX Runtime") and family in ("paligemma2", "gemma2"):
-        return "capped scores are refused there"
     return "no test of its own"
 
 

@@ -56,8 +56,8 @@ def gates():
     # A StaticCache is another graph, but the same one in all families of one kind of positions.
     [
         *((family, "dynamic") for family in _COMMON),
-        # Qwen3-VL has a test of its own; PaliGemma 2 is refused.
-        *(thorough(family, "dynamic") for family in ALL if family not in (*_COMMON, "qwen3_vl", "paligemma2")),
+        # Qwen3-VL has a test of its own.
+        *(thorough(family, "dynamic") for family in ALL if family not in (*_COMMON, "qwen3_vl")),
         ("llava", "static"),
         thorough("qwen2_vl", "static"),
     ],
@@ -145,10 +145,12 @@ def test_two_turns(family):
     assert torch.equal(turns["model"].sequences, turns["fast"].sequences)
 
 
-@pytest.mark.shows('backend="vte"', "llama")
-def test_language_model_alone_in_one_graph_and_without_a_mask():
-    model, ids = tiny(num_hidden_layers=2), torch.tensor([[5, 6, 7, 8, 9]])
-    expected = generate(optimize(tiny(num_hidden_layers=2), Plan(), compile=False), {"input_ids": ids})
+@pytest.mark.shows('backend="vte"')
+@pytest.mark.parametrize("name", ["llama", thorough("gemma")])
+def test_language_model_alone_in_one_graph_and_without_a_mask(name):
+    """Gemma scales its embeddings."""
+    model, ids = tiny(name, num_hidden_layers=2), torch.tensor([[5, 6, 7, 8, 9]])
+    expected = generate(optimize(tiny(name, num_hidden_layers=2), Plan(), compile=False), {"input_ids": ids})
     with recording() as graphs:
         got = generate(compiled(model, None), {"input_ids": ids})
     assert torch.equal(got.sequences, expected.sequences)

@@ -248,7 +248,7 @@ def test_embed_is_the_models_own(name):
 @pytest.mark.shows("second turn")
 @pytest.mark.parametrize(
     "name",
-    # (PaliGemma's turns are no parts of one prompt: tests/test_token_blocks.py.)
+    # (PaliGemma's turns, of both kinds, are no parts of one prompt: tests/test_token_blocks.py.)
     [*FAMILIES, "idefics3", "gemma3", *map(thorough, ("vipllava", "mistral3", "smolvlm", "llava_mixtral"))],
 )
 def test_second_turn(name, images):
@@ -401,10 +401,10 @@ def test_skips_and_adapters(name):
     assert tokens[:, -6:].tolist() == oracle.generate(**prompt, max_new_tokens=6).tokens
 
 
-@pytest.mark.parametrize("name", ["gemma3", thorough("llava_mixtral")])
+@pytest.mark.parametrize("name", ["gemma3", *map(thorough, ("paligemma2", "llava_mixtral"))])
 @pytest.mark.shows("skips")
 def test_skips_without_adapters(name, record_property):
-    """Against a model whose attentions there give zeros, since the oracle cannot take Gemma3's blocks apart."""
+    """Against a model whose attentions there give zeros, since the oracle cannot take Gemma's blocks apart."""
     record_property("note", WITHOUT_ADAPTERS)
     skipped, silent = (0, 3), tiny_family(name)
     for layer in skipped:

@@ -32,7 +32,9 @@ from vte_compile.errors import EngineError, InputError, UnsupportedModelError
 from vte_compile.export import ort_target
 from vte_compile.export.folder import read_manifest
 from vte_compile.export.onnx_manifest import OnnxManifest
+from vte_compile.export.onnx_ops import ORT_BLOCKS
 from vte_compile.export.onnx_pieces import check, convert
+from vte_compile.passes.last_layer_queries import CACHED
 
 STATIC = StaticRouter((0.3, 0.7))
 PLANS = {
@@ -145,6 +147,25 @@ def test_norms_that_multiply_in_float32() -> None:
     model = convert(norm, values, [{0, 1}, set()], ["normed"])
     assert [node.op_type for node in model.graph].count("RMSNormalization") == 1
     check(model, norm, [torch.randn(1, 2, 8).half(), values[1]])
+
+
+def test_capped_scores_of_blocks() -> None:
+    """With a window: two rows that have something cached, and room for more than the chunk."""
+    generator = torch.Generator().manual_seed(0)
+
+    def inputs(rows: int, tokens: int) -> list[torch.Tensor]:
+        shapes = [(rows, tokens, 32), *[(rows, tokens, 16)] * 2, *[(rows, 2, 3 + tokens, 8)] * 2]
+        floats = [torch.randn(shape, generator=generator) for shape in shapes]
+        blocks = torch.arange(tokens).expand(rows, -1) // 3 - 1
+        return [*floats, torch.arange(rows), torch.full((rows,), tokens), blocks.contiguous()]
+
+    def of(function):
+        return lambda *values: function(*values[:7], 4, 2, 0.3, 2, values[7], 0.5)
+
+    dims = [*[{0, 1}] * 3, *[{0, 2}] * 2, {0}, {0}, {0, 1}]
+    model = convert(of(ORT_BLOCKS.lowered[CACHED]), inputs(3, 5), dims, ["output", "keys", "values"], ORT_BLOCKS)
+    assert "Attention" not in [node.op_type for node in model.graph]
+    check(model, of(ORT_BLOCKS.expected[CACHED]), inputs(2, 7))
 
 
 @pytest.mark.thorough

@@ -198,10 +198,11 @@ def test_position_ids():
 @pytest.mark.parametrize(
     "turn", [["ttt", "ttt", "ttt"], ["tvvtt", "vvttt", "ttttt"], ["vtt..", "..ttt", "....."], ["t", "t", "t"]]
 )
-@pytest.mark.shows("second turn", "llama")
-def test_second_turn(exits, turn):
+@pytest.mark.shows("second turn")
+@pytest.mark.parametrize("name", ["llama", thorough("gemma")])
+def test_second_turn(name, exits, turn):
     """With text, with new images, with padding, with nothing at all in a row; then a decode step on top."""
-    fast, oracle = fast_for("llama", exits), Oracle(shared_model("llama"), plan(*FORCED[exits]))
+    fast, oracle = fast_for(name, exits), Oracle(shared_model(name), plan(*FORCED[exits]))
     first, second = chunk("..vvtttt", "ttvvvttt", "tttttt..", seed=1), chunk(*turn, seed=2)
     names = ("inputs_embeds", "visual_mask", "attention_mask")
     cache = fast(**dict(zip(names, first, strict=True))).past_key_values

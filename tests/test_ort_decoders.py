@@ -1,4 +1,4 @@
-"""ONNX engines of decoders that are more than causal, in both forms: windows, blocks of tokens, DeepStack."""
+"""ONNX engines of decoders that are more than causal, in both forms: windows, capped scores, blocks, DeepStack."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from test_families import handed_over, optimized
 from test_multimodal_engines import FakeProcessor
 from test_windows import WINDOWS
-from tiny_families import IMAGE_TOKEN, family_inputs, shared_family, video_inputs
+from tiny_families import IMAGE_TOKEN, PREFIX, family_inputs, shared_family, video_inputs
 from tiny_models import (
     C,
     chunk,
@@ -48,7 +48,8 @@ def last(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return logits[torch.arange(len(mask)), columns]
 
 
-@pytest.mark.parametrize("name", ["mistral", thorough("qwen2")])
+@pytest.mark.shows("ONNX Runtime")
+@pytest.mark.parametrize("name", ["gemma2", "mistral", thorough("qwen2")])
 def test_windows(name: str, tmp_path: Path) -> None:
     """Rows that exit and one of text, padded; a further turn with an image, decode steps: all beyond the window."""
     model, exits = tiny(name, **WINDOWS[name]), plan(gate(0), StaticExit(1))
@@ -73,7 +74,7 @@ def test_windows(name: str, tmp_path: Path) -> None:
     assert seen == {-1, 0, 1}
 
 
-NAMES = ("gemma3", thorough("paligemma"), "qwen3_vl")
+NAMES = ("gemma3", *map(thorough, ("paligemma", "paligemma2")), "qwen3_vl")
 
 
 @pytest.fixture(params=NAMES)
@@ -108,7 +109,7 @@ def engine(folders: Callable[[str], Path], name: str, request: Any) -> OnnxEngin
 def turn_of(name: str, inputs: dict[str, torch.Tensor], later: bool) -> dict[str, Any]:
     """Arguments of the oracle."""
     turn = handed_over(name, inputs)
-    if later and name == "paligemma":  # a turn of text is causal
+    if later and name in PREFIX:  # a turn of text is causal
         turn["block_ids"][~turn["visual_mask"].any(1)] = -1
     return turn
 

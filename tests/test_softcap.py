@@ -1,6 +1,7 @@
 """Scores and logits that are capped (Gemma 2): as the model itself has them.
 
-Gemma 2 behind exits is in tests/test_windows.py, PaliGemma 2 in tests/test_families.py.
+Gemma 2 behind exits is in tests/test_windows.py, PaliGemma 2 in tests/test_families.py; ONNX engines of both in
+test_ort_decoders.py, backend="vte" in test_backend_windows.py and test_backend.py, tuning in test_tuning_multimodal.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 
 import pytest
 import torch
+from test_families import WITHOUT_ADAPTERS
 from tiny_models import VOCAB, assert_relative, chunk, plan, tiny
 from transformers import Gemma2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -20,7 +22,6 @@ from vte_compile.chunk_capture import capture_chunk
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.cache_name import CACHE, cache_of
 from vte_compile.families.decoder import describe
-from vte_compile.families.refusals import refuse_softcaps
 from vte_compile.plan import SkippedAttention
 
 FULL = {"layer_types": ["full_attention"] * 2}
@@ -64,8 +65,10 @@ def test_generate_equals_the_model():
     assert torch.equal(whole().generate(ids, **options), gemma2().generate(ids, **options))
 
 
-def test_a_skipped_attention():
+@pytest.mark.shows("skips", "gemma2")
+def test_a_skipped_attention(record_property):
     """Of a block whose attention has a norm behind it: as if that gave nothing."""
+    record_property("note", WITHOUT_ADAPTERS)
     fast = optimize(whole(), Plan([StaticExit(0)], skips=[SkippedAttention(1)]))
     without = copy.deepcopy(gemma2())
     without.model.layers[1].self_attn.o_proj.weight.data.zero_()
@@ -88,18 +91,37 @@ def test_caps_show():
         assert float((other - logits[0]).abs().max() / logits[0].abs().max()) > 0.05
 
 
-def test_where_caps_of_scores_are_not_taken(caplog):
-    model = tiny("gemma2", num_hidden_layers=2, **FULL)
-    message = r"^Gemma2Model caps the scores of its attention \(attn_logit_softcapping in its config\): only vte_com"
-    for refuse in (capture_chunk, refuse_softcaps):
-        with pytest.raises(UnsupportedModelError, match=message):
-            refuse(describe(model))
+def test_where_caps_of_scores_are_not_taken():
+    """AOTInductor's engines."""
+    fast = optimize(tiny("gemma2", num_hidden_layers=2, **FULL), Plan(), compile=False)
+    message = r"^Gemma2Model caps the scores of its attention \(attn_logit_softcapping in its config\): AOTInductor's"
+    with pytest.raises(UnsupportedModelError, match=message):
+        fast._vte_runner.lowered("prefill", batched=False)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_backend_refuses_other_caps_than_the_configs(softcap, caplog):
+    """The model still gives what it gives uncompiled."""
+    torch._dynamo.reset()
+    model = tiny("gemma2", num_hidden_layers=2)
+    model.model.layers[1].self_attn.attn_logit_softcapping = softcap
+    ids = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(0))
     with caplog.at_level(logging.WARNING), torch.no_grad():
-        embeds, *_ = chunk("tttttttt")
-        want = model(inputs_embeds=embeds).logits
-        compiled = torch.compile(model, backend="vte", options={"compile": False})
-        assert_relative(compiled(inputs_embeds=embeds).logits, want)
-    assert "no pass applies to this graph, it runs as Inductor compiles it: Gemma2Model caps the scores" in caplog.text
+        want = model(ids).logits
+        assert_relative(torch.compile(model, backend="vte", options={"compile": False})(ids).logits, want)
+    assert "layer 1: what softmax_1 takes are not products of queries and keys, capped by 2.0 as the" in caplog.text
+
+
+def test_the_backend_refuses_to_lose_attention_weights(caplog):
+    torch._dynamo.reset()
+    model = tiny("gemma2", num_hidden_layers=2)
+    ids = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        want = model(ids, output_attentions=True).attentions
+        got = torch.compile(model, backend="vte", options={"compile": False})(ids, output_attentions=True).attentions
+    for ours, theirs in zip(got, want, strict=True):
+        assert_relative(ours, theirs)
+    assert "are used for more than to weigh the values" in caplog.text
 
 
 class Uncapped(Gemma2ForCausalLM):

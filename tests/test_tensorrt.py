@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 from fake_tensorrt import CPU, load_fake
+from marks import thorough
 from test_families import handed_over, optimized, oracle_of
 from tiny_families import family_inputs, tiny_family
 from tiny_models import (
@@ -22,7 +23,7 @@ from tiny_models import (
 )
 
 import vte_compile
-from vte_compile import SkippedAttention, StaticExit, optimize
+from vte_compile import Oracle, SkippedAttention, StaticExit, optimize
 from vte_compile.adapters import PIA
 from vte_compile.export.tensorrt_ops import TENSORRT
 from vte_compile.export.tensorrt_profiles import DECODE, PREFILL
@@ -148,10 +149,9 @@ def test_cache_holds_less_above_exits_and_moves_when_full(llava) -> None:
     assert again.cache.nbytes == 2 * 2 * 8 * 4 * ((7 + 9) + 3 * (3 + 9))
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("blocks", [False, True])
-@pytest.mark.parametrize("window", [0, 1, 3, 7])
-def test_windows(window: int, blocks: bool) -> None:
+@pytest.mark.parametrize("blocks", [False, thorough(True)])
+@pytest.mark.parametrize(("window", "softcap"), [*(thorough(window, 0.0) for window in (0, 1, 3, 7)), (3, 0.5)])
+def test_windows_blocks_and_capped_scores(window: int, softcap: float, blocks: bool) -> None:
     """What stands for attention sees what the reference sees, in rows that are padded, behind pasts and in blocks."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 4, 32), (2, 4, 16), (2, 4, 16), (2, 2, 6, 8), (2, 2, 6, 8))
@@ -159,10 +159,25 @@ def test_windows(window: int, blocks: bool) -> None:
     rows = (torch.tensor([6, 2]), torch.tensor([4, 3]))
     function, expected = TENSORRT.lowered[CACHED], TENSORRT.expected[CACHED]
     of_tokens = torch.tensor([[0, 0, -1, 1], [-1, 2, 2, -1]]) if blocks else None
-    got, want = (of(*values, *rows, 4, 2, 0.3, window, of_tokens) for of in (function, expected))
+    got, want = (of(*values, *rows, 4, 2, 0.3, window, of_tokens, softcap) for of in (function, expected))
     for b, count in enumerate(rows[1].tolist()):
         close(got[0][b, :count], want[0][b, :count])
     close(got[1], want[1])
+
+
+@pytest.mark.thorough
+def test_capped_scores(tmp_path: Path) -> None:
+    """Gemma2: in all layers, of which every other one has a window; and capped logits. Two turns, and a decode step."""
+    model, parts = tiny("gemma2"), plan(gate(0), StaticExit(2))
+    oracle, engine = Oracle(model, parts), exported(optimize(model, parts, compile=False), tmp_path / "engine")
+    known, ours = None, None
+    for turn, layouts in enumerate((("ttvvvvttt", "..ttttttt"), ("tvvtt", "..ttt"), ("t", "t"))):
+        embeds, visual, real = chunk(*layouts, seed=turn)
+        given = {"inputs_embeds": embeds, "visual_mask": visual, "attention_mask": real}
+        want, got = oracle.forward(**given, cache=known), engine.prefill(**given, cache=ours)
+        close(got.logits, want.logits[:, -1])
+        assert got.exit_layer.tolist() == want.exit_layer.tolist()
+        known, ours = want.cache, got.cache
 
 
 def test_half_precision(llava, tmp_path: Path) -> None:

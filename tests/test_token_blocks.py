@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_families import GREEDY, assert_same, handed_over, optimized, oracle_of
-from tiny_families import family_inputs, shared_family
+from tiny_families import PREFIX, family_inputs, shared_family
 from tiny_models import assert_relative, plan
 from transformers import Gemma3ForConditionalGeneration
 
@@ -78,16 +78,18 @@ def test_masks_of_no_blocks():
 
 
 @pytest.mark.parametrize("images", [0, 1], ids=["text", "image"])
-@pytest.mark.shows("second turn", "paligemma")
-def test_second_turn_of_a_prefix(images):
+@pytest.mark.shows("second turn")
+@pytest.mark.parametrize("name", PREFIX)
+def test_second_turn_of_a_prefix(name, images):
     """Text of a later turn is causal, one with an image sees itself in both directions: the model's own doing."""
-    name = "paligemma"
     model, fast = shared_family(name), optimized(name)
     first, second = family_inputs(name, images=1), family_inputs(name, images=images, seed=1)
     length = first["input_ids"].shape[1]
     mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
     # The model reads types by position, those of earlier tokens first.
     types = torch.zeros_like(mask)
+    # An earlier prompt is no part of a later one's block, which a window would show.
+    types[:, :length] = 1
     positions = torch.arange(length, mask.shape[1])[None]
     with torch.no_grad():
         cache = cache_of(model(**first, use_cache=True))

@@ -1,7 +1,8 @@
 """Tuning of decoders that take more than embeddings and counted positions: what is measured is the oracle's.
 
 Qwen2.5-VL has multimodal positions, Qwen3-VL features behind layers too; tokens of PaliGemma and Gemma3 attend to later
-ones, and every other layer of Gemma3 has a sliding window and rotary positions of its own.
+ones, every other layer of Gemma3 has a sliding window and rotary positions of its own, and PaliGemma 2 has such windows
+and caps scores and logits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from marks import thorough
 from test_families import NO_ADAPTERS, handed_over
 from test_tuning_modality_attention import naive
-from tiny_families import END_TOKEN, family_inputs, shared_family, tiny_family
+from tiny_families import END_TOKEN, PREFIX, family_inputs, shared_family, tiny_family
 from tiny_models import (
     LAYERS,
     NEVER,
@@ -40,7 +41,7 @@ from vte_compile.tuning.modality_attention import key_groups, measure_attention,
 from vte_compile.tuning.random_layer import labelled_row
 from vte_compile.tuning.samples import Sample
 
-NAMES = ("qwen2_5_vl", "qwen3_vl", "paligemma", "gemma3")
+NAMES = ("qwen2_5_vl", "qwen3_vl", "paligemma", "gemma3", "paligemma2")
 DELETABLE = tuple(name for name in NAMES if name not in NO_ADAPTERS)
 ANSWER = (7, 3, 11, 5)
 INPUTS = {name: family_inputs(name, [2], seed=1) for name in NAMES}
@@ -126,7 +127,7 @@ def test_attention_is_the_models_own(name: str) -> None:
     eager.set_attn_implementation("eager")
     whole["input_ids"] = torch.cat([whole["input_ids"], torch.tensor([ANSWER[:-1]])], 1)
     # The answer is text to all of them; of PaliGemma, what is trained on.
-    for key, value in {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": int(name == "paligemma")}.items():
+    for key, value in {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": int(name in PREFIX)}.items():
         if key in whole:
             whole[key] = F.pad(whole[key], (0, behind), value=value)
     with torch.no_grad():
@@ -147,6 +148,14 @@ def test_attention_of_the_last_query_in_a_window() -> None:
         paid = _last_query_attention(query, key, 0.7, window)
         alone = _last_query_attention(query[:, -window:], key[:, -window:], 0.7, None)
         assert_close(paid, F.pad(alone, (9 - len(alone), 0)))
+
+
+def test_attention_of_the_last_query_with_capped_scores() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(heads, 9, 8, generator=generator) for heads in (4, 2))
+    scores = 0.7 * query @ key.repeat_interleave(2, 0).mT
+    paid = (0.5 * torch.tanh(scores / 0.5)).softmax(-1)[:, -1].mean(0)
+    assert_close(_last_query_attention(query, key, 0.7, None, 0.5), paid)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -190,7 +199,7 @@ def test_calibrated(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma3", *map(thorough, ("qwen3_vl", "paligemma"))])
+@pytest.mark.parametrize("name", ["gemma3", *map(thorough, ("qwen3_vl", "paligemma", "paligemma2"))])
 def test_evaluated_and_analyzed(name: str) -> None:
     """What one pass over a sample says of its exits is what generate() does with one."""
     model, prompts = tiny_family(name), [family_inputs(name, [1], seed=seed) for seed in range(6)]

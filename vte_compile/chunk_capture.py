@@ -33,7 +33,6 @@ from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.families.deepstack import adding, given
 from vte_compile.families.logits import capped
-from vte_compile.families.refusals import refuse_softcaps
 from vte_compile.kernels.cached_attention import cached_attention
 
 _ATTENTION = "vte_chunk"
@@ -65,7 +64,7 @@ def _chunk_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    refuse_extras(module, kwargs, ("sliding_window",))
+    refuse_extras(module, kwargs, ("sliding_window", "softcap"))
     chunk, layer = _chunk.get(), int(module.layer_idx)  # type: ignore[arg-type]
     batch, heads, tokens, size = query.shape
     kv_heads = key.shape[1]
@@ -73,8 +72,8 @@ def _chunk_attention(
     scale = size**-0.5 if scaling is None else scaling
     lengths = (chunk.past_lengths, chunk.new_lengths)
     past = chunk.past[2 * layer : 2 * layer + 2]
-    window = int(kwargs.get("sliding_window") or 0)
-    options = (heads, kv_heads, scale, window, chunk.block_ids)
+    window, softcap = int(kwargs.get("sliding_window") or 0), float(kwargs.get("softcap") or 0)
+    options = (heads, kv_heads, scale, window, chunk.block_ids, softcap)
     output, *present = cached_attention._opoverload(*merged, *past, *lengths, *options)
     chunk.present[layer] = (present[0], present[1])
     return output.reshape(batch, tokens, heads, value.shape[-1]), None
@@ -131,9 +130,7 @@ def capture_chunk(spec: DecoderSpec) -> DecoderGraph:
 
     Raises:
         CaptureError: torch.export could not trace the decoder.
-        UnsupportedModelError: It caps the scores of its attention.
     """
-    refuse_softcaps(spec)
     names = ("inputs_embeds", "position_ids", "new_lengths", "past_lengths", *spec.token_inputs)
     return trace(spec, _ChunkDecoder(spec), "chunk", True, _ATTENTION, names, partial(_examples, spec))
 

@@ -13,16 +13,17 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
 
 
-def inputs(new, past, columns, heads=4, kv_heads=2, size=8, value_size=8, dtype=torch.float32, window=0, blocks=None):
+def inputs(new, past, columns, heads=4, kv_heads=2, size=8, value_size=8, dtype=torch.float32, **more):
     batch, tokens = len(new), max(new)
     query, key = random(batch, tokens, heads * size, dtype=dtype), random(batch, tokens, kv_heads * size, dtype=dtype)
     value = random(batch, tokens, kv_heads * value_size, dtype=dtype)
     caches = [random(batch, kv_heads, columns, s, dtype=dtype) for s in (size, value_size)]
-    ids = None if blocks is None else torch.tensor(blocks)
-    return [query, key, value, *caches, torch.tensor(past), torch.tensor(new), heads, kv_heads, 0.3, window, ids]
+    ids = torch.tensor(more["blocks"]) if "blocks" in more else None
+    options = (0.3, more.get("window", 0), ids, more.get("softcap", 0.0))
+    return [query, key, value, *caches, torch.tensor(past), torch.tensor(new), heads, kv_heads, *options]
 
 
-def naive(query, key, value, past_key, past_value, past, new, heads, kv_heads, scale, window, blocks):
+def naive(query, key, value, past_key, past_value, past, new, heads, kv_heads, scale, window, blocks, softcap):
     """Of each real token and head, in float64."""
     batch, tokens, _ = query.shape
     outputs = torch.full((batch, tokens, heads, past_value.shape[3]), torch.nan, dtype=torch.float64)
@@ -41,6 +42,8 @@ def naive(query, key, value, past_key, past_value, past, new, heads, kv_heads, s
                 values = value[b, seen].unflatten(-1, (kv_heads, -1))[:, kv_head]
                 values = torch.cat([past_value[b, kv_head, first:filled], values]).double()
                 scores = keys @ query[b, t].unflatten(-1, (heads, -1))[head].double() * scale
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
                 outputs[b, t, head] = scores.softmax(0) @ values
     return outputs.flatten(-2)
 
@@ -58,6 +61,8 @@ CASES = {
     "a window of one": dict(new=[3], past=[2], columns=2, window=1),
     "blocks": dict(new=[5, 3], past=[0, 2], columns=3, blocks=[[-1, 0, 0, 1, 1], [0, -1, 0, -1, -1]]),
     "blocks and a window": dict(new=[5], past=[2], columns=2, window=2, blocks=[[-1, 0, 0, 0, -1]]),
+    "capped scores": dict(new=[5, 3, 1], past=[0, 3, 4], columns=5, window=3, softcap=0.5),
+    "capped scores of blocks": dict(new=[3], past=[2], columns=2, blocks=[[0, 0, -1]], softcap=0.5),
     "bfloat16": dict(new=[5, 3], past=[0, 2], columns=4, dtype=torch.bfloat16),
 }
 

@@ -28,7 +28,6 @@ from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec, describe, find_decoder
 from vte_compile.families.independence import check_independence
 from vte_compile.families.live import find_live
-from vte_compile.families.refusals import refuse_softcaps
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.plan import Plan
@@ -102,9 +101,8 @@ def vte(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
         _refuse_training(model)
         spec = describe(model)
         _refuse_loops(model, spec)
-        refuse_softcaps(spec)
         _refuse_unseen_features(spec)
-        region = find_region(gm.graph, weights, spec.windowed)
+        region = find_region(gm.graph, weights, spec.windowed, spec.attention_softcap)
         _refuse_other_features(spec, region)
         _refuse_company(model, spec)
     except UnsupportedModelError as error:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
+from vte_compile.dynamo.attention import Attention, find_attention
 from vte_compile.dynamo.decoder_call import CallLayout
 from vte_compile.dynamo.stored import Stored, find_stored
 from vte_compile.dynamo.visual import looked_up, scatter_mask
@@ -56,13 +56,16 @@ class Region:
         return [stored.past for stored in self.kv if stored.past is not None]
 
 
-def find_region(graph: fx.Graph, weights: Sequence[fx.Node], windowed: Sequence[bool]) -> Region:
+def find_region(
+    graph: fx.Graph, weights: Sequence[fx.Node], windowed: Sequence[bool], softcap: float | None = None
+) -> Region:
     """The decoder in a graph.
 
     Args:
         graph: Dynamo's.
         weights: Its inputs that are weights of the decoder's first layer.
         windowed: Of each layer, whether it has a sliding window.
+        softcap: By how much attention caps its scores; None: it does not.
 
     Raises:
         UnsupportedModelError: The graph does not hold the decoder as a whole, or not as transformers writes it.
@@ -78,9 +81,9 @@ def find_region(graph: fx.Graph, weights: Sequence[fx.Node], windowed: Sequence[
         raise UnsupportedModelError(
             f"the graph holds {len(by_layer)} of the decoder's {num_layers} layers: a graph break splits the decoder."
         )
-    attentions = [_attention(by_layer[layer], layer) for layer in range(num_layers)]
+    attentions = [find_attention(by_layer[layer], layer, softcap) for layer in range(num_layers)]
     returned = set(next(n for n in graph.nodes if n.op == "output").all_input_nodes)
-    kv = [find_stored(attention, i, layer, returned) for layer, attention in enumerate(attentions) for i in (1, 2)]
+    kv = [find_stored(read, layer, returned) for layer, own in enumerate(attentions) for read in (own.key, own.value)]
     if len({stored.past is None for stored in kv}) > 1:
         raise UnsupportedModelError("some layers have earlier keys and values, others have none.")
     if any(windowed) and any(stored.is_buffer for stored in kv):
@@ -132,22 +135,11 @@ def _layer(node: fx.Node, path: str) -> int | None:
     return None
 
 
-def _attention(nodes: list[fx.Node], layer: int) -> fx.Node:
-    found = [n for n in nodes if n.target is F.scaled_dot_product_attention]
-    if len(found) != 1:
-        raise UnsupportedModelError(
-            f"layer {layer}: {len(found)} scaled_dot_product_attention, expected one: load the model with "
-            "attn_implementation='sdpa'."
-        )
-    return found[0]
-
-
-def _mask(attentions: Sequence[fx.Node], windowed: Sequence[bool]) -> fx.Node | None:
+def _mask(attentions: Sequence[Attention], windowed: Sequence[bool]) -> fx.Node | None:
     """The mask of the layers without windows, or of all if each has one; layers of a kind share theirs."""
     masks: dict[bool, set[fx.Node | None]] = {}
     for attention, window in zip(attentions, windowed, strict=True):
-        mask = attention.kwargs.get("attn_mask", attention.args[3] if len(attention.args) > 3 else None)
-        masks.setdefault(window, set()).add(mask if isinstance(mask, fx.Node) else None)
+        masks.setdefault(window, set()).add(attention.mask)
     if any(len(of_kind) > 1 for of_kind in masks.values()):
         raise UnsupportedModelError("layers of one kind attend through different masks.")
     return masks[min(masks)].pop()

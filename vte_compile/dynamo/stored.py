@@ -48,19 +48,18 @@ class Stored:
         return _name(self.read) == "zeros"
 
 
-def find_stored(attention: fx.Node, which: int, layer: int, returned: Collection[fx.Node]) -> Stored:
-    """What a cache layer keeps of the keys (1) or values (2) that an attention reads.
+def find_stored(read: fx.Node, layer: int, returned: Collection[fx.Node]) -> Stored:
+    """What a cache layer keeps of the keys or values that an attention reads.
 
     Args:
-        attention: The layer's scaled_dot_product_attention.
-        which: Its argument.
+        read: The keys or values.
         layer: Its number, for messages.
         returned: What the graph returns.
 
     Raises:
         UnsupportedModelError: The attention does not read what a cache holds, or what that keeps of it is not known.
     """
-    node: Any = attention.args[which]
+    node: Any = read
     while isinstance(node, fx.Node):
         if node.op == "placeholder":
             return Stored(node, node, None, None)

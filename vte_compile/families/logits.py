@@ -1,4 +1,4 @@
-"""Logits that a model caps behind its head, as Gemma 2 does (arXiv 2408.00118)."""
+"""Logits that a model caps behind its head, and scores likewise, as Gemma 2 does (arXiv 2408.00118)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def logit_softcap(config: Any) -> float | None:
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """``softcap * tanh(logits / softcap)``; the logits themselves, if it is None."""
+    """``softcap * tanh(logits / softcap)``; the logits themselves, if it is None. Scores of attention, too."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 

@@ -87,7 +87,7 @@ def refuse_softcaps(spec: DecoderSpec) -> None:
     if spec.attention_softcap is not None:
         raise UnsupportedModelError(
             f"{type(spec.decoder).__name__} caps the scores of its attention (attn_logit_softcapping in its config): "
-            "only vte_compile.optimize() takes that so far."
+            "AOTInductor's engines (target='aoti') do not take that so far; those of ONNX Runtime and TensorRT do."
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vte_compile.errors import InputError
+from vte_compile.families.logits import capped
 from vte_compile.oracle import Oracle, RowRun, layer_window
 from vte_compile.oracle_blocks import Block
 from vte_compile.plan import Plan
@@ -98,8 +99,8 @@ class ReducingOracle(Oracle):
             paid: list[Tensor] = []
             window = layer_window(self.config, index)
 
-            def watch(query: Tensor, key: Tensor, scaling: float) -> None:
-                paid.append(_last_query_attention(query, key, scaling, window))
+            def watch(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> None:
+                paid.append(_last_query_attention(query, key, scaling, window, softcap))
 
             with watched(self.config, index, self.layers[index], watch):
                 cached = super()._run_layer(index, block, run, past)
@@ -113,14 +114,16 @@ class ReducingOracle(Oracle):
         return cached
 
 
-def _last_query_attention(query: Tensor, key: Tensor, scaling: float, window: int | None) -> Tensor:
-    """What the last query pays to each key [keys], in the mean of the heads; query and key as `Watch` gets them.
+def _last_query_attention(
+    query: Tensor, key: Tensor, scaling: float, window: int | None, softcap: float | None = None
+) -> Tensor:
+    """What the last query pays to each key [keys], in the mean of the heads; arguments as `Watch` gets them.
 
     It attends to all keys, or to those of its window: its scores are computed once more, without those of all others.
     """
     keys = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = (keys.to(wide) @ query[:, -1, :, None].to(wide))[..., 0] * scaling
+    scores = capped((keys.to(wide) @ query[:, -1, :, None].to(wide))[..., 0] * scaling, softcap)
     if window is not None:
         scores[:, :-window] = -math.inf
     return scores.softmax(-1).mean(0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vte_compile.errors import InputError
 from vte_compile.families.decoder import describe
-from vte_compile.families.refusals import refuse_companion, refuse_softcaps
+from vte_compile.families.refusals import refuse_companion
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
 from vte_compile.oracle_blocks import Block, OwnBlock
@@ -90,8 +90,8 @@ class Examiner:
     be run one by one is tried out once. `base`: skips and adapters that the exits come on top of; the answers that are
     to stay are still those of the model without them.
 
-    Raises UnsupportedModelError if they cannot, or if the decoder caps its scores; InputError for an optimized model or
-    a base with exits; PlanMismatchError if the base is for another model.
+    Raises UnsupportedModelError if they cannot; InputError for an optimized model or a base with exits;
+    PlanMismatchError if the base is for another model.
     """
 
     def __init__(self, model: nn.Module, base: Plan | None = None) -> None:
@@ -99,7 +99,6 @@ class Examiner:
             raise InputError("model: is an optimized one, whose answers have exits in them: pass the original model.")
         self.model: Any = model
         self.spec = describe(model)
-        refuse_softcaps(self.spec)
         base = base or Plan()
         if base.exits:
             raise InputError("base: has exits, which are what is to be found: pass a plan of skips and adapters only.")

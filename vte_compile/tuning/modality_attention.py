@@ -55,7 +55,13 @@ def uniform_shares(queries: Tensor, keys: Tensor, seen: Tensor | None = None) ->
 
 
 def attention_shares(
-    query: Tensor, key: Tensor, scaling: float, queries: Tensor, keys: Tensor, seen: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    queries: Tensor,
+    keys: Tensor,
+    seen: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """The shares of attention in one layer, computed in float32 or wider.
 
@@ -66,6 +72,7 @@ def attention_shares(
         queries: Groups of queries, bool [Q, T], none of them empty.
         keys: Groups of keys, bool [K, T].
         seen: Which tokens each of them attends to, bool [T, T]; None: all up to itself.
+        softcap: By how much the scores are capped; None: not at all.
 
     Returns:
         Float64 [Q, K] on the CPU.
@@ -80,6 +87,8 @@ def attention_shares(
         end = 1 + int(block[-1] if seen is None else seen[block].any(0).nonzero().max())
         asked = query[:, block].to(wide).reshape(kv_heads, -1, size)
         scores = (asked @ transposed[..., :end]).view(heads, len(block), end).mul_(scaling)
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
         scores.masked_fill_(place[:end] > block[:, None] if seen is None else ~seen[block, :end], -torch.inf)
         shares = scores.softmax(-1) @ groups[:end]
         by_token[:, block] = shares.double().mean(0).T
@@ -97,8 +106,8 @@ def measure_attention(examiner: Examiner, answered: Answered) -> Tensor:
     hidden, run = answered.embeds, examiner.run(answered)
     found: list[Tensor] = []
 
-    def watch(query: Tensor, key: Tensor, scaling: float) -> None:
-        found.append(attention_shares(query, key, scaling, queries, keys, run.seen(len(found))))
+    def watch(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> None:
+        found.append(attention_shares(query, key, scaling, queries, keys, run.seen(len(found)), softcap))
 
     for index, layer in enumerate(examiner.layers):
         with watched(examiner.decoder.config, index, layer, watch):

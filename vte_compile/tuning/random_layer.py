@@ -21,6 +21,7 @@ from transformers import get_cosine_schedule_with_warmup
 from vte_compile.errors import CalibrationError, InputError, UnsupportedModelError
 from vte_compile.families.decoder import find_decoder
 from vte_compile.families.inputs import decoder_inputs
+from vte_compile.families.logits import capped, softcap_of
 from vte_compile.tuning.answered import placed
 from vte_compile.tuning.batches import IGNORE
 from vte_compile.tuning.examine import AGREEING_POSITIONS, LOSS_RATIO, Examiner, own_answer
@@ -227,7 +228,8 @@ def _both_ways(model: nn.Module, batch: Batch, layer: int) -> tuple[Tensor, list
     kept = real & ~batch.visual_mask
     # The token before each token of the answer predicts it.
     predicts = F.pad(batch.labels != IGNORE, (0, 1))[:, 1:]
-    logits = []
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    softcap, logits = softcap_of(model, decoder.config), []
     for keep in (real, kept):
         rows = zip(hidden, positions, predicts, keep, strict=True)
         parts = [(states[here], place[here], marked[here]) for states, place, marked, here in rows]
@@ -236,8 +238,8 @@ def _both_ways(model: nn.Module, batch: Batch, layer: int) -> tuple[Tensor, list
         mask = _visible(torch.arange(states.shape[1], device=lengths.device) < lengths, states.dtype)
         for index in range(layer + 1, len(decoder.layers)):
             states = _run_layer(decoder, index, states, mask, places)
-        head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        logits.append([head(decoder.norm(state[mark])) for state, mark in zip(states, marks, strict=True)])
+        answered = [state[mark] for state, mark in zip(states, marks, strict=True)]
+        logits.append([capped(head(decoder.norm(state)), softcap) for state in answered])
     return torch.stack(features), logits[0], logits[1]
 
 
