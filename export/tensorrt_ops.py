@@ -43,7 +43,6 @@ def _attention(
 
     Query heads that share keys stand one below the other, so that keys are not repeated: [B, kv_heads, group * T, D].
     """
-    assert block_ids is None
     batch, tokens = query.shape[:2]
     group = heads // kv_heads
     new_key, new_value = (x.unflatten(-1, (kv_heads, -1)).transpose(1, 2) for x in (key, value))
