@@ -20,6 +20,7 @@ from helpers import (
     shared,
     tiny,
 )
+from torch import nn
 from transformers import DynamicCache
 
 from vte_compile.capture import capture, evaluating
@@ -212,6 +213,22 @@ def test_weights_are_referred_to():
     assert graph.parameters[target]().dtype == torch.float64
     inverse = next(name for name in graph.parameters if name.endswith("rotary_emb.inv_freq"))
     assert graph.parameters[inverse]() is model.model.rotary_emb.inv_freq
+
+
+def test_weights_that_are_no_parameters_any_more_are_read_too():
+    """A parametrization takes a weight's name away from its module's parameters."""
+    model = tiny("llama")
+    graph = capture(describe(model), "decode")
+    [name] = [target for target in graph.parameters if target.endswith("layers.1.mlp.up_proj.weight")]
+    module, before = model.model.layers[1].mlp.up_proj, graph.parameters[name]()
+    assert before is module.weight
+
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+    assert torch.equal(graph.parameters[name](), 2 * before)
 
 
 def test_clone_is_independent():

@@ -148,6 +148,19 @@ def test_a_weight_that_was_replaced_is_recorded_anew(model, recorder):
     assert recorder.records == 2
 
 
+def test_a_replayed_step_is_launched_before_its_views_are_made(fast, model, recorder, monkeypatch):
+    """A view of each layer's keys and values takes time in which a GPU would wait."""
+    chat = Chat(fast, model)
+    chat.step(4)
+    order = []
+    views = type(chat.cache).next_columns
+    monkeypatch.setattr(type(chat.cache), "next_columns", lambda cache: order.append("views") or views(cache))
+    replay = recorder.replay
+    monkeypatch.setattr(recorder, "replay", lambda step: order.append("launch") or replay(step))
+    chat.step(1)
+    assert order == ["launch", "views"]
+
+
 def test_requests_that_take_turns_are_not_recorded(fast, model, recorder):
     first, second = Chat(fast, model), Chat(fast, model)
     for _ in range(3):

@@ -23,6 +23,8 @@ from torch import nn
 from vte_compile import Oracle, Plan, StaticExit, optimize
 from vte_compile.adapters import PIA
 from vte_compile.plan import SkippedAttention
+from vte_compile.runtime.steps import ExitStep
+from vte_compile.runtime.visual_tokens import PackedRows, VisualTokens
 
 EXITS = (gate(0, 0.5), gate(1, 0.5), StaticExit(2))
 ROWS = ("..ttvvvvtt", ".....tvvtt", "tttttttttt", ".tvvvvvvvv", "tvvttvvttt")
@@ -45,6 +47,16 @@ def test_a_batch_is_packed(last):
     assert got.cache.lengths.T.tolist() == want.cache.lengths()
     assert "packed" in phases(fast)
     assert "prefill" not in phases(fast)
+
+
+def test_a_static_exit_is_no_question_to_the_device():
+    """Tensors without numbers, as if of a GPU that has not come so far: what rows hold the host knows."""
+    row = VisualTokens.find(torch.tensor([False, True, True, False]))
+    rows, stream = PackedRows([4, 3], [row, None]), torch.empty(1, 7, 8, device="meta")
+    step = ExitStep([0, 1], [2, 3], layer=5, stream=0, dims=[[1], []], gate=None)
+    kept, bounds = rows.at_exit(step, stream, [stream, torch.empty(3, dtype=torch.int32, device="meta")])
+    assert (kept.shape, bounds.shape) == ((1, 5, 8), (3,))
+    assert (rows.lengths, rows.exit_layers) == ([2, 3], [5, -1])
 
 
 def test_one_prompt_is_not():

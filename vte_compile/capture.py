@@ -442,7 +442,13 @@ def _reader(wrapper: nn.Module, module: fx.GraphModule, target: str) -> Paramete
         getattr(owner, name)
     except AttributeError:  # a constant that tracing lifted, which lives on the graph module alone
         owner = module.get_submodule(path)
-    return lambda: getattr(owner, name)
+
+    def read() -> Tensor:
+        # A decode step reads hundreds of them, and Module.__getattr__ takes five times as long as its dict.
+        value = owner._parameters.get(name)
+        return getattr(owner, name) if value is None else value
+
+    return read
 
 
 def example_token_inputs(spec: DecoderSpec, embeds: Tensor) -> list[Tensor]:

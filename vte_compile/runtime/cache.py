@@ -133,8 +133,12 @@ class RowsCache:
         """Keys and values of each layer that has them, in turn, with one more column for a decode step to write."""
         return [tensor for layer in self._filled for tensor in layer.next_column()]
 
+    def reserve(self) -> list[int]:
+        """Make room for :meth:`next_columns`; of each layer that has keys, how many columns there are with the next."""
+        return [layer.reserve() for layer in self._filled]
+
     def buffers(self) -> list[Tensor]:
-        """What :meth:`next_columns` gave views of, in the same order."""
+        """What :meth:`next_columns` gives views of, in the same order; after :meth:`reserve`."""
         return [tensor for layer in self._filled for tensor in layer.buffers]
 
     def append(self, kv: RowKV) -> None:

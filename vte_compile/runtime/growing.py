@@ -47,8 +47,8 @@ class GrowingLayer:
         layer._buffers = keys, values
         return layer
 
-    def next_column(self) -> tuple[Tensor, Tensor]:
-        """Keys and values with one more column, which is to be written before :meth:`append` takes it."""
+    def reserve(self) -> int:
+        """Make room for one more column where there is none; how many columns there are with it."""
         columns = self.keys.shape[2]
         if self._buffers is None or self._buffers[0].shape[2] == columns:
             capacity = with_room(columns)
@@ -56,12 +56,17 @@ class GrowingLayer:
             key_buffer, self.keys = _with_room(self.keys, capacity)
             value_buffer, self.values = _with_room(self.values, capacity)
             self._buffers = key_buffer, value_buffer
-        keys, values = self._buffers
-        return keys[:, :, : columns + 1], values[:, :, : columns + 1]
+        return columns + 1
+
+    def next_column(self) -> tuple[Tensor, Tensor]:
+        """Keys and values with one more column, which is to be written before :meth:`append` takes it."""
+        columns = self.reserve()
+        keys, values = self.buffers
+        return keys[:, :, :columns], values[:, :, :columns]
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
-        """What :meth:`next_column` gave views of."""
+        """What :meth:`next_column` gives views of."""
         assert self._buffers is not None
         return self._buffers
 

@@ -137,13 +137,15 @@ class RowRunner:
         program = self.program("decode", batched=batched, one_prompt=state is None or state.one_prompt)
         _check_cache(cache, program)
         known = [] if state is None else state.values
-        token, columns = [embeds.contiguous(), positions.contiguous()], cache.next_columns()
+        token = [embeds.contiguous(), positions.contiguous()]
         if (graphs := self.decode_graphs(program)) is None:
-            output = program.run([*token, *columns, *starts, *known])
+            output = program.run([*token, *cache.next_columns(), *starts, *known])
             logits, kv = output.logits, output.kv
         else:
-            filled = [keys.shape[2] for keys in columns[::2]]
+            filled = cache.reserve()
             logits = graphs.run(token, cache.buffers(), [*starts, *known], filled)
+            # Views are made while the GPU works: a replayed step is launched at once.
+            columns = cache.next_columns()
             pairs = zip(columns[::2], columns[1::2], strict=True)
             kv = [next(pairs) if attends else None for attends in program.attends]
         cache.append(kv)

@@ -71,10 +71,14 @@ class ExitStep:
         logits = exit_logits(stream[question_start:], *self._weights(stream.device))
         return bool(logits[1] - logits[0] > self.gate[2])
 
-    def rows_fire(self, stream: Tensor, cu_seqlens: Tensor, question_starts: list[int]) -> list[bool]:
-        """The same of packed rows [T, C]; a question that starts where its row ends says no."""
+    def rows_fire(self, stream: Tensor, rows: PackedRows, question_starts: list[int]) -> list[bool]:
+        """The same of packed rows [T, C]; a question that starts where its row ends says no.
+
+        The host waits for a gate, and not for a static exit, of which it knows all by itself.
+        """
         if self.gate is None:
-            return [start < end for start, end in zip(question_starts, cu_seqlens.tolist()[1:], strict=True)]
+            return [start < end for start, end in zip(question_starts, rows.ends, strict=True)]
+        cu_seqlens = rows.cu_seqlens(stream.device)
         starts = torch.tensor(question_starts, dtype=torch.int32).to(stream.device, non_blocking=True)
         fires = exit_decisions(stream, cu_seqlens, starts, *self._weights(stream.device), self.gate[2])
         decisions: list[bool] = fires.tolist()

@@ -66,13 +66,13 @@ class PackedRows:
         return torch.tensor([0, *self.ends], dtype=torch.int32).to(device, non_blocking=True)
 
     def at_exit(self, step: ExitStep, stream: Tensor, values: list[Tensor]) -> list[Tensor]:
-        """What goes on behind an exit, of what arrives there; the host waits once for the decisions of all rows."""
+        """What goes on behind an exit, of what arrives there; the host waits once for the gate of all rows."""
         waiting = [v if v is not None and v.exit_layer < 0 else None for v in self.visual]
         if not any(waiting):
             return values
         begins, ends = [0, *self.ends[:-1]], self.ends
         starts = [e if v is None else b + v.question_start for v, b, e in zip(waiting, begins, ends, strict=True)]
-        fires = step.rows_fire(stream[0], self.cu_seqlens(stream.device), starts)
+        fires = step.rows_fire(stream[0], self, starts)
         if not any(fires):
             return values
         keep = []
