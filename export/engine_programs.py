@@ -16,6 +16,7 @@ import vte_compile.kernels.packed_attention  # noqa: F401
 from vte_compile.export import aoti
 from vte_compile.export.folder import check_files
 from vte_compile.export.manifest import AttendCall, ExitCall, Manifest, PhaseSteps, PieceCall
+from vte_compile.runtime.companion import NAME as COMPANION
 from vte_compile.runtime.runner import RowRunner
 from vte_compile.runtime.steps import AttendStep, ExitStep, Phase, PieceStep, Step, StepProgram
 
@@ -96,7 +97,8 @@ class EngineRunner(RowRunner):
         steps = [step for phase in loaded.manifest.phases.values() for step in phase.steps]
         exits = any(isinstance(step, ExitCall) for step in steps)
         rows = loaded.manifest.model.position_rows
-        super().__init__(exits, loaded.manifest.routed, decodes_one_row_apart=False, position_rows=rows)
+        companion = loaded.weights[COMPANION] if loaded.manifest.model.companion else None
+        super().__init__(exits, loaded.manifest.routed, False, rows, companion)
         self._programs = loaded.programs
 
     def packed_program(self, last: bool) -> StepProgram | None:

@@ -13,6 +13,7 @@ from operator import length_hint
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from tqdm import tqdm
 
@@ -54,8 +55,10 @@ def calibrate(fast: Any, decoder: OnnxDecoder, samples: object, processor: Any =
 
 @torch.no_grad()
 def _note(decoder: OnnxDecoder, answered: Answered, ranges: dict[str, float], sample: Sample) -> None:
-    stream, positions = answered.embeds, answered.positions
-    visual = answered.visual[None]
+    # Where a companion token goes along, it takes the last place.
+    places = (0, decoder.behind)
+    stream, positions = F.pad(answered.embeds, (0, 0, *places)), F.pad(answered.positions, places)
+    visual = F.pad(answered.visual[None], places)
     more = dict(zip(decoder.token_inputs, answered.token_inputs, strict=True))
     for index, stage in enumerate(decoder.stages):
         env = _run(decoder, stage, stream, positions, more, ranges)
@@ -66,7 +69,8 @@ def _note(decoder: OnnxDecoder, answered: Answered, ranges: dict[str, float], sa
         if isinstance(stage.exit, GateExit):
             numbers = (stage.exit.w1, stage.exit.w2, stage.exit.threshold)
             weights = [torch.as_tensor(n).detach().float().to(stream.device) for n in numbers]
-        [fires] = gate_function(bool(weights))(stream, visual, torch.tensor([stream.shape[1]]), *weights)
+        tokens = torch.tensor([stream.shape[1] - decoder.behind])
+        [fires] = gate_function(bool(weights))(stream, visual, tokens, *weights)
         if bool(fires):
             keep = (~visual[0]).nonzero()[:, 0]
             stream, positions, visual = stream[:, keep], positions[..., keep], visual[:, keep]
@@ -85,7 +89,7 @@ def _run(
     ranges: dict[str, float],
 ) -> dict[str, Tensor]:
     """One row without a past through a stage; the values of its pieces, by name."""
-    tokens = torch.tensor([stream.shape[1]], device=stream.device)
+    tokens = torch.tensor([stream.shape[1] - decoder.behind], device=stream.device)
     env = {stage.stream: stream, "position_ids": positions, "new_lengths": tokens, "past_lengths": tokens * 0, **more}
     for cache in decoder.caches(stage):
         for kind, size in (("key", cache.key_size), ("value", cache.value_size)):

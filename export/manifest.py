@@ -202,6 +202,9 @@ class ModelFacts:
     """Behind how many of the first layers features are added to visual tokens."""
     blocks: str | None = None
     """One of BLOCK_RULES; None: all tokens are causal."""
+    companion: bool = False
+    """Whether a token goes along with each prompt (vte_compile/runtime/companion.py). In ONNX graphs it takes the place
+    behind the row's last token, which is there in a row's first chunk."""
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> ModelFacts:

@@ -46,6 +46,7 @@ class OnnxDecoder:
         layers: How many the decoder has.
         token_inputs: Names of what it takes of each token besides embedding and position.
         operators: Of the target.
+        companion: Whether a token goes along with each prompt, at the place behind its last.
     """
 
     def __init__(
@@ -55,8 +56,11 @@ class OnnxDecoder:
         layers: int,
         token_inputs: Sequence[str] = (),
         operators: Operators = ORT,
+        companion: bool = False,
     ) -> None:
         self.lowered, self.operators, self.token_inputs = lowered, operators, token_inputs
+        self.behind = int(companion)
+        """So many places behind a row's last token are not padding."""
         pieces = [step for step in lowered.steps if isinstance(step, Piece)]
         self._preamble = [p for p in pieces if p.layer < 0]
         self.stages = _stages(pieces, exits, layers)
@@ -95,21 +99,25 @@ class OnnxDecoder:
         model = convert(replace_ops(piece.module, self.operators.lowered), values, dynamic, outputs, self.operators)
         expected = replace_ops(piece.module, self.operators.expected)
         # Behind a window, its edge shows.
-        for tokens, past in ((3, 2), (1, 0), *((3, window) for window in windows_of(piece.module))):
-            tried = [self._value(n, e, tokens, past) for n, e in zip(piece.inputs, inputs, strict=True)]
+        sizes = [(3, 3, 2), (1, 1, 0), *((3, 3, window) for window in windows_of(piece.module))]
+        if self.behind:
+            sizes.append((3, 2, 0))
+        for places, tokens, past in sizes:
+            tried = [self._value(n, e, places, tokens, past) for n, e in zip(piece.inputs, inputs, strict=True)]
             check(model, expected, [*tried, *parameters])
         self._converted[piece.key] = model
 
-    def _value(self, name: str, example: Tensor, tokens: int, past: int) -> Tensor:
-        """Numbers for a piece's input: one row, whose cache is full, or has room where that is needed."""
+    def _value(self, name: str, example: Tensor, places: int, tokens: int, past: int) -> Tensor:
+        """Numbers for a piece's input: one row, whose cache is full, or has room where that is needed; its chunk has so
+        many places, of which the last are padding if there are fewer tokens."""
         lengths = {"new_lengths": tokens, "past_lengths": past}
         if name in lengths:
             return torch.tensor([lengths[name]])
         batch, length = (_expression(size) for size in self._placeholders["inputs_embeds"].shape[:2])
-        sizes = {batch: 1, length: tokens}
+        sizes = {batch: 1, length: places}
         if name == BLOCKS:
-            return torch.arange(tokens)[None] // 2
-        past += tokens if self.operators.needs_room else 0
+            return torch.arange(places)[None] // 2
+        past += places if self.operators.needs_room else 0
         shape = [sizes.get(_expression(size), size if isinstance(size, int) else past) for size in example.shape]
         if not example.dtype.is_floating_point:
             counted = torch.arange(shape[-1]).expand(shape).to(example.dtype)
@@ -201,7 +209,8 @@ class OnnxDecoder:
             # Where positions are multimodal, [3, B, T].
             turned = graph.op("Transpose", [positions], prefix, perm=[1, 2, 0]) if self._position_rows else positions
             more = {name: value for name, value in more.items() if self._reads(self.stages[index + 1 :], name)}
-            values, lengths, real = compact(graph, prefix, [stream, turned, visual, *more.values()], lengths, leaving)
+            moved = [stream, turned, visual, *more.values()]
+            values, lengths, real = compact(graph, prefix, moved, lengths, leaving, self.behind)
             stream, positions, visual = values[:3]
             positions = graph.op("Transpose", [positions], prefix, perm=[2, 0, 1]) if self._position_rows else positions
             more = dict(zip(more, values[3:], strict=True))

@@ -40,6 +40,7 @@ def _group_query_attention(
     window: int = 0,
     block_ids: Tensor | None = None,
     softcap: float = 0.0,
+    longest: Tensor | None = None,
 ) -> Any:
     assert block_ids is None
     totals = (past_lengths + new_lengths).to(torch.int32)
@@ -47,7 +48,7 @@ def _group_query_attention(
     columns = past_key.shape[2] + tokens
     return torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        (query, key, value, past_key, past_value, totals - 1, totals.max()),
+        (query, key, value, past_key, past_value, totals - 1, totals.max() if longest is None else longest),
         {
             "num_heads": heads,
             "kv_num_heads": kv_heads,
@@ -63,6 +64,29 @@ def _group_query_attention(
         ),
         version=1,
     )
+
+
+def _with_places_behind(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_lengths: Tensor,
+    new_lengths: Tensor,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    window: int = 0,
+    block_ids: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Any:
+    """Where all rows may end before the last place of a chunk: the operator takes rows to have no past if the longest
+    of them, with its past, is as long as the chunk."""
+    places = torch.scalar_tensor(query.shape[1], dtype=torch.int64)
+    longest = torch.maximum((past_lengths + new_lengths).max(), places).to(torch.int32)
+    tensors = (query, key, value, past_key, past_value, past_lengths, new_lengths)
+    return _group_query_attention(*tensors, heads, kv_heads, scale, window, block_ids, softcap, longest)
 
 
 def _attention_with_mask(
@@ -157,6 +181,10 @@ ORT = Operators(
     fuses_norms=True,
     new_columns=False,
 )
+
+
+ORT_COMPANION = replace(ORT, lowered=ORT.lowered | {cached_attention._opoverload: _with_places_behind})
+"""Of decoders where a companion token takes the place behind each prompt."""
 
 
 ORT_BLOCKS = replace(

@@ -149,7 +149,8 @@ def check(model: ir.Model, function: Callable[..., Any], values: Sequence[Tensor
     for want, have, output in zip(expected, run(ir.to_proto(model), feeds), model.graph.outputs, strict=True):
         wanted = as_array(want).astype(np.float64)
         scale = float(np.abs(wanted).max()) if wanted.size else 0.0
-        allowed = _TOLERANCE.get(want.dtype, 0.0) * max(scale, 1e-6)
+        # Small results of larger numbers, such as a router's share near 0, are rounded as those are.
+        allowed = _TOLERANCE.get(want.dtype, 0.0) * max(scale, 1e-3)
         error = np.abs(have.astype(np.float64) - wanted).max(initial=0) if wanted.shape == have.shape else np.inf
         if not error <= allowed:
             raise CaptureError(

@@ -14,7 +14,7 @@ import numpy as np
 from vte_compile.errors import EngineError, InputError
 from vte_compile.export.onnx_manifest import OnnxManifest, StageFacts
 from vte_compile.export.ort_cache import GraphMemory, Layout, OnnxCache
-from vte_compile.export.ort_inputs import Chunk
+from vte_compile.export.ort_inputs import Chunk, padded
 from vte_compile.export.ort_sessions import Array, Graph, Setting, Value
 from vte_compile.export.token_inputs import TokenInputs
 
@@ -31,11 +31,20 @@ class Decoder:
         tokens: What graphs take of each token besides embedding and position.
         dtype: Of embeddings, keys and values.
         in_place: Whether the graphs can write new keys and values behind those they read.
+        companion: Whether a token goes along with each prompt, which the graphs put behind its last.
     """
 
     def __init__(
-        self, graphs: list[Graph], stages: int, may_exit: bool, tokens: TokenInputs, dtype: Any, in_place: bool
+        self,
+        graphs: list[Graph],
+        stages: int,
+        may_exit: bool,
+        tokens: TokenInputs,
+        dtype: Any,
+        in_place: bool,
+        companion: bool,
     ) -> None:
+        self.companion = companion
         self._graphs, self._stages, self._dtype, self._in_place = graphs, stages, dtype, in_place
         self._tokens = tokens
         self._token_inputs = [[name for name in tokens.names if name in graph.inputs] for graph in graphs]
@@ -101,6 +110,10 @@ class Decoder:
             return positions
         return np.repeat(positions[None], self._position_rows, 0)
 
+    def _behind(self, cache: OnnxCache) -> int:
+        """How many places graphs want behind a row's last token in a chunk."""
+        return int(self.companion and cache.is_empty)
+
     def _check(self, cache: OnnxCache) -> None:
         """Refuse the cache of an engine with other exits, skips or adapters, or of the other form."""
         if len(cache.lengths) != self._stages or [memory.layout for memory in cache.memories] != self._layouts:
@@ -119,19 +132,25 @@ def _position_rows(shape: list[Any]) -> int:
     return int(shape[0]) if len(shape) == 3 else 1
 
 
-def leaves(gate: Any, stream: Value, visual: Array) -> bool:
+def numbered(positions: Array, behind: int) -> Array:
+    """Positions [n] or [3, n] with so many places of padding behind them, whose numbers do not matter."""
+    return np.pad(positions, [*[(0, 0)] * (positions.ndim - 1), (0, behind)], mode="edge")
+
+
+def leaves(gate: Any, stream: Value, visual: Array, tokens: int) -> bool:
     """Whether a row's visual tokens leave behind a stage: if there are any, text follows, and the gate fires.
 
     Args:
         gate: A loaded gate; None: they leave always.
         stream: [1, n, C], what the stage gave.
         visual: [n] bool.
+        tokens: How many of the n places are the row's tokens; what is behind them is no visual one.
     """
-    if not visual.any() or visual[-1]:
+    if not visual.any() or visual[tokens - 1]:
         return False
     if gate is None:
         return True
-    inputs = {"hidden_states": stream, "visual_mask": visual[None], "new_lengths": np.array([len(visual)])}
+    inputs = {"hidden_states": stream, "visual_mask": visual[None], "new_lengths": np.array([tokens])}
     return bool(gate.run(inputs, ["fire"])[0].numpy()[0])
 
 
@@ -146,11 +165,12 @@ class StagedDecoder(Decoder):
         dtype: Any,
         setting: Setting,
         in_place: bool,
+        companion: bool,
     ) -> None:
         if not stages or stages[-1].exit is not None or any(stage.exit is None for stage in stages[:-1]):
             raise EngineError(f"{folder}: the manifest's stages do not end with the only one without exit.")
         graphs = [Graph(folder / stage.file, setting) for stage in stages]
-        super().__init__(graphs, len(stages), len(stages) > 1, tokens, dtype, in_place)
+        super().__init__(graphs, len(stages), len(stages) > 1, tokens, dtype, in_place, companion)
         self._exits = [stage.exit for stage in stages]
         self._gates = [
             Graph(folder / stage.exit.gate, setting, small=True) if stage.exit and stage.exit.gate else None
@@ -169,14 +189,15 @@ class StagedDecoder(Decoder):
 
     def _run(self, chunk: Chunk, cache: OnnxCache, lengths: Array, exit_layer: Array, room: int) -> Array:
         rows = [b for b, mask in enumerate(chunk.visual) if len(mask)]
-        visual = {b: chunk.visual[b] for b in rows}
-        positions = {b: chunk.positions(b, int(cache.next_positions[b])) for b in rows}
+        behind = self._behind(cache)
+        visual = {b: padded(chunk.visual[b : b + 1], False, behind)[0] for b in rows}
+        positions = {b: numbered(chunk.positions(b, int(cache.next_positions[b])), behind) for b in rows}
         keep = {b: np.arange(len(visual[b])) for b in rows}
         more = {b: self._tokens.of_row(chunk, b, not cache.next_positions[b]) for b in rows}
-        stream: dict[int, Value] = {b: chunk.row(b) for b in rows}
+        stream: dict[int, Value] = {b: chunk.row(b, behind) for b in rows}
         for s, (graph, memory) in enumerate(zip(self._graphs, cache.memories, strict=True)):
-            counts = {b: len(keep[b]) for b in rows}
-            memory.reserve(max(int(lengths[s, b]) + counts[b] for b in rows) + room)
+            counts = {b: len(keep[b]) - behind for b in rows}
+            memory.reserve(max(int(lengths[s, b]) + len(keep[b]) for b in rows) + room)
             inputs = {
                 b: self._inputs(s, stream[b], keep[b], positions[b][..., None, :], [counts[b]], lengths[s, [b]])
                 | {name: more[b][name][None] for name in self._token_inputs[s]}
@@ -187,11 +208,11 @@ class StagedDecoder(Decoder):
             for b in rows:
                 stream[b] = results[b][0]
                 lengths[s, b] += counts[b]
-                visual[b], keep[b] = visual[b][keep[b]], np.arange(counts[b])
+                visual[b], keep[b] = visual[b][keep[b]], np.arange(len(keep[b]))
             if (exit_ := self._exits[s]) is None:
                 continue
             for b in rows:
-                if leaves(self._gates[s], stream[b], visual[b]):
+                if leaves(self._gates[s], stream[b], visual[b], counts[b]):
                     exit_layer[b] = exit_.layer
                     keep[b] = np.flatnonzero(~visual[b])
                     positions[b] = positions[b][..., keep[b]]
@@ -227,7 +248,14 @@ class SingleDecoder(Decoder):
     """decoder.onnx, whose exits are inside."""
 
     def __init__(
-        self, folder: Path, file: str, tokens: TokenInputs, dtype: Any, setting: Setting, in_place: bool
+        self,
+        folder: Path,
+        file: str,
+        tokens: TokenInputs,
+        dtype: Any,
+        setting: Setting,
+        in_place: bool,
+        companion: bool,
     ) -> None:
         graph = Graph(folder / file, setting)
         stages = (graph.inputs.get("past_lengths") or [None])[0]
@@ -235,7 +263,7 @@ class SingleDecoder(Decoder):
             raise EngineError(
                 f"{graph.file}: input past_lengths has no fixed number of stages: export the model again."
             )
-        super().__init__([graph], stages, stages > 1, tokens, dtype, in_place)
+        super().__init__([graph], stages, stages > 1, tokens, dtype, in_place, companion)
         layout = self._layouts[0]
         given = ["inputs_embeds", "visual_mask", "position_ids", "new_lengths", "past_lengths"]
         graph.check([*given, *self._token_inputs[0], *layout.inputs], [*self._RESULTS, *layout.outputs])
@@ -244,9 +272,11 @@ class SingleDecoder(Decoder):
 
     def _run(self, chunk: Chunk, cache: OnnxCache, lengths: Array, exit_layer: Array, room: int) -> Array:
         graph, memory, counts = self._graphs[0], cache.memories[0], chunk.lengths
-        memory.reserve(int((lengths.max(0) + counts).max()) + room)
+        behind = self._behind(cache)
+        memory.reserve(int((lengths.max(0) + counts).max()) + behind + room)
         if cache.is_empty:
-            inputs = self._inputs(chunk.padded(), chunk.padded_mask(), chunk.padded_positions(), counts, lengths)
+            made = (chunk.padded(behind), chunk.padded_mask(behind), chunk.padded_positions(behind))
+            inputs = self._inputs(*made, counts, lengths)
             inputs |= self._only_taken(self._tokens.padded(chunk))
             given = memory.run_all(graph, inputs, self._RESULTS, step=False)
             logits, lengths[:], exit_layer[:] = (value.numpy() for value in given)
@@ -304,8 +334,8 @@ def load_decoder(folder: Path, manifest: OnnxManifest, form: str | None, dtype: 
     if not forms:
         raise EngineError(f"{folder}: the manifest names no decoder: export the model again.")
     in_place = True  # GroupQueryAttention, or ScatterND, appends to the memory it reads
-    tokens = TokenInputs(manifest.model, dtype)
+    tokens, companion = TokenInputs(manifest.model, dtype), manifest.model.companion
     if (form or forms[0]) == "staged":
-        return StagedDecoder(folder, manifest.stages, tokens, dtype, setting, in_place)
+        return StagedDecoder(folder, manifest.stages, tokens, dtype, setting, in_place, companion)
     assert manifest.decoder is not None
-    return SingleDecoder(folder, manifest.decoder, tokens, dtype, setting, in_place)
+    return SingleDecoder(folder, manifest.decoder, tokens, dtype, setting, in_place, companion)

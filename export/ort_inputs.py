@@ -44,26 +44,26 @@ class Chunk:
         """[n] or [3, n] of one row, of which ``start`` is the first that is free."""
         return start + (np.arange(len(self.visual[b])) if self.places is None else self.places[b])
 
-    def padded_positions(self) -> Array:
-        """[B, T] or [3, B, T] of all rows, counted from 0."""
+    def padded_positions(self, behind: int = 0) -> Array:
+        """[B, T] or [3, B, T] of all rows, counted from 0; as :meth:`padded`."""
         if self.places is None:
-            return np.repeat(np.arange(int(self.lengths.max()))[None], len(self.visual), 0)
-        return np.moveaxis(padded([row.T for row in self.places], 0), 2, 0)
+            return np.repeat(np.arange(int(self.lengths.max()) + behind)[None], len(self.visual), 0)
+        return np.moveaxis(padded([row.T for row in self.places], 0, behind), 2, 0)
 
-    def padded_mask(self) -> Array:
-        """[B, T] bool: the visual tokens of all rows; shorter rows are padded at their end."""
-        return padded(self.visual, False)
+    def padded_mask(self, behind: int = 0) -> Array:
+        """[B, T] bool: the visual tokens of all rows; as :meth:`padded`."""
+        return padded(self.visual, False, behind)
 
-    def row(self, b: int) -> Value:
-        """Embeddings [1, n, C] of one row."""
+    def row(self, b: int, behind: int = 0) -> Value:
+        """Embeddings [1, n + ``behind``, C] of one row, with so many places of padding behind it."""
         raise NotImplementedError
 
     def added(self, b: int) -> Array:
         """[n, layers * C] of one row: what is added behind the first layers (DeepStack), zero at text."""
         raise NotImplementedError
 
-    def padded(self) -> Value:
-        """Embeddings [B, T, C] of all rows; shorter rows are padded at their end."""
+    def padded(self, behind: int = 0) -> Value:
+        """Embeddings [B, T, C] of all rows, padded at their end: so many places behind the longest, and others more."""
         raise NotImplementedError
 
 
@@ -80,8 +80,8 @@ class TokenChunk(Chunk):
     filler: int
     """A token that is no placeholder."""
 
-    def row(self, b: int) -> Value:
-        return self._embed(self.ids[b][None], self.features[b])
+    def row(self, b: int, behind: int = 0) -> Value:
+        return self._embed(padded(self.ids[b : b + 1], self.filler, behind), self.features[b])
 
     def added(self, b: int) -> Array:
         added = self.features[b][:, self.hidden_size :]
@@ -89,8 +89,8 @@ class TokenChunk(Chunk):
         spread[self.placeholders[b]] = added
         return spread
 
-    def padded(self) -> Value:
-        return self._embed(padded(self.ids, self.filler), np.concatenate(self.features))
+    def padded(self, behind: int = 0) -> Value:
+        return self._embed(padded(self.ids, self.filler, behind), np.concatenate(self.features))
 
     def _embed(self, ids: Array, features: Array) -> Value:
         features = features[:, : self.hidden_size]
@@ -104,14 +104,14 @@ class EmbeddedChunk(Chunk):
     embeds: list[Array]
     """[n, C] of each row; with DeepStack [n, (1 + layers) * C]."""
 
-    def row(self, b: int) -> Value:
-        return self.embeds[b][None, :, : self.hidden_size]
+    def row(self, b: int, behind: int = 0) -> Value:
+        return padded(self.embeds[b : b + 1], 0, behind)[..., : self.hidden_size]
 
     def added(self, b: int) -> Array:
         return self.embeds[b][:, self.hidden_size :]
 
-    def padded(self) -> Value:
-        return padded(self.embeds, 0)[..., : self.hidden_size]
+    def padded(self, behind: int = 0) -> Value:
+        return padded(self.embeds, 0, behind)[..., : self.hidden_size]
 
 
 class Inputs:
@@ -279,9 +279,9 @@ def _visual_mask(mask: Any, shape: tuple[int, ...]) -> Array:
     return mask
 
 
-def padded(rows: list[Array], value: Any) -> Array:
-    """Rows [n, ...] of different lengths, filled up at their end: [B, T, ...]."""
-    whole = np.full((len(rows), max(map(len, rows)), *rows[0].shape[1:]), value, rows[0].dtype)
+def padded(rows: list[Array], value: Any, behind: int = 0) -> Array:
+    """Rows [n, ...] of different lengths, filled up at their end: [B, T, ...], so many places behind the longest."""
+    whole = np.full((len(rows), max(map(len, rows)) + behind, *rows[0].shape[1:]), value, rows[0].dtype)
     for target, row in zip(whole, rows, strict=True):
         target[: len(row)] = row
     return whole

@@ -23,7 +23,7 @@ from vte_compile.export.onnx_decoder import OnnxDecoder
 from vte_compile.export.onnx_glue import embedding_function
 from vte_compile.export.onnx_graph import OnnxGraph
 from vte_compile.export.onnx_manifest import ExitFacts, OnnxManifest, StageFacts, Tools
-from vte_compile.export.onnx_ops import OPSET, ORT, ORT_BLOCKS, WINDOWS_SINCE, Operators
+from vte_compile.export.onnx_ops import OPSET, ORT, ORT_BLOCKS, ORT_COMPANION, WINDOWS_SINCE, Operators
 from vte_compile.export.onnx_pieces import check, convert
 from vte_compile.export.onnx_quantize import check_quantize
 from vte_compile.export.onnx_weights import WeightFiles
@@ -47,7 +47,8 @@ def write(
     _check(fast, forms)
     check_quantize(quantize)
     facts = model_facts(fast)
-    operators = ORT_BLOCKS if fast._vte_spec.has_blocks else ORT
+    # (Both at once is refused: passes/companion_token.py.)
+    operators = ORT_COMPANION if facts.companion else ORT_BLOCKS if fast._vte_spec.has_blocks else ORT
     dtype, decoder, table = DTYPES[fast._vte_spec.dtype], trace_decoder(fast, operators), embedding_table(fast)
     with whole_folder(path) as folder:
         decoder.convert_all()
@@ -99,8 +100,8 @@ def trace_decoder(fast: Any, operators: Operators) -> OnnxDecoder:
     lowered = fast._vte_runner.lowered("chunk", batched=True)
     if refused := fast._vte_runner.refused("chunk"):
         raise CaptureError(f"export: {refused}")
-    spec = fast._vte_spec
-    return OnnxDecoder(lowered, fast.plan.exits, spec.num_layers, spec.token_inputs, operators)
+    spec, companion = fast._vte_spec, fast.plan.companion is not None
+    return OnnxDecoder(lowered, fast.plan.exits, spec.num_layers, spec.token_inputs, operators, companion)
 
 
 def write_companions(fast: Any, processor: Any, folder: Path) -> None:

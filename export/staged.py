@@ -23,6 +23,7 @@ from vte_compile.export.vision import image_encoder
 from vte_compile.live_model import LiveModel
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.passes.lower_piecewise import AttendPoint, ExitPoint, Piece, PiecewiseGraph, structure_key
+from vte_compile.runtime.companion import NAME as COMPANION
 from vte_compile.runtime.verify import packed_inputs
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,9 @@ def stage(fast: Any) -> Staged:
     for phase, batched in _PHASES:
         lowered = runner.lowered(phase, batched=batched)
         staged.phases[phase] = _phase(staged, phase, lowered)
-    if (packed := runner.lowered_packed()) is not None:
+    if staged.model.companion:  # then prompts of a batch run one by one
+        staged.add_weight(COMPANION, fast.plan.companion.to(fast._vte_spec.device, fast._vte_spec.dtype))
+    elif (packed := runner.lowered_packed()) is not None:
         # Where rows end are numbers that have to fit together.
         staged.phases["packed"] = _phase(staged, "packed", packed, packed_inputs(fast._vte_spec, packed))
     staged.embedding = staged.add_weight("embed_tokens.weight", embedding_table(fast))
@@ -159,6 +162,7 @@ def model_facts(fast: Any) -> ModelFacts:
         grids=grid_facts(fast),
         deepstack=spec.deepstack,
         blocks=block_rule(fast),
+        companion=fast.plan.companion is not None,
     )
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from vte_compile.errors import EngineError, InputError
 from vte_compile.export.onnx_manifest import StageFacts
 from vte_compile.export.ort_cache import Layout, OnnxCache
-from vte_compile.export.ort_decoder import Decoder, leaves
-from vte_compile.export.ort_inputs import Chunk
+from vte_compile.export.ort_decoder import Decoder, leaves, numbered
+from vte_compile.export.ort_inputs import Chunk, padded
 from vte_compile.export.ort_sessions import Array
 from vte_compile.export.tensorrt_graph import as_tensor
 from vte_compile.export.token_inputs import TokenInputs
@@ -87,10 +87,10 @@ class StageMemory:
         inputs = {f"past_key_values.{name}": value for name, value in self._values.items()}
         return inputs | {f"past_prompt.{name}": value for name, value in self._prompt.items()}
 
-    def extend_row(self, b: int, past: int, given: Sequence[Any]) -> None:
-        """Keep what a chunk of one row gave: the outputs in their order."""
+    def extend_row(self, b: int, past: int, tokens: int, given: Sequence[Any]) -> None:
+        """Keep what a chunk of one row gave of so many tokens: the outputs in their order."""
         for value, new in zip(self._values.values(), given, strict=False):
-            value[b, :, past : past + new.tensor.shape[2]] = new.tensor[0]
+            value[b, :, past : past + tokens] = new.tensor[0, :, :tokens]
         for value, new in zip(self._prompt.values(), given[len(self._values) :], strict=True):
             value[b] = new.tensor[0]
 
@@ -112,6 +112,7 @@ class TensorRTDecoder(Decoder):
         sizes: Of the manifest: what the engines take.
         position_rows: How many numbers make a token's position.
         tokens: What graphs take of each token besides embedding and position.
+        companion: As :class:`Decoder` takes it.
 
     Raises:
         EngineError: A graph does not take or give what docs/tensorrt.md says.
@@ -126,7 +127,9 @@ class TensorRTDecoder(Decoder):
         sizes: Mapping[str, Sequence[int]],
         position_rows: int,
         tokens: TokenInputs,
+        companion: bool,
     ) -> None:
+        self.companion = companion
         if not stages or stages[-1].exit is not None or any(stage.exit is None for stage in stages[:-1]):
             raise EngineError("manifest.json: its stages do not end with the only one without exit.")
         self._facts, self._type, self._device, self._sizes = list(stages), dtype, device, sizes
@@ -158,39 +161,40 @@ class TensorRTDecoder(Decoder):
         return "next_hidden_states" if stage < len(self._facts) - 1 else "logits"
 
     def _run(self, chunk: Chunk, cache: OnnxCache, lengths: Array, exit_layer: Array, room: int) -> Array:
-        counts = chunk.lengths
-        if (most := self._sizes["prompt"][2]) < (longest := int(counts.max())):
+        counts, behind = chunk.lengths, self._behind(cache)
+        if (most := self._sizes["prompt"][2] - behind) < (longest := int(counts.max())):
             raise InputError(
                 f"a row has {longest} new tokens, and the engine takes {most}: export the model with larger "
                 "profiles.prompt."
             )
         rows = np.flatnonzero(counts).tolist()
-        visual = {b: chunk.visual[b] for b in rows}
-        positions = {b: chunk.positions(b, int(cache.next_positions[b])) for b in rows}
-        keep = {b: np.arange(counts[b]) for b in rows}
+        visual = {b: padded(chunk.visual[b : b + 1], False, behind)[0] for b in rows}
+        positions = {b: numbered(chunk.positions(b, int(cache.next_positions[b])), behind) for b in rows}
+        keep = {b: np.arange(len(visual[b])) for b in rows}
         more = {b: self._tokens.of_row(chunk, b, not cache.next_positions[b]) for b in rows}
-        stream: dict[int, Any] = {b: chunk.row(b) for b in rows}
+        stream: dict[int, Any] = {b: chunk.row(b, behind) for b in rows}
         for s, graph in enumerate(self._engines):
             memory: Any = cache.memories[s]
-            memory.reserve(max(int(lengths[s, b]) + len(keep[b]) for b in rows) + room)
+            memory.reserve(max(int(lengths[s, b]) + len(keep[b]) - behind for b in rows) + room)
             for b in rows:
-                past = int(lengths[s, b])
+                past, tokens = int(lengths[s, b]), len(keep[b]) - behind
                 inputs = {
                     **({"hidden_states": stream[b], "keep": keep[b]} if s else {"inputs_embeds": stream[b]}),
                     "position_ids": self._position_ids(positions[b][..., None, :]),
-                    "new_lengths": np.array([len(keep[b])], np.int64),
+                    "new_lengths": np.array([tokens], np.int64),
                     "past_lengths": lengths[s, [b]],
                     **{name: more[b][name][None] for name in self._token_inputs[s]},
                     **memory.row(b, empty=not past),
                 }
                 stream[b], *given = graph.run(inputs, [self._result(s), *memory.outputs])
-                memory.extend_row(b, past, given)
-                lengths[s, b] += len(keep[b])
+                memory.extend_row(b, past, tokens, given)
+                lengths[s, b] += tokens
                 visual[b], keep[b] = visual[b][keep[b]], np.arange(len(keep[b]))
             if (layer := self._exit_layers[s]) is None:
                 continue
             for b in rows:
-                if leaves(self._gates[s], stream[b], visual[b]):  # the one place where the host waits for the GPU
+                # The one place where the host waits for the GPU.
+                if leaves(self._gates[s], stream[b], visual[b], len(keep[b]) - behind):
                     exit_layer[b] = layer
                     keep[b] = np.flatnonzero(~visual[b])
                     positions[b] = positions[b][..., keep[b]]

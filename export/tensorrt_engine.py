@@ -51,6 +51,7 @@ class TensorRTEngine(OnnxEngine):
             manifest.sizes,
             facts.position_rows,
             TokenInputs(facts, dtype),
+            facts.companion,
         )
         vision = None if manifest.vision is None else graphs[manifest.vision.piece]
         parts = Parts(

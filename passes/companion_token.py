@@ -1,9 +1,15 @@
-"""companion_token: let a plan's companion token stand in front of a prompt, in prefill.
+"""companion_token: let a plan's companion token stand beside a prompt: in prefill in front of it, in chunks behind it.
 
-It is a token as others are, but that no other attends to it, and that it attends to itself alone: so each attention is
-taken apart into its own and that of the tokens behind it. Keys and values that the graph gives out are without it.
-fold_adapters counts it in the means of PIAs, and leaves it out of those of routers. Whoever runs the graph puts its
-embedding in front of a row's, and takes its logits away (vte_compile/runtime/companion.py).
+It is a token as others are, but that no other attends to it, and that it attends to itself alone. In prefill each
+attention is taken apart into its own and that of the tokens behind it, and keys and values that the graph gives out are
+without it. Whoever runs the graph puts its embedding in front of a row's, and takes its logits away
+(vte_compile/runtime/companion.py).
+
+A chunk of an engine has padding behind its rows, which nothing attends to and nothing keeps. There it takes the place
+behind a row's last token, which whoever runs the graph leaves free in a row's first chunk; its embedding is a weight of
+the graph. What attends to itself alone gets its own value.
+
+fold_adapters counts it in the means of PIAs, and leaves it out of those of routers.
 """
 
 from __future__ import annotations
@@ -12,11 +18,15 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from vte_compile.errors import CaptureError
+from vte_compile.kernels.cached_attention import cached_attention
+from vte_compile.passes.last_tokens import LastTokens
 from vte_compile.passes.manager import PassResult, PassSettings
 from vte_compile.passes.residual import SDPA
+from vte_compile.runtime.companion import NAME
 
 if TYPE_CHECKING:
     from vte_compile.capture import DecoderGraph
@@ -34,13 +44,16 @@ def companion_token(graph: DecoderGraph, settings: PassSettings) -> PassResult:
             positions. (Without this pass, the numbers would be others.)
     """
     result = PassResult("companion_token")
-    if settings.plan.companion is None or graph.phase != "prefill":
+    if settings.plan.companion is None or graph.phase not in ("prefill", "chunk"):
         return result
     if graph.spec.token_inputs:
         raise CaptureError(
             f"{type(graph.spec.decoder).__name__} takes {', '.join(graph.spec.token_inputs)} besides embeddings and "
             "positions: the plan's companion token has none of that."
         )
+    if graph.phase == "chunk":
+        result.applied = _BehindRows(graph).put(settings.plan.companion)
+        return result
     behind = _Behind(graph)
     for node in [n for n in graph.graph.nodes if n.target is SDPA]:
         _take_apart(graph, node, behind)
@@ -99,3 +112,70 @@ def _take_apart(graph: DecoderGraph, attention: fx.Node, behind: _Behind) -> Non
         graph.layer_of[own] = graph.layer_of[joined] = graph.layer_of[attention]
         query = behind(query)
     attention.args = (query, behind(key), behind(value), *arguments[3:])
+
+
+class _BehindRows:
+    """Puts it behind the rows of a chunk: at place n of a row with n tokens, where its chunk is longer than that."""
+
+    def __init__(self, graph: DecoderGraph) -> None:
+        self._graph = graph
+        self._embeds = graph.placeholder("inputs_embeds")
+
+    def put(self, embedding: Tensor) -> int:
+        """With an embedding [C]; returns how many attentions were told of it."""
+        told = 0
+        for node in [n for n in self._graph.graph.nodes if n.target is cached_attention._opoverload]:
+            told += self._tell(node)
+        self._embed(embedding.detach().to(self._graph.spec.device, self._graph.spec.dtype))
+        return told
+
+    def _embed(self, embedding: Tensor) -> None:
+        readers = [n for n in self._graph.graph.nodes if self._embeds in n.all_input_nodes]
+        readers = [n for n in readers if n.target is not aten.sym_size.int]
+        first, layer = readers[0], min(self._graph.layer_of[reader] for reader in readers)
+        self._graph.module.register_buffer(NAME, embedding, persistent=False)
+        self._graph.parameters[NAME] = lambda: embedding
+        with self._graph.graph.inserting_before(first):
+            weight = self._graph.graph.get_attr(NAME)
+        weight.meta["val"] = self._embeds.meta["val"].fake_mode.from_tensor(embedding, static_shapes=True)
+        placed = self._place(first, layer, weight, self._embeds)
+        for reader in readers:
+            reader.replace_input_with(self._embeds, placed)
+
+    def _tell(self, attention: fx.Node) -> bool:
+        """Give it its own value; not where the last token alone goes on from this attention."""
+        output = next(n for n in attention.users if n.args[1] == 0)
+        readers = list(output.users)
+        if all(map(LastTokens.is_cut, readers)):
+            return False
+        arguments: Any = attention.args
+        own, (heads, kv_heads), layer = arguments[2], arguments[7:9], self._graph.layer_of[attention]
+        before = output.next
+        if heads != kv_heads:  # query heads of a group get the value of their key
+            size = own.meta["val"].shape[2] // kv_heads
+            own = self._call(before, layer, aten.unflatten.int, own, 2, [kv_heads, 1, size])
+            own = self._call(before, layer, aten.expand.default, own, [-1, -1, -1, heads // kv_heads, -1])
+            own = self._call(before, layer, aten.flatten.using_ints, own, 2)
+        placed = self._place(before, layer, own, output)
+        for reader in readers:
+            reader.replace_input_with(output, placed)
+        return True
+
+    def _place(self, before: fx.Node, layer: int, own: fx.Node, others: fx.Node) -> fx.Node:
+        """``own`` at its place, and elsewhere ``others`` [B, T, N]."""
+        tokens = self._call(before, layer, aten.sym_size.int, others, 1)
+        index = self._call(before, layer, aten.arange.default, tokens)
+        lengths = self._call(before, layer, aten.unsqueeze.default, self._graph.placeholder("new_lengths"), 1)
+        here = self._call(before, layer, aten.eq.Tensor, index, lengths)  # [B, T]
+        here = self._call(before, layer, aten.unsqueeze.default, here, 2)
+        return self._call(before, layer, aten.where.self, here, own, others)
+
+    def _call(self, before: fx.Node, layer: int, target: Any, *args: Any) -> fx.Node:
+        with self._graph.graph.inserting_before(before):
+            node = self._graph.graph.call_function(target, args)
+        values = fx.node.map_arg(args, lambda n: n.meta["val"])
+        # With the dispatcher in Python, composite operations take symbolic sizes (torch 2.11 needs it).
+        with torch.no_grad(), self._embeds.meta["val"].fake_mode, enable_python_dispatcher():
+            node.meta["val"] = target(*values)
+        self._graph.layer_of[node] = layer
+        return node

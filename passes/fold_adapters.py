@@ -62,7 +62,7 @@ class _Insertion:
         self.folded: FoldedWeights = settings.folded
         self.forms = self.folded.forms(site.layer, settings.one_prompt)
         self.routed = self.folded.has(site.layer, "router_weight")
-        self.accompanied = settings.plan.companion is not None and graph.phase == "prefill"
+        self.accompanied = settings.plan.companion is not None
         self.dtype = site.source.meta["val"].dtype
         self.anchor = site.readers[0]
         self.values: dict[str, fx.Node] = {}
@@ -114,15 +114,17 @@ class _Insertion:
         if not names:
             return
         source = self._cast(self.site.source, torch.promote_types(self.dtype, torch.float32))
-        # A companion token, the first of its row, counts in what is pooled, and not in what routers read.
-        own = self._call(aten.slice.Tensor, source, 1, 1, sys.maxsize) if self.accompanied else source
+        # A companion token counts in what is pooled, and not in what routers read. In prefill it is the first of its
+        # row, in a chunk it stands behind the last.
+        in_front = self.accompanied and self.graph.phase == "prefill"
+        own = self._call(aten.slice.Tensor, source, 1, 1, sys.maxsize) if in_front else source
         mean = self._mean(own)  # [1, C], or of all rows of a chunk
         share = knowledge = None
         if self.routed:
             share = self._call(aten.sigmoid.default, self._linear_of(mean, "router"))
             share = self.values["share"] = self._cast(share, self.dtype)  # w1 [1, 1]
         if self.pooled:
-            pooled = self._mean(source) if self.accompanied else mean
+            pooled = self._mean(source, behind=1) if self.accompanied else mean
             knowledge = self._cast(self._linear_of(pooled, "pool"), self.dtype)  # m [1, D]
         for name in names:
             kind, _, index = name.partition("_")
@@ -155,11 +157,13 @@ class _Insertion:
             first = self._call(aten.unsqueeze.default, first, -1)
         return self._call(aten.where.self, first, computed, given)
 
-    def _mean(self, source: fx.Node) -> fx.Node:
-        """Over a row's tokens, [B, T, C] -> [B, C]; where rows have padding, without that."""
+    def _mean(self, source: fx.Node, behind: int = 0) -> fx.Node:
+        """Over a row's tokens, [B, T, C] -> [B, C]; where rows have padding, without that, but for so much of it."""
         if self.graph.phase != "chunk":
             return self._call(aten.mean.dim, source, [1])
         lengths = self._call(aten.unsqueeze.default, self.graph.placeholder("new_lengths"), 1)
+        if behind:
+            lengths = self._call(aten.add.Tensor, lengths, behind)
         tokens = self._call(aten.sym_size.int, source, 1)
         index = self._call(aten.arange.default, tokens)
         padding = self._call(aten.unsqueeze.default, self._call(aten.ge.Tensor, index, lengths), 2)

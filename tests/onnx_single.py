@@ -11,9 +11,13 @@ from torch import Tensor
 
 
 class SingleGraph:
-    """Rows are aligned at the start, caches as well; ``past_lengths`` says how much of them is filled."""
+    """Rows are aligned at the start, caches as well; ``past_lengths`` says how much of them is filled.
 
-    def __init__(self, folder: Path) -> None:
+    ``behind``: so many places are free behind the rows of a first chunk.
+    """
+
+    def __init__(self, folder: Path, behind: int = 0) -> None:
+        self.behind = behind
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
@@ -28,9 +32,9 @@ class SingleGraph:
         lengths = np.array([len(row) for row in rows])
         if not self.past:
             self._begin(len(rows), "float16" in self.inputs["inputs_embeds"].type)
-        longest = int(lengths.max())
+        longest = int(lengths.max()) + (0 if self.positions.any() else self.behind)
         dtype = next(v for k, v in self.past.items() if k.startswith("past_key_values")).dtype
-        x = np.zeros((len(rows), longest, embeds.shape[2]), dtype)
+        x = np.full((len(rows), longest, embeds.shape[2]), 7, dtype)  # what is padding does not matter
         mask = np.zeros((len(rows), longest), bool)
         for b, row in enumerate(rows):
             x[b, : len(row)], mask[b, : len(row)] = embeds[b, row].numpy(), visual[b, row].numpy()

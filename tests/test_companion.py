@@ -1,11 +1,13 @@
-"""A companion token beside each prompt (LaVIN-EAS's modality token): every door against the oracle, and who refuses."""
+"""A companion token beside each prompt (LaVIN-EAS's modality token): optimize() and generate() against the oracle.
+
+Engines: test_companion_engines.py; tuning: test_tuning_examine.py, test_train_adapters.py.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,8 @@ from helpers import ALWAYS, C, gate, shared
 from test_adapters_optimized import GREEDY, STATIC, assert_same, equal_rows, inputs_of, kept, lossless, skip, unfreed
 from tiny_models import assert_relative, one_thread  # noqa: F401
 
-from vte_compile import Oracle, Plan, SkippedAttention, StaticExit, export, optimize
-from vte_compile.errors import PlanError, PlanMismatchError, UnsupportedModelError
-from vte_compile.tuning.examine import Examiner
-from vte_compile.tuning.train_adapters import train_adapters
+from vte_compile import Oracle, Plan, SkippedAttention, StaticExit, optimize
+from vte_compile.errors import PlanError, PlanMismatchError
 
 SEEN = torch.linspace(-2, 2, C)
 UNSEEN = torch.linspace(2, -3, C)
@@ -100,13 +100,3 @@ def test_bad_companions_are_refused() -> None:
     other = shared(hidden_size=48)
     with pytest.raises(PlanMismatchError, match="is for hidden size"):
         planned(skip(0)).check(other)
-
-
-def test_doors_without_it_refuse(tmp_path: Path) -> None:
-    for target in ("onnxruntime", "aoti"):
-        with pytest.raises(UnsupportedModelError, match="plan: has a companion token"):
-            export(main(), tmp_path / target, target=target)
-    with pytest.raises(UnsupportedModelError, match="base: has a companion token"):
-        Examiner(shared(), planned(*PARTS))
-    with pytest.raises(UnsupportedModelError, match="plan: has a companion token"):
-        train_adapters(shared(), [], planned(skip(0)))

@@ -106,8 +106,8 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.shows("ONNX Runtime", "lavin")
 def test_onnx_engine(tmp_path: Path) -> None:
-    """Of LaVIN-EAS: an exit, a skip, and adapters with a router per prompt."""
-    plan = replace(adapters(True), exits=[StaticExit(1)], companion=None)  # engines take none so far
+    """Of LaVIN-EAS: an exit, a skip, adapters with a router per prompt, and its modality token."""
+    plan = replace(adapters(True), exits=[StaticExit(1)])
     fast, ours = optimize(traced(), plan), processor()
     engine: Any = load_engine(export(fast, tmp_path / "e", processor=ours, forms=("staged",)), threads=1)
     model, given = loaded()[0], inputs("tittt", "ttttittttt")

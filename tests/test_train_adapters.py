@@ -123,15 +123,20 @@ def test_initial_adapters_change_nothing_and_learn(kind, router):
 
 
 @pytest.mark.parametrize("router", [None, StaticRouter((0.3, 0.7))], ids=["prompt", "static"])
-@pytest.mark.parametrize("distill", [0.0, 0.4])
-def test_the_loss_is_the_oracles(distill, router):
+@pytest.mark.parametrize(
+    ("distill", "companion"),
+    [(0.0, None), (0.4, None), (0.4, torch.linspace(-2, 2, C))],
+    ids=["answers", "distill", "companion"],
+)
+def test_the_loss_is_the_oracles(distill, companion, router):
     """Batched and padded, it is the mean of what the oracle gives row by row, the statistics being the prompt's."""
     model = shared_model("llava")
     samples = some_samples(3)
     pias = {layer: random_adapter(PIA, layer, router=router) for layer in (1, 3)}
     plain = {layer: random_adapter(PlainAdapter, layer, router=router) for layer in (0, 1)}
-    adapted = AdaptedModel(Examiner(model), pias, plain, (1,), distill)
+    adapted = AdaptedModel(Examiner(model), pias, plain, (1,), distill, companion)
     plan = adapted.plan()
+    assert (plan.companion is None) == (companion is None)
     assert [skip.layer for skip in plan.skips] == [1]
     assert [kept.layer for kept in plan.adapters] == [0]
     expected = []

@@ -108,6 +108,11 @@ BASES = {
     "skips": plan(SkippedAttention(0), SkippedAttention(2)),
     "adapters": plan(SkippedAttention(1, random_adapter(PIA, 1)), KeptAdapter(2, random_adapter(PlainAdapter, 2))),
 }
+BASES["companion"] = Plan(
+    skips=[SkippedAttention(layer, random_adapter(PIA, layer)) for layer in (1, 3)],
+    adapters=BASES["adapters"].adapters,
+    companion=torch.linspace(-2, 2, C),
+)
 
 
 @pytest.mark.parametrize("tokens_at_once", [1, 4096])

@@ -14,7 +14,6 @@ from vte_compile.families.live import find_live
 
 if TYPE_CHECKING:
     from vte_compile.families.decoder import DecoderSpec
-    from vte_compile.plan import Plan
 
 # Of layers: how state-space models call the matrix of their recurrence, GPT-OSS its sinks, and others what attends to
 # another sequence.
@@ -88,18 +87,4 @@ def refuse_softcaps(spec: DecoderSpec) -> None:
         raise UnsupportedModelError(
             f"{type(spec.decoder).__name__} caps the scores of its attention (attn_logit_softcapping in its config): "
             "AOTInductor's engines (target='aoti') do not take that so far; those of ONNX Runtime and TensorRT do."
-        )
-
-
-def refuse_companion(name: str, plan: Plan) -> None:
-    """Refuse, where prompts run without it, a plan with a companion token.
-
-    Raises:
-        UnsupportedModelError: It has one; the message calls the plan by `name`.
-    """
-    if plan.companion is not None:
-        raise UnsupportedModelError(
-            f"{name}: has a companion token (LaVIN-EAS), which goes along with prompts in vte_compile.optimize() and "
-            "backend='vte' only so far: use those, or leave it out for numbers that are nearly the same "
-            "(dataclasses.replace(plan, companion=None); docs/lavin.md)."
         )

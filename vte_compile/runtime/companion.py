@@ -1,12 +1,16 @@
 """A companion token in front of a prompt: put there before prefill, taken away behind it.
 
-It is in front, so that it is no part of a question that a gate reads, and never the last token.
+It is in front, so that it is no part of a question that a gate reads, and never the last token. (Graphs of the phase
+"chunk" have it behind, among the padding: passes/companion_token.py.)
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+NAME = "companion"
+"""Of its embedding [C], among weights of graphs and engines."""
 
 
 def with_companion(row: tuple[Tensor, ...], companion: Tensor) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ from vte_compile.tuning.adapter_modules import AdapterModule
 from vte_compile.tuning.answered import embed_answered
 from vte_compile.tuning.batches import IGNORE
 from vte_compile.tuning.examine import Examiner
-from vte_compile.tuning.layer_run import LayerRun
+from vte_compile.tuning.layer_run import LayerRun, run_block
 from vte_compile.tuning.samples import Sample
 
 
@@ -35,7 +35,8 @@ class AdaptedModel(nn.Module):
 
     `pias`, `plain`: by layer. `skipped`: the layers whose attentions are skipped, which may change between calls; each
     has a PIA. Other layers have their plain adapter, if there is one. `distill`: share, 0 to 1, of the divergence from
-    the full model's distribution in the loss; the rest is the cross entropy of the answer.
+    the full model's distribution in the loss; the rest is the cross entropy of the answer. `companion`: of the plan; it
+    is not trained.
 
     Raises UnsupportedModelError if a layer is not of the form that its adapter assumes.
     """
@@ -47,6 +48,7 @@ class AdaptedModel(nn.Module):
         plain: Mapping[int, PlainAdapter],
         skipped: Sequence[int],
         distill: float = 0.0,
+        companion: Tensor | None = None,
     ) -> None:
         super().__init__()
         self._examiner = examiner
@@ -57,7 +59,7 @@ class AdaptedModel(nn.Module):
         self.pias = nn.ModuleDict({str(layer): AdapterModule(pia).to(device) for layer, pia in pias.items()})
         self.plain = nn.ModuleDict({str(layer): AdapterModule(each).to(device) for layer, each in plain.items()})
         self.skipped = tuple(skipped)
-        self._distill = distill
+        self._distill, self._companion = distill, companion
         layers = examiner.layers
         self._own: list[Block] = [OwnBlock(layer) for layer in layers]
         # Modules compute as the adapters they were made of.
@@ -75,12 +77,11 @@ class AdaptedModel(nn.Module):
         spec = self._examiner.spec
         # Multimodal positions are [3, B, T] to the decoder.
         run = LayerRun(spec, embeds, positions.movedim(0, -2), [token_inputs[name] for name in spec.token_inputs])
-        hidden = embeds
+        hidden, beside = embeds, None
+        if self._companion is not None:
+            beside = self._companion.to(embeds).expand(len(embeds), 1, -1)
         for index in range(len(self._own)):
-            block = self._block(index)
-            # The blocks themselves would take all tokens for the prompt, padding too.
-            hidden = block(hidden, block.statistics(hidden, prompt_mask), **run.arguments(index))[0]
-            hidden = run.behind(index, hidden)
+            hidden, beside = run_block(self._block(index), index, hidden, prompt_mask, run, beside)
         answered = labels != IGNORE
         logits = self._logits(hidden[answered])
         losses = F.cross_entropy(logits, labels[answered], reduction="none")
@@ -136,6 +137,7 @@ class AdaptedModel(nn.Module):
         return Plan(
             skips=[SkippedAttention(index, cast(PIA, pia)) for index, pia in pias.items()],
             adapters=[KeptAdapter(index, cast(PlainAdapter, each)) for index, each in plain.items()],
+            companion=self._companion,
             fingerprint=Fingerprint.of(self._examiner.model),
         )
 

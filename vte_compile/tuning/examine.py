@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from vte_compile.errors import InputError
 from vte_compile.families.decoder import describe
-from vte_compile.families.refusals import refuse_companion
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
-from vte_compile.oracle_blocks import Block, OwnBlock
+from vte_compile.oracle_blocks import OwnBlock
 from vte_compile.plan import Plan
 from vte_compile.tuning.answered import Answered, embed_answered, placed
-from vte_compile.tuning.layer_run import LayerRun
+from vte_compile.tuning.layer_run import LayerRun, run_block
 from vte_compile.tuning.samples import Sample, check_question
 
 # The paper's two conditions for the label "may exit".
@@ -102,10 +101,9 @@ class Examiner:
         base = base or Plan()
         if base.exits:
             raise InputError("base: has exits, which are what is to be found: pass a plan of skips and adapters only.")
-        refuse_companion("base", base)
         oracle = Oracle(model, base)  # for its checks
         self.layers, self.decoder, self.lm_head = oracle.layers, oracle.decoder, oracle.lm_head
-        self._blocks = oracle.blocks
+        self._blocks, self._companion = oracle.blocks, base.companion
         self._changed = bool(base.skips or base.adapters)
 
     @torch.no_grad()
@@ -173,15 +171,30 @@ class Examiner:
 
         hidden, features = embeds, []
         branches = embeds.new_empty(layers, text_asks.shape[1], embeds.shape[-1])
+        # A companion token of the base, that of the whole prompt, and of each branch: an exit leaves it where it is.
+        beside = None if self._companion is None else self._companion.to(embeds)[None, None]
+        besides: list[Tensor] = []
         for index in range(layers):
             for start in range(0, index, at_once):
-                part = branches[start : min(start + at_once, index)]
-                part.copy_(self._run_block(self._blocks[index], index, part, text_run, text_asks))
-            hidden = self._run_block(self._blocks[index], index, hidden, run, asks)
+                rows = slice(start, min(start + at_once, index))
+                theirs = torch.cat(besides[rows]) if besides else None
+                states, theirs = self._run(index, branches[rows], text_asks, text_run, theirs)
+                branches[rows] = states
+                if theirs is not None:
+                    besides[rows] = theirs.split(1)
+            hidden, beside = self._run(index, hidden, asks, run, beside)
             branches[index] = hidden[0, text]
+            if beside is not None:
+                besides.append(beside)
             asked = hidden[0, question].to(wide)
             features.append(torch.cat([asked[:-1].mean(0), asked[-1]]))
         return branches, torch.stack(features)
+
+    def _run(
+        self, index: int, hidden: Tensor, asks: Tensor, run: LayerRun, beside: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What comes behind layer `index` with the base; `asks` [1, T]: where the prompt is."""
+        return run_block(self._blocks[index], index, hidden, asks.expand(len(hidden), -1), run, beside)
 
     def _full(self, answered: Answered) -> Tensor:
         """The states [1, T, C] before the final norm of the model without the base."""
@@ -204,13 +217,7 @@ class Examiner:
             hidden: What goes in.
             run: As :meth:`run` gives it.
         """
-        everything = torch.ones(1, hidden.shape[1], dtype=torch.bool, device=hidden.device)
-        return self._run_block(OwnBlock(self.layers[index]), index, hidden, run, everything)
-
-    def _run_block(self, block: Block, index: int, hidden: Tensor, run: LayerRun, asks: Tensor) -> Tensor:
-        """What comes behind a block, as :meth:`run_layer`; `asks` [1, T]: where the prompt is."""
-        known = block.statistics(hidden, asks.expand(len(hidden), -1))
-        return run.behind(index, block(hidden, known, **run.arguments(index))[0])
+        return run.behind(index, OwnBlock(self.layers[index])(hidden, None, **run.arguments(index))[0])
 
     def _measure(self, states: Tensor, answer: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cross entropy and argmax at each position, [L, A] each, from states [L, A, C] before the final norm."""

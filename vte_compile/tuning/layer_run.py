@@ -6,6 +6,7 @@ Masks, positions and rotary tables may differ by layer, and some decoders add fe
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.families.token_blocks import same_block
+from vte_compile.oracle_blocks import Block
 
 
 class LayerRun:
@@ -41,6 +43,12 @@ class LayerRun:
         """Those tokens of one row that a mask [T] keeps: positions keep their numbers, windows count what is left."""
         inputs = [value[:, kept] for value in self._token_inputs]
         return LayerRun(self._spec, self._like, self._positions[..., kept], inputs)
+
+    @functools.cached_property
+    def alone(self) -> LayerRun:
+        """One token of each row, which attends to itself alone, so that its position does not matter."""
+        inputs = [value[:, :1] for value in self._token_inputs]
+        return LayerRun(self._spec, self._like, self._positions[..., :1], inputs)
 
     def arguments(self, index: int) -> dict[str, Any]:
         """Of layer `index`, by name."""
@@ -77,3 +85,26 @@ class LayerRun:
         if window:
             seen = seen & (order > order[:, None] - self._spec.config.sliding_window)
         return seen | same_block(self._token_inputs[-1], tokens) if self._spec.has_blocks else seen
+
+
+def run_block(
+    block: Block, index: int, hidden: Tensor, prompt_mask: Tensor, run: LayerRun, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Run rows through a block, in which adapters know of the rows' prompts.
+
+    Args:
+        block: Of layer `index`.
+        index: Of the layer.
+        hidden: [B, T, C].
+        prompt_mask: [B, T] bool: where the prompts are.
+        run: Of these rows.
+        beside: [B, 1, C], of companion tokens that go along with the prompts (vte_compile/oracle.py).
+
+    Returns:
+        What comes behind the layer, of both.
+    """
+    # The blocks themselves would take all tokens for the prompt, padding too.
+    known = block.statistics(hidden, prompt_mask, beside)
+    if beside is not None:
+        beside = block(beside, known, **run.alone.arguments(index))[0]
+    return run.behind(index, block(hidden, known, **run.arguments(index))[0]), beside

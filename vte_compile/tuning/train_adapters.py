@@ -31,7 +31,6 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from vte_compile.adapters import PIA, PlainAdapter
 from vte_compile.errors import InputError
-from vte_compile.families.refusals import refuse_companion
 from vte_compile.plan import Plan
 from vte_compile.plan_files import write_atomically
 from vte_compile.tuning.adapted_model import AdaptedModel, frozen
@@ -106,7 +105,8 @@ def train_adapters(
         samples: See :func:`vte_compile.tuning.samples.read_samples`; kept in memory. To those without an answer the
             model gives its own.
         plan: Its skips are what is skipped; adapters that it has are trained on, others start as
-            :func:`vte_compile.tuning.adapter_modules.initial_adapter` says. It has no exits.
+            :func:`vte_compile.tuning.adapter_modules.initial_adapter` says. It has no exits. A companion token stays
+            as it is.
         settings: Of the training.
         processor: The model's processor, for conversations.
         work: A folder for checkpoints, from which a later call with the same arguments goes on. None: nothing is kept.
@@ -121,19 +121,19 @@ def train_adapters(
         InputError: A sample or an argument cannot be used, a loss is not finite, or the folder is of another training;
             or accelerate is missing.
         PlanError: The plan is for another model.
-        UnsupportedModelError: An attention of the model cannot be skipped, or the plan has a companion token.
+        UnsupportedModelError: An attention of the model cannot be skipped.
     """
     settings = settings or TrainingSettings()
     _require_accelerate()
     if plan.exits or not plan.skips:
         raise InputError("plan: expected one that skips attentions, and has no exits.")
-    refuse_companion("plan", plan)
     plan.check(model)
     examiner = Examiner(model)
     answered = _read(examiner, samples, processor, max_new_tokens)
     adapted = _starting_from(examiner, plan, settings, seed)
     with _work_folder(work) as folder, _frozen(model):
-        _claim(folder, _description(model, answered, settings, seed, [skip.layer for skip in plan.skips]))
+        description = _description(model, answered, settings, seed, [skip.layer for skip in plan.skips])
+        _claim(folder, description | ({} if plan.companion is None else {"companion": plan.companion.tolist()}))
         _train(adapted, answered, settings, settings.steps, folder / "train", seed, progress)
     return adapted.plan()
 
@@ -344,6 +344,7 @@ def _starting_from(examiner: Examiner, plan: Plan, settings: TrainingSettings, s
         {layer: each for layer, each in (plain | given).items() if layer not in skipped},
         skipped,
         settings.distill,
+        plan.companion,
     )
 
 
