@@ -22,7 +22,9 @@ from tiny_models import DATA, NEVER, assert_close, assert_relative, one_thread, 
 
 from vte_compile import GateExit, Oracle, Plan, SkippedAttention, StaticExit, export, load_engine, optimize
 from vte_compile.adapters import PIA
+from vte_compile.dynamo.decoder_call import exit_layers
 from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.families.cache_name import cache_name, cache_of
 from vte_compile.families.internvl import load_internvl
 from vte_compile.oracle import embed
 
@@ -91,6 +93,53 @@ def test_optimized_internlm2_gives_the_oracles_numbers_and_tokens(parts: str) ->
     assert tokens.exit_layer.tolist() == [layer, layer, -1]
     answers = oracle.generate(embeds, visual, given["attention_mask"].bool(), max_new_tokens=8)
     assert tokens[:, given["input_ids"].shape[1] :].tolist() == answers.tokens
+
+
+@pytest.mark.shows("second turn", "internvl_chat")
+def test_second_turn() -> None:
+    """Of text, and one with tiles of its own, whose tokens leave, too; without exits, it is the rest of one prompt."""
+    model, pixels = loaded(INTERNLM2), inputs()["pixel_values"]
+    image = model.config.image_token_id
+    turns = [
+        ([3, 4, *[image] * 2 * TOKENS, 5, 6], pixels[:2]),
+        ([7, 8, 9], None),
+        ([9, *[image] * TOKENS, 4], pixels[2:]),
+    ]
+    for planned, layers in ((plan(), [-1, -1, -1]), (plan(gate(0, NEVER), StaticExit(1)), [1, -1, 1])):
+        fast, oracle = optimize(traced(INTERNLM2), planned), Oracle(model, planned)
+        cache: dict[str, Any] = {}
+        known, logits = None, []
+        for (ids, tiles), layer in zip(turns, layers, strict=True):
+            given = {"input_ids": torch.tensor([ids])} | ({} if tiles is None else {"pixel_values": tiles})
+            with torch.no_grad():
+                out = fast(**given, **cache)
+            want = oracle.forward(*embed(model, **given), cache=known)
+            assert out.exit_layer.tolist() == want.exit_layer.tolist() == [layer]
+            assert_close(out.logits, want.logits, 1e-4)
+            assert cache_of(out).lengths.T.tolist() == want.cache.lengths()
+            cache, known = {cache_name(fast): cache_of(out)}, want.cache
+            logits.append(out.logits)
+        if not planned.exits:
+            whole = torch.tensor([[token for ids, _ in turns for token in ids]])
+            with torch.no_grad():
+                assert_close(torch.cat(logits, 1), model(input_ids=whole, pixel_values=pixels).logits, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.shows('backend="vte"', "internvl_chat")
+def test_backend(tmp_path: Path) -> None:
+    """The same through torch.compile(backend="vte"): two tiles, one and none; and decode steps."""
+    torch._dynamo.reset()
+    model = load_internvl(write_internvl(tmp_path / "checkpoint", **VARIANTS[QWEN2]))
+    planned, given = plan(gate(0, 0.1), StaticExit(1)), inputs()
+    embeds, visual = embed(loaded(QWEN2), given["input_ids"], given["pixel_values"])
+    want = Oracle(loaded(QWEN2), planned).generate(embeds, visual, given["attention_mask"].bool(), max_new_tokens=8)
+    model.forward = torch.compile(model.forward, backend="vte", options={"plan": planned, "compile": False})
+    out: Any = model.generate(**given, **{**GREEDY, "eos_token_id": -1}, return_dict_in_generate=True)
+    assert out.sequences[:, -8:].tolist() == want.tokens
+    assert exit_layers(cache_of(out)).tolist() == want.exit_layer.tolist()
+    assert min(want.exit_layer.tolist()) == -1 < max(want.exit_layer.tolist())
+    torch._dynamo.reset()
 
 
 @pytest.mark.thorough

@@ -27,6 +27,7 @@ import vte_compile
 from vte_compile import Oracle, Plan, StaticExit, load_engine, optimize
 from vte_compile.dynamo.decoder_call import exit_layers
 from vte_compile.errors import UnsupportedModelError
+from vte_compile.families.cache_name import cache_name, cache_of
 from vte_compile.plan import SkippedAttention
 
 EXITS = {
@@ -86,6 +87,23 @@ def test_exits_equal_the_oracle(name, exits):
 def test_generate_without_exits_equals_the_model(name):
     for ids in (torch.tensor([[3, 4, 5, 6, 7]]), torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 6, 5]])):
         assert torch.equal(optimized(name).generate(ids, **GREEDY), mixture(name).generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize("name", ["mixtral", thorough("qwen2_moe")])
+@pytest.mark.shows("second turn", "mixtral")
+def test_second_turn(name):
+    """Rows that exit and one of text; a turn of text, one with an image, whose tokens leave, too, and a decode step."""
+    parts = plan(gate(0, NEVER), StaticExit(1))
+    fast, oracle = optimize(optimized(name), parts), Oracle(mixture(name), parts)
+    given, cache = {}, None
+    for seed, layouts in enumerate((("..tvvttt", "tttttttt"), ("tt.", "ttt"), ("tvvtt", "vvttt"), ("t", "t"))):
+        embeds, visual, real = chunk(*layouts, seed=seed)
+        out = fast(inputs_embeds=embeds, visual_mask=visual, attention_mask=real, **given)
+        want = oracle.forward(embeds, visual, real, cache=cache)
+        assert out.exit_layer.tolist() == want.exit_layer.tolist()
+        assert_relative(out.logits, want.logits)
+        given, cache = {cache_name(fast): cache_of(out)}, want.cache
+    assert cache_of(out).lengths.T.tolist() == cache.lengths()
 
 
 @pytest.mark.shows("skips", "mixtral")

@@ -18,6 +18,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.eagle2.tokenizer import image_token_id, load_tokenizer
+from vte_compile.families.internlm2_tokenizer import is_internlm2, load_internlm2_tokenizer
 from vte_compile.families.internvl import IMAGE_TOKEN, read_config, tokens_per_tile
 from vte_compile.families.local_folder import local_folder
 
@@ -102,7 +103,7 @@ class InternVLChatProcessor(InternVLProcessor):
             hub: Of huggingface_hub's snapshot_download (``revision``, ``token`` ...).
 
         Raises:
-            InputError: A file is missing or makes no sense; or there is no tokenizer without the code beside it.
+            InputError: A file is missing or makes no sense; or reading InternLM2's tokenizer.model needs protobuf.
             UnsupportedModelError: A chat template, or a way to cut pictures, that is not known.
         """
         folder = local_folder(pretrained_model_name_or_path, **hub)
@@ -156,16 +157,15 @@ def _chat_template(config: dict[str, Any]) -> str:
 def _tokenizer(folder: Path) -> Any:
     """The tokenizer, with the tokens of pictures by name."""
     extra: dict[str, Any] = {"extra_special_tokens": _TOKENS}
-    try:
-        tokenizer = load_tokenizer(folder, **extra)
-    except InputError as error:
-        if not (folder / "tokenizer.json").is_file():
-            raise InputError(
-                f"{error}. InternLM2's is code beside the checkpoint, which does not run here: save it as a fast "
-                "tokenizer once, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True), and copy "
-                "its tokenizer.json here."
-            ) from error
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **extra)
+    if is_internlm2(folder):
+        tokenizer: Any = load_internlm2_tokenizer(folder, **extra)
+    else:
+        try:
+            tokenizer = load_tokenizer(folder, **extra)
+        except InputError:
+            if not (folder / "tokenizer.json").is_file():
+                raise
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **extra)
     image_token_id(tokenizer, folder)
     if tokenizer.pad_token is None:  # any will do: attention masks say what is padding
         tokenizer.pad_token = tokenizer.eos_token
