@@ -74,7 +74,8 @@ def _program(phase: PhaseSteps, weights: Mapping[str, Tensor], pieces: Mapping[s
             own = [weights[name] for name in step.weights]
             steps.append(_LoadedPiece(slot(step.inputs), slot(step.outputs), pieces[step.piece], own))
         elif isinstance(step, AttendCall):
-            steps.append(AttendStep(slot(step.attend), slot(step.outputs), step.scale, step.window))
+            settings = step.scale, step.window, step.softcap
+            steps.append(AttendStep(slot(step.attend), slot(step.outputs), *settings))
         else:
             [stream] = slot([step.stream])
             gate = _gate(step, weights)

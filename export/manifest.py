@@ -76,6 +76,8 @@ class AttendCall:
     """Of the scores; None for 1 / sqrt(head size)."""
     window: int = 0
     """How many columns the token sees, the last ones; 0: all."""
+    softcap: float = 0.0
+    """Scores s become ``softcap * tanh(s / softcap)``; 0: as they are."""
 
 
 @dataclass(frozen=True)

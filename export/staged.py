@@ -202,7 +202,7 @@ def _call(
         return _piece_call(staged, name, step, tried.get(step.key, [])[:1])
     if isinstance(step, AttendPoint):
         assert step.kind == "append"  # engines attend with torch's own attention
-        return AttendCall(step.inputs, step.outputs, step.scale, step.window)
+        return AttendCall(step.inputs, step.outputs, step.scale, step.window, step.softcap)
     return _exit_call(staged, step)
 
 

@@ -1,4 +1,4 @@
-"""Engines of AOTInductor and TensorRT of decoders that are more than causal: windows, blocks of tokens, DeepStack.
+"""Engines of AOTInductor and TensorRT of decoders that are more than causal: windows, capped scores, blocks, DeepStack.
 
 Pieces of AOTInductor's engines run uncompiled here, but for one that is compiled. TensorRT's graphs run in ONNX
 Runtime.
@@ -17,7 +17,7 @@ from marks import thorough
 from test_families import handed_over, optimized
 from test_ort_decoders import EXITS, OURS, close, following, last, turn_of
 from test_windows import WINDOWS
-from tiny_families import IMAGE_TOKEN, family_inputs, shared_family, video_inputs
+from tiny_families import IMAGE_TOKEN, PREFIX, family_inputs, shared_family, video_inputs
 from tiny_models import (
     C,
     chunk,
@@ -45,8 +45,7 @@ CASES = [
     ("aoti", "qwen3_vl"),
     ("tensorrt", "gemma3"),
     ("tensorrt", "qwen3_vl"),
-    thorough("aoti", "paligemma"),
-    thorough("tensorrt", "paligemma"),
+    *(thorough(door, name) for door in ("aoti", "tensorrt") for name in PREFIX),
 ]
 
 
@@ -131,7 +130,11 @@ def test_features_and_embeddings_instead_of_pixels(name: str, engines: Any) -> N
 
 @pytest.mark.parametrize(
     ("door", "name"),
-    [("aoti", "mistral"), *(thorough(door, name) for door, name in (("aoti", "qwen2"), ("tensorrt", "qwen2")))],
+    [
+        ("aoti", "gemma2"),
+        ("aoti", "mistral"),
+        *(thorough(door, name) for door, name in (("aoti", "qwen2"), ("tensorrt", "gemma2"), ("tensorrt", "qwen2"))),
+    ],
 )
 def test_windows(door: str, name: str, tmp_path: Path) -> None:
     """Rows that exit and one of text, padded; a further turn with an image, decode steps: all beyond the window."""
@@ -164,7 +167,7 @@ def test_an_attention_in_a_package(tmp_path: Path) -> None:
         aoti.compile_piece(piece.module, piece.key, piece.examples, tmp_path / "piece.pt2")
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", thorough("paligemma")])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", *map(thorough, PREFIX)])
 def test_all_nodes_are_taken(name: str, engines: Any) -> None:
     """By what is known of TensorRT's operators; features behind layers and blocks have no dims of their own."""
     folder = engines("tensorrt", name).folder

@@ -1,7 +1,8 @@
 """Scores and logits that are capped (Gemma 2): as the model itself has them.
 
-Gemma 2 behind exits is in tests/test_windows.py, PaliGemma 2 in tests/test_families.py; ONNX engines of both in
-test_ort_decoders.py, backend="vte" in test_backend_windows.py and test_backend.py, tuning in test_tuning_multimodal.py.
+Gemma 2 behind exits is in tests/test_windows.py, PaliGemma 2 in tests/test_families.py. Engines of both are in
+test_ort_decoders.py and test_engine_decoders.py, tuning in test_tuning_multimodal.py; backend="vte" is in
+test_backend_windows.py and test_backend.py.
 """
 
 from __future__ import annotations
@@ -89,14 +90,6 @@ def test_caps_show():
         ]
     for other in logits[1:]:
         assert float((other - logits[0]).abs().max() / logits[0].abs().max()) > 0.05
-
-
-def test_where_caps_of_scores_are_not_taken():
-    """AOTInductor's engines."""
-    fast = optimize(tiny("gemma2", num_hidden_layers=2, **FULL), Plan(), compile=False)
-    message = r"^Gemma2Model caps the scores of its attention \(attn_logit_softcapping in its config\): AOTInductor's"
-    with pytest.raises(UnsupportedModelError, match=message):
-        fast._vte_runner.lowered("prefill", batched=False)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

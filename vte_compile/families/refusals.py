@@ -5,15 +5,10 @@ Some of them would pass any comparison on a short text prompt, so this is not le
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.live import find_live
-
-if TYPE_CHECKING:
-    from vte_compile.families.decoder import DecoderSpec
 
 # Of layers: how state-space models call the matrix of their recurrence, GPT-OSS its sinks, and others what attends to
 # another sequence.
@@ -75,16 +70,3 @@ def refuse_other_architectures(model: nn.Module, decoder: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{name}: decoder layer {index} is of type {kind}: only layers that attend are supported."
             )
-
-
-def refuse_softcaps(spec: DecoderSpec) -> None:
-    """Refuse, where attention is a softmax of the scores as they are, a decoder that caps them.
-
-    Raises:
-        UnsupportedModelError: It does.
-    """
-    if spec.attention_softcap is not None:
-        raise UnsupportedModelError(
-            f"{type(spec.decoder).__name__} caps the scores of its attention (attn_logit_softcapping in its config): "
-            "AOTInductor's engines (target='aoti') do not take that so far; those of ONNX Runtime and TensorRT do."
-        )

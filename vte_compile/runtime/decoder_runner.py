@@ -14,7 +14,6 @@ from vte_compile.capture import DecoderGraph, capture
 from vte_compile.chunk_capture import capture_chunk
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec
-from vte_compile.families.refusals import refuse_softcaps
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.passes import PASSES, PassResult, PassSettings, run_passes
 from vte_compile.passes.lower_piecewise import PiecewiseGraph, lower_piecewise
@@ -130,10 +129,7 @@ class DecoderRunner(RowRunner):
 
         Raises:
             CaptureError: The decoder could not be traced or rewritten.
-            UnsupportedModelError: It caps the scores of its attention, which only graphs of chunks do in engines.
         """
-        if phase != "chunk":
-            refuse_softcaps(self.spec)
         one_prompt = not self.routed and phase != "chunk"
         return self._lowered((phase, batched, True, one_prompt, self.spec.dtype, self.spec.device), False)[0]
 
@@ -158,9 +154,7 @@ class DecoderRunner(RowRunner):
 
         Raises:
             CaptureError: The decoder could not be traced or rewritten.
-            UnsupportedModelError: It caps the scores of its attention.
         """
-        refuse_softcaps(self.spec)
         key: _Key = ("packed", False, True, True, self.spec.dtype, self.spec.device)
         if reason := self._why_not_packed(key, False):
             logger.info("export: the engine runs prompts of a batch one by one: %s", reason)
