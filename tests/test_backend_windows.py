@@ -36,10 +36,10 @@ def prompt(*layouts: str, seed: int = 0):
     return {"input_ids": ids, "attention_mask": torch.tensor([[int(c != ".") for c in row] for row in layouts])}
 
 
-def both(name, planned):
+def both(name, planned, dynamic=None):
     """The model through optimize() and through the backend; ids of images are said, since it is a language model."""
     fast = optimize(tiny(name, **OPTIONS[name]), planned, compile=False)
-    return fast, compiled(tiny(name, **OPTIONS[name]), planned, visual_token_ids=[IMAGE])
+    return fast, compiled(tiny(name, **OPTIONS[name]), planned, dynamic, visual_token_ids=[IMAGE])
 
 
 def assert_same(fast, model, inputs, fast_cache=None, cache=None):
@@ -88,11 +88,21 @@ def test_second_turn(name, of_windows):
 
 @pytest.mark.slow
 @pytest.mark.thorough
-def test_second_turn_of_images():
-    """Gemma3: blocks of tokens, two kinds of layers, rotary tables for each."""
+def test_numbers_that_dynamo_makes_symbolic():
+    """Of windows and caps, by dynamic=True."""
+    fast, model = both("gemma2", plan(gate(0, 0.1, seed=2), StaticExit(1)), dynamic=True)
+    for layouts in (("tvvvtt", "..tvtt"), ("tttvvvvttttt", "....tttttttt")):
+        assert_same(fast, model, prompt(*layouts))
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["gemma3", "paligemma2"])
+def test_second_turn_of_images(name):
+    """Gemma3: blocks of tokens, two kinds of layers, rotary tables for each. PaliGemma 2: capped scores of blocks."""
     planned = plan(StaticExit(1))
-    fast, model = optimize(shared_family("gemma3"), planned, compile=False), compiled(tiny_family("gemma3"), planned)
-    first, second = family_inputs("gemma3", 1), family_inputs("gemma3", 0, seed=3)
+    fast, model = optimize(shared_family(name), planned, compile=False), compiled(tiny_family(name), planned)
+    first, second = family_inputs(name, 1), family_inputs(name, 0, seed=3)
     turns = []
     for each in (fast, model):
         answer = generate(each, first)

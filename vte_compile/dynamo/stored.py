@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from vte_compile.dynamo.handles import HandleShape
@@ -93,6 +94,7 @@ def _kept(read: fx.Node, layer: int, returned: Collection[fx.Node]) -> tuple[fx.
     index: Any = parts[0].args[1] if parts[0].target is operator.getitem else None
     start = index[2].start if isinstance(index, tuple) and len(index) == 4 and isinstance(index[2], slice) else None
     known = index == (everything, everything, slice(start, None), everything)
-    if len(parts) == 1 and known and isinstance(start, int) and start < 0:
-        return parts[0], -start
+    kept = start.meta.get("example_value") if isinstance(start, fx.Node) else start
+    if len(parts) == 1 and known and isinstance(kept, int | torch.SymInt) and kept < 0:
+        return parts[0], -int(kept)  # a constant, where dynamic=True has a symbol too
     raise UnsupportedModelError(f"layer {layer}: what its cache keeps of {read.name} is not known.")
