@@ -28,7 +28,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         cos: [B, T, D / 2] (or with B = 1, for all rows), and ``sin`` likewise.
         heads: How many.
     """
-    first, second = x.unflatten(-1, (heads, -1)).chunk(2, dim=-1)
+    half = cos.shape[-1]  # a number, where the width of x may be a symbol
+    x = x.unflatten(-1, (heads, 2 * half))
+    first, second = x[..., :half], x[..., half:]
     cos, sin = cos[:, :, None], sin[:, :, None]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
 

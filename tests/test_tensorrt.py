@@ -25,8 +25,10 @@ from tiny_models import (
 import vte_compile
 from vte_compile import SkippedAttention, StaticExit, optimize
 from vte_compile.adapters import PIA
+from vte_compile.export.onnx_pieces import check, convert
 from vte_compile.export.tensorrt_ops import TENSORRT
 from vte_compile.export.tensorrt_profiles import DECODE, PREFILL
+from vte_compile.kernels.cached_attention import rotate
 from vte_compile.passes.last_layer_queries import CACHED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -163,6 +165,18 @@ def test_windows_blocks_and_capped_scores(window: int, softcap: float, blocks: b
     for b, count in enumerate(rows[1].tolist()):
         close(got[0][b, :count], want[0][b, :count])
     close(got[1], want[1])
+
+
+def test_rotations_of_heads_whose_number_is_a_symbol() -> None:
+    """Where heads are normed (Qwen3), their number is not known to be one when a piece is converted."""
+
+    def function(x, like, cos, sin):
+        return (rotate(x.view(*like.shape[:2], -1, 8).flatten(-2), cos, sin, 4),)
+
+    examples = [torch.randn(3, 5, size, generator=torch.Generator().manual_seed(size)) for size in (32, 7, 4, 4)]
+    model = convert(function, examples, [{0, 1}] * 4, ["y"], TENSORRT)
+    check(model, function, [x[:2, :1] for x in examples])
+    assert not {node.op_type for node in model.graph} & {"SplitToSequence", "SequenceAt"}
 
 
 def test_half_precision(llava, tmp_path: Path) -> None:
