@@ -46,6 +46,28 @@ def test_what_is_added(layer):
         assert torch.equal(want[:, -1], before[:, -1]) == (layer is not None and changed >= layer)
 
 
+def test_a_visual_token_that_is_a_chunk():
+    """It has features, which decode steps do not take."""
+    fast, oracle = optimize(optimized(NAME), Plan()), Oracle(shared_family(NAME), Plan())
+    prompt = handed_over(NAME, family_inputs(NAME, images=1))
+    names = ("inputs_embeds", "visual_mask", "attention_mask", "position_ids")
+    embeds, visual, real, positions = (prompt[name] for name in names)
+    with torch.no_grad():
+        cache, more = fast._cache(None), spread(visual, prompt["deepstack"], embeds)
+        fast._vte_runner.run(embeds, visual, real.bool(), positions, cache, last=True, token_inputs=more)
+        known = oracle.forward(**prompt).cache
+        token, one = (
+            torch.randn(1, 1, embeds.shape[2], generator=torch.Generator().manual_seed(0)),
+            visual[:, :1] | True,
+        )
+        features = [2 * token[0], 3 * token[0]]
+        more = spread(one, features, token)
+        got = fast._vte_runner.run(token, one, one, None, cache, last=True, token_inputs=more).logits
+    want = oracle.forward(token, one, one, cache=known, deepstack=features)
+    assert_relative(got, want.logits)
+    assert cache.lengths.T.tolist() == want.cache.lengths()
+
+
 def test_one_graph_per_kind_of_layer():
     """Layers with features are traced each, others are copies; a decode step has no features."""
     spec = describe(shared_family(NAME))

@@ -123,7 +123,9 @@ class RowRunner:
         batch, tokens = embeds.shape[:2]
         if not cache.is_empty and cache.starts.shape[1] != batch:
             raise InputError(f"The cache holds {cache.starts.shape[1]} rows, the inputs {batch}.")
-        if tokens == 1 and not cache.is_empty and bool(attention_mask.all()):
+        # What is told of text alone, decode steps know: no features, no block.
+        visual = bool(token_inputs) and bool(visual_mask.any())
+        if tokens == 1 and not cache.is_empty and bool(attention_mask.all()) and not visual:
             return self._decode(embeds, position_ids, cache)
         return self._rows(embeds, visual_mask, attention_mask, position_ids, cache, last, token_inputs)
 
