@@ -124,7 +124,7 @@ class RowsCache:
             starts.append([longest - length for length in lengths])
         self.layers = layers
         device = next_positions.device
-        self.starts = torch.tensor(starts, dtype=torch.long, device=device)
+        self.starts = torch.tensor(starts, dtype=torch.long).to(device, non_blocking=True)
         self.next_positions, self.exit_layer = next_positions, exit_layer
         self._columns += new_columns
         self._decoded = 0

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from vte_compile.runtime.decode_graphs import DecodeGraphs
 
 _RowInput = tuple[Tensor, ...]
-"""One row without padding: embeddings [n, C], visual mask [n], positions [n] or, multimodal ones, [3, n], and what else
-graphs of prompts take, each [n, ...]."""
+"""One row without padding: embeddings [n, C], visual mask [n] (on the host), positions [n] or, multimodal ones, [3, n],
+and what else graphs of prompts take, each [n, ...]."""
 
 
 @dataclass
@@ -172,11 +172,16 @@ class RowRunner:
         token_inputs: Sequence[Tensor],
     ) -> RunnerOutput:
         batch, tokens = embeds.shape[:2]
-        real = [row.nonzero()[:, 0] for row in attention_mask]
+        device = embeds.device
+        # The host asks for masks once: a GPU that is asked row by row has nothing else to do. And where it hands
+        # something over, it does not wait (non_blocking), or what comes behind a prompt would begin when that is done.
+        visual_mask = visual_mask.cpu()
+        real = [row.nonzero()[:, 0] for row in attention_mask.cpu()]
         if cache.is_empty and (empty := [b for b in range(batch) if not len(real[b])]):
             raise InputError(f"attention_mask: row {empty[0]} has no token.")
         if not any(len(columns) for columns in real):
             raise InputError("attention_mask: no row has a token.")
+        places = [columns.to(device, non_blocking=True) for columns in real]
         inputs: list[_RowInput | None] = []
         next_positions = []
         for b in range(batch):
@@ -186,22 +191,24 @@ class RowRunner:
                 next_positions.append(start)
                 continue
             if position_ids is None:
-                counted = torch.arange(start, start + len(real[b]), device=embeds.device)
+                counted = torch.arange(start, start + len(real[b]), device=device)
                 positions = self._expanded(counted[None], 1)[..., 0, :]
+                next_positions.append(start + len(real[b]))
             else:
-                positions = self._expanded(position_ids, batch)[..., b, real[b]]
-            next_positions.append(int(positions.max()) + 1)
-            more = (value[b, real[b]] for value in token_inputs)
-            inputs.append((embeds[b, real[b]], visual_mask[b, real[b]], positions, *more))
+                positions = self._expanded(position_ids, batch)[..., b, places[b]]
+                next_positions.append(int(positions.max()) + 1)
+            more = (value[b, places[b]] for value in token_inputs)
+            inputs.append((embeds[b, places[b]], visual_mask[b, real[b]], positions, *more))
         buffers = None
         if cache.is_empty:
             rows, buffers = self._prompts(inputs, cache, last)
         else:
             rows = self._continue(inputs, cache, last)
-        exit_layer = torch.tensor([-1 if r is None else r.exit_layer for r in rows], device=embeds.device)
-        logits = self._lay_out(rows, real, tokens, last)
+        exits = torch.tensor([-1 if r is None else r.exit_layer for r in rows])
+        exit_layer, following = (x.to(device, non_blocking=True) for x in (exits, torch.tensor(next_positions)))
+        logits = self._lay_out(rows, places, tokens, last)
         kv = [cache.row(b) if r is None else r.kv for b, r in enumerate(rows)]
-        cache.replace(kv, tokens, torch.tensor(next_positions, device=embeds.device), exit_layer, buffers)
+        cache.replace(kv, tokens, following, exit_layer, buffers)
         return RunnerOutput(logits, exit_layer)
 
     def _prompts(
@@ -232,7 +239,7 @@ class RowRunner:
     def _packed(self, program: StepProgram, inputs: list[_RowInput]) -> tuple[list[_RowOutput], RowKV | None]:
         """Prefill of different rows at once; and what their keys are views of, if it is a cache."""
         lengths = [len(row[0]) for row in inputs]
-        visual = [VisualTokens.find(row[1].cpu()) if self.may_exit else None for row in inputs]
+        visual = [VisualTokens.find(row[1]) if self.may_exit else None for row in inputs]
         rows = PackedRows(list(lengths), visual)
         embeds, _, positions, *more = (
             torch.cat(values, dim=-1 if i == 2 else 0) for i, values in enumerate(zip(*inputs, strict=True))
@@ -243,7 +250,7 @@ class RowRunner:
         device = embeds.device
         whole = [torch.arange(length, device=device) for length in lengths]
         kept = [
-            every if v is None or v.exit_layer < 0 else v.keep.to(device)
+            every if v is None or v.exit_layer < 0 else v.keep.to(device, non_blocking=True)
             for every, v in zip(whole, visual, strict=True)
         ]
         if output.logits.shape[1] == len(inputs):  # of the last tokens
@@ -291,7 +298,7 @@ class RowRunner:
         if visual is None or visual.exit_layer < 0:
             kept, exit_layer = torch.arange(len(embeds), device=embeds.device), -1
         else:
-            kept, exit_layer = visual.keep, visual.exit_layer
+            kept, exit_layer = visual.keep.to(embeds.device, non_blocking=True), visual.exit_layer
         return _RowOutput(output.logits, output.kv, exit_layer, kept, output.prompt_state)
 
     @staticmethod

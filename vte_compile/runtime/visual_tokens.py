@@ -20,7 +20,7 @@ class VisualTokens:
     """Which tokens of one row are visual, as the host needs it at exits."""
 
     keep: Tensor
-    """[n] int64: the positions of the text tokens."""
+    """[n] int64: the positions of the text tokens; on the host, as all here."""
     question_start: int
     """Index of the first token behind the last visual one."""
     exit_layer: int = -1
@@ -39,7 +39,7 @@ class VisualTokens:
         if self.exit_layer >= 0 or not step.fires(stream[0], self.question_start):
             return values
         self.exit_layer = step.layer
-        return compact(values, step.dims, self.keep)
+        return compact(values, step.dims, self.keep.to(stream.device, non_blocking=True))
 
 
 @dataclass
