@@ -91,7 +91,7 @@ def main(
     turns = [
         turn
         for turn in itertools.product(names, map(int, batches.split(",")), wanted)
-        if turn[1:] != (1, MIXED) and turn not in {_place(row) for row in rows if "ttft" in row}
+        if turn[1:] != (1, MIXED) and turn not in {_place(row) for row in rows if "tpot" in row}
     ]
     for done, (name, batch, case) in enumerate(tqdm(turns, desc="time", unit="case")):
         if seconds and time.perf_counter() - begun > seconds:
@@ -148,9 +148,11 @@ def time_case(
         prompt = Prompt.random(model, preset, batch)
         served = serve(case, models, prompt, WARM_STEPS + steps)
         row = measure(served, model, prompt, runs, steps)
-        row |= amounts(model, preset, case, served, row, steps, ceilings)
+        reached = ceilings[str(preset.dtype).removeprefix("torch.")]
+        row |= prefill_amounts(model, preset, case, served, row, reached)
+        row |= decode_amounts(model, preset, served, row, steps, reached)
     except Exception as error:  # this case's: the others are worth having
-        row = {"failed": True, "reason": f"failed: {type(error).__name__}: {error}"}
+        row = _failure(error)
     served = prompt = None  # type: ignore[assignment]
     if model.device.type == "cuda":
         torch._dynamo.reset()
@@ -179,15 +181,22 @@ def measure(served: Served, model: Any, prompt: Prompt, runs: int, steps: int) -
         return tokens
 
     row["ttft"] = _times(first_token, runs, device)
-    step = served.steps()
-    begun = time.perf_counter()
-    for _ in range(WARM_STEPS):
-        step()
-    row["warm_steps_s"] = time.perf_counter() - begun
-    row["tpot"] = _times(step, steps, device, warmup=0)
+    try:
+        step = served.steps()
+        begun = time.perf_counter()
+        for _ in range(WARM_STEPS):
+            step()
+        row["warm_steps_s"] = time.perf_counter() - begun
+        row["tpot"] = _times(step, steps, device, warmup=0)
+    except Exception as error:  # the first token's times are worth having
+        row |= _failure(error)
     if device.type == "cuda":
         return row | {"peak_bytes": torch.cuda.max_memory_allocated(device)}
     return row | {"peak_bytes": None, "peak_missing": "PyTorch counts allocated memory on GPUs alone"}
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    return {"failed": True, "reason": f"failed: {type(error).__name__}: {error}"}
 
 
 def _times(function: Any, runs: int, device: torch.device, warmup: int = 1) -> dict[str, Any]:
@@ -195,40 +204,43 @@ def _times(function: Any, runs: int, device: torch.device, warmup: int = 1) -> d
     return spread_of(summary) | {"runs_s": asdict(summary)["runs_s"]}
 
 
-def amounts(
-    model: Any,
-    preset: Preset,
-    case: str,
-    served: Served,
-    row: dict[str, Any],
-    steps: int,
-    ceilings: dict[str, dict[str, float]],
+def prefill_amounts(
+    model: Any, preset: Preset, case: str, served: Served, row: dict[str, Any], reached: dict[str, float]
 ) -> dict[str, Any]:
-    """What a measured case does in FLOPs and bytes, per second, and of what the machine reaches."""
+    """FLOPs of a measured prefill, per second, and of what the machine reaches."""
     if "ttft" not in row:
         return {}
-    config, dtype = model.config, preset.dtype
-    where = [(config, preset.seq, preset.visual, layer) for layer in row["exit_layers"]]
-    flops = sum(prefill_flops(*place, served.plan) for place in where)
+    exits, seconds = row["exit_layers"], row["ttft"]["median_s"]
+    flops = sum(prefill_flops(model.config, preset.seq, preset.visual, layer, served.plan) for layer in exits)
     if case not in (EAGER, BASELINE):
-        left = [preset.seq if layer < 0 else preset.seq - preset.visual for layer in row["exit_layers"]]
+        left = [preset.seq if layer < 0 else preset.seq - preset.visual for layer in exits]
         flops -= sum(spared_flops(model, tokens) for tokens in left)
+    return {
+        "prompt_tokens_per_s": len(exits) * preset.seq / seconds,
+        "prefill_flops": flops,
+        "prefill_flops_per_s": flops / seconds,
+        "prefill_of_ceiling": flops / seconds / reached["flops_per_s"],
+    }
+
+
+def decode_amounts(
+    model: Any, preset: Preset, served: Served, row: dict[str, Any], steps: int, reached: dict[str, float]
+) -> dict[str, Any]:
+    """Bytes and FLOPs of a measured decode step, per second, and of what the machine reaches."""
+    if "tpot" not in row:
+        return {}
+    config, dtype, seconds = model.config, preset.dtype, row["tpot"]["median_s"]
+    where = [(config, preset.seq, preset.visual, layer) for layer in row["exit_layers"]]
     decoded = WARM_STEPS + steps // 2  # behind the prompt, in the middle of what is timed
     of_tokens = len(where) * decoded * kv_bytes(config, 1, 0, -1, dtype)
     moved = weight_bytes(config, served.plan, dtype) + of_tokens + sum(kv_bytes(*place, dtype) for place in where)
-    step_flops = sum(decode_flops(*place, steps, served.plan) for place in where) / steps
-    ttft, tpot = (row[name]["median_s"] for name in ("ttft", "tpot"))
-    reach = ceilings[str(dtype).removeprefix("torch.")]
+    flops = sum(decode_flops(*place, steps, served.plan) for place in where) / steps
     return {
-        "prompt_tokens_per_s": len(where) * preset.seq / ttft,
-        "tokens_per_s": len(where) / tpot,
-        "prefill_flops": flops,
-        "prefill_flops_per_s": flops / ttft,
-        "prefill_of_ceiling": flops / ttft / reach["flops_per_s"],
+        "tokens_per_s": len(where) / seconds,
         "decode_bytes": moved,
-        "decode_bytes_per_s": moved / tpot,
-        "decode_of_ceiling": moved / tpot / reach["bytes_per_s"],
-        "decode_flops_per_s": step_flops / tpot,
+        "decode_bytes_per_s": moved / seconds,
+        "decode_of_ceiling": moved / seconds / reached["bytes_per_s"],
+        "decode_flops_per_s": flops / seconds,
     }
 
 

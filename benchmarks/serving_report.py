@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,10 @@ _MARKERS = {"never": "s", "1/4": "v", "1/2": "o", "3/4": "^", "mixed": "*"}
 
 def compare(rows: list[dict[str, Any]]) -> None:
     """Add to each case, where torch.compile was timed too: ratios of times, of what was predicted, and quotients."""
-    baselines = {(row["preset"], row["batch"]): row for row in rows if row["case"] == BASELINE and "ttft" in row}
-    for row in rows:
-        base = baselines.get((row["preset"], row["batch"]))
-        if base is None or "ttft" not in row:
-            continue
-        for phase, cost in (("ttft", "prefill_flops"), ("tpot", "decode_bytes")):
+    baselines = {(row["preset"], row["batch"]): row for row in rows if row["case"] == BASELINE}
+    for row, (phase, cost) in itertools.product(rows, (("ttft", "prefill_flops"), ("tpot", "decode_bytes"))):
+        base = baselines.get((row["preset"], row["batch"]), {})
+        if phase in row and phase in base:
             ratio, predicted = row[phase]["median_s"] / base[phase]["median_s"], row[cost] / base[cost]
             row[phase] |= {"time_ratio": ratio, "predicted_ratio": predicted, "quotient": ratio / predicted}
 
@@ -50,7 +48,7 @@ def _table(title: str, rows: list[dict[str, Any]], clock: str, phase: str, unit:
     for column in ("case", *columns, "peak\nGiB"):
         table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
     for row in rows:
-        if "ttft" not in row:
+        if clock not in row:
             table.add_row(row["case"], row["reason"].split(":")[0])
             continue
         times = row[clock]
@@ -74,7 +72,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             groups.setdefault((row["preset"], row["batch"]), []).append(row)
     with drawn(file, (6.6, 4.4)) as axes:
         axes.plot([0, 1.05], [0, 1.05], "--", color=MUTED, lw=1, label="as FLOPs", zorder=1)
-        for ((preset, batch), own), color in zip(groups.items(), cycle(_COLORS)):
+        for ((preset, batch), own), color in zip(groups.items(), itertools.cycle(_COLORS)):
             own = sorted(own, key=lambda row: row["ttft"]["predicted_ratio"])
             x, y = ([row["ttft"][key] for row in own] for key in ("predicted_ratio", "time_ratio"))
             label = f"{preset}, {batch} row" + "s" * (batch > 1)

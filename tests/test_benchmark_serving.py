@@ -56,7 +56,7 @@ def test_all_cases_and_going_on(serving, tmp_path, capsys):
     assert [exits[case] for case in ("eager", "never", "1/4", "1/2", "3/4")] == [[e] * 3 for e in (-1, -1, 0, 1, 2)]
     assert len(set(exits["mixed"])) > 1
     for row in rows.values():
-        assert row["relative_error"] < 1e-5
+        assert row["relative_error"] < 1e-4
         assert (len(row["ttft"]["runs_s"]), len(row["tpot"]["runs_s"])) == (2, 2)
         assert row["tokens_per_s"] == pytest.approx(3 / row["tpot"]["median_s"])
         assert row["prefill_flops_per_s"] * row["ttft"]["median_s"] == pytest.approx(row["prefill_flops"])
@@ -139,6 +139,26 @@ def test_a_case_that_fails_is_tried_again(serving, monkeypatch, tmp_path):
     assert all("ttft" in row for row in again.values())
 
 
+def test_a_prompt_is_worth_having_where_decode_fails(serving, monkeypatch, tmp_path, capsys):
+    serve = serving.serve
+
+    def broken(*args):
+        def begin():
+            raise RuntimeError("cannot be recorded")
+
+        return dataclasses.replace(serve(*args), steps=begin)
+
+    monkeypatch.setattr(serving, "serve", broken)
+    with pytest.raises(typer.Exit):
+        run(serving, tmp_path / "serving.json", "eager")
+    row = by_case(tmp_path / "serving.json")["eager"]
+    assert row["reason"] == "failed: RuntimeError: cannot be recorded"
+    assert row["prefill_flops_per_s"] > 0
+    assert "tpot" not in row
+    assert "tokens_per_s" not in row
+    assert "eager: failed" in capsys.readouterr().out
+
+
 def test_the_time_that_a_run_has(serving, tmp_path, capsys):
     file = tmp_path / "serving.json"
     serving.main(presets="tiny", batches="2", cases="eager,never", runs=1, steps=1, seconds=1e-9, json_file=file)
@@ -155,7 +175,7 @@ def test_results_of_other_settings_are_not_mixed(serving, tmp_path):
 
 @pytest.mark.gpu
 def test_on_a_gpu(serving, monkeypatch, tmp_path):
-    """With everything compiled and recorded, and memory counted."""
+    """With all of it compiled and recorded, and memory counted."""
     monkeypatch.undo()
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     rows = run(serving, tmp_path / "serving.json", ",".join(sys.modules["serving_cases"].CASES))
