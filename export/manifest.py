@@ -20,7 +20,8 @@ FORMAT = "vte_compile engine"
 SCHEMA_VERSION = 4
 """2: the attentions of decode steps are steps of their own. 3: positions may be multimodal. 4: an ONNX engine may
 need an ONNX Runtime of some age; decoders may take more of each token (DeepStack, blocks); images may be tiles;
-prompts of AOTInductor's engines run packed; attentions of their decode steps may have windows."""
+prompts of AOTInductor's engines run packed; attentions of their decode steps may have windows and caps; a token may go
+along with prompts."""
 _REMEDY = "export the model again, or copy the whole folder again"
 T = TypeVar("T")
 IMAGES, PROMPTS = "images", "prompts"
