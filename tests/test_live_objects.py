@@ -42,12 +42,16 @@ from tiny_models import (
     tiny,
 )
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from vte_compile import Oracle, Plan, SkippedAttention, StaticExit, export, optimize
 from vte_compile.adapters import PIA
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.fingerprint import Fingerprint
-from vte_compile.tuning.examine import Examiner
+from vte_compile.tuning.answered import Answered
+from vte_compile.tuning.evaluate import evaluate
+from vte_compile.tuning.examine import Examiner, answer_of
+from vte_compile.tuning.samples import Sample, read_samples
 
 PARTS = {
     "first": [StaticExit(0)],
@@ -375,6 +379,53 @@ def test_what_takes_no_live_objects_says_so() -> None:
         export(_fast(ChatModel), "nowhere", target="onnxruntime")
 
 
+def test_the_backend_knows_the_placeholder() -> None:
+    """Dynamo's graph is of the language model in it, which alone would take all ids for text."""
+    llm, planned, prompt = tiny(), plan(StaticExit(1)), chat_prompts()
+    model = chat_model(llm)
+    options = {"plan": planned, "compile": False}
+    with torch.no_grad():
+        got = torch.compile(model, backend="vte", options=options)(prompt.pixels, prompt.ids, prompt.mask).logits
+        visual = prompt.ids == IMG
+        want = Oracle(llm, planned).forward(model.merged(prompt.pixels, prompt.ids), visual, prompt.mask).logits
+        text_tokens = prompt.mask.bool() & ~visual
+        assert_relative(got[text_tokens], want[text_tokens])
+        model.img_context_token_id = None
+        torch._dynamo.reset()
+        with pytest.raises(
+            BackendCompilerFailed, match=r"ChatModel does not know its image token's id.*visual_token_ids"
+        ):
+            torch.compile(model, backend="vte", options=options)(None, prompt.ids, prompt.mask)
+
+
+def test_samples_of_llava() -> None:
+    """calibrate() and the like embed them with the authors' method; answers are the oracle's where there are none."""
+    model, prompt = live(EagleX5), media_prompts()
+    ids = prompt.ids[:1, prompt.mask[0].bool()]
+    answer = [5, 9, 4]
+    labels = torch.tensor([[*[IGNORE] * ids.shape[1], *answer]])
+    whole = torch.cat([ids, torch.tensor([answer])], 1)
+    batches = [{"input_ids": whole, "images": prompt.pixels[:2], "labels": labels}]
+    [sample] = read_samples(batches)
+    assert sample.answer == tuple(answer)
+    examiner = Examiner(model)
+    _, embeds, visual, _ = embedded(EagleX5, prompt)
+    with torch.no_grad():
+        said = model.get_input_embeddings()(torch.tensor([answer[:-1]]))
+    given = torch.cat([embeds[:1], said], 1), torch.cat([visual[0], torch.zeros(2, dtype=torch.bool)])
+    positions = torch.arange(given[0].shape[1])[None]
+    want = examiner.examine_embedded(Answered(*given, torch.tensor(answer), positions))
+    got = examiner.examine(sample)
+    for field in ("features", "same", "loss", "visual", "tokens"):
+        assert torch.equal(getattr(got, field), getattr(want, field))
+    own = answer_of(model, Sample.of(sample.inputs, None), NEW)
+    assert own.answer == tuple(
+        oracle_tokens(model, Plan(), embeds[:1], visual[:1], torch.ones(visual[:1].shape)).tokens[0]
+    )
+    with pytest.raises(UnsupportedModelError, match=r"EagleX5: generate\(\) of its own code"):
+        evaluate(model, batches, {"a": plan(StaticExit(1))})
+
+
 class GoesAround(ChatModel):
     """Eagle 2.5's forward(), for training: it runs the decoder itself."""
 
@@ -387,7 +438,7 @@ def test_code_that_goes_around_the_language_model() -> None:
     model = GoesAround(live(ChatModel).config, shared_model("qwen2")).eval()
     model.img_context_token_id = IMG
     made = optimize(model, plan(StaticExit(1)), compile=False)
-    with pytest.raises(InputError, match=r"GoesAround\.forward\(\) did not run its language_model"):
+    with pytest.raises(InputError, match=r"GoesAround\.forward\(\) ran nothing of its language_model"):
         made(pixels(3), chat_prompts().ids)
     assert generate(made, chat_prompts()).exit_layer.tolist() == [1, 1, -1]
 

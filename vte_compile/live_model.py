@@ -124,7 +124,7 @@ class LiveModel:
             result = method(*args, **kwargs)
         if call.exit_layer is None:
             raise InputError(
-                f"{type(self).__name__}.{method.__name__}() did not run its {self._vte_live.path}, or parts of it, "
+                f"{type(self).__name__}.{method.__name__}() ran nothing of its {self._vte_live.path}, or parts of it "
                 "without the plan: call generate(), or the original model."
             )
         if isinstance(result, ModelOutput) and getattr(result, "exit_layer", None) is None:
@@ -225,18 +225,22 @@ def refuse_replaced(model: nn.Module) -> None:
     """
     names = {*_RUNS, EMBED.method, PREPARE.method}
     if found := sorted(names & vars(model).keys()):
+        what = f"take that away (del model.{found[0]}); optimize() finds the visual tokens by itself"
+        if hasattr(model, "_hf_hook"):
+            what = "accelerate did it: load the model on one device (device_map with one entry, no offloading)"
         raise UnsupportedModelError(
             f"{type(model).__name__}: {', '.join(found)} was set on the object itself, and would run it and not the "
-            f"optimized one: take that away (del model.{found[0]}); optimize() finds the visual tokens by itself."
+            f"optimized one: {what}."
         )
 
 
 def _adopt_encoders(fast: Any, model: nn.Module) -> None:
     """Let the encoders of VILA, which know their model, know the copy: or the original would stay, weights and all."""
-    for name, encoder in getattr(fast, "encoders", {}).items():
+    encoders = vars(fast).get("encoders")  # no submodules, and so a dict of the copy's own
+    for name, encoder in encoders.items() if isinstance(encoders, dict) else ():
         if (parent := getattr(encoder, "_parent", None)) and parent[0] is model:
-            fast.encoders[name] = shallow_copy(encoder)
-            fast.encoders[name]._parent = [fast]
+            encoders[name] = shallow_copy(encoder)
+            encoders[name]._parent = [fast]
 
 
 @functools.cache

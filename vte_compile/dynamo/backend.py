@@ -27,7 +27,7 @@ from vte_compile.dynamo.visual import remember
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec, describe, find_decoder
 from vte_compile.families.independence import check_independence
-from vte_compile.families.live import find_live
+from vte_compile.families.live import find_live, placeholder_id
 from vte_compile.folded_weights import FoldedWeights
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.plan import Plan
@@ -198,7 +198,12 @@ _runners: weakref.WeakValueDictionary[tuple[Any, ...], DecoderRunner] = weakref.
 def _runner(model: PreTrainedModel, spec: DecoderSpec, settings: Options) -> DecoderRunner:
     """The decoder's runner, which all graphs of it share."""
     given = settings.plan if isinstance(settings.plan, Plan) else os.fspath(settings.plan or "")
-    ids = tuple(spec.visual_token_ids if settings.visual_token_ids is None else settings.visual_token_ids)
+    if settings.visual_token_ids is not None:
+        ids = tuple(settings.visual_token_ids)
+    elif spec.is_multimodal or (isinstance(given, Plan) and not given.exits):
+        ids = spec.visual_token_ids
+    else:
+        ids = _placeholder_ids(model)
     choices = (settings.compile, settings.fold, settings.cuda_graphs)
     key = (id(spec.decoder), id(given) if isinstance(given, Plan) else given, *choices, ids)
     if (runner := _runners.get(key)) is not None:
@@ -212,6 +217,29 @@ def _runner(model: PreTrainedModel, spec: DecoderSpec, settings: Options) -> Dec
     runner = DecoderRunner(headless, plan, compiler, folded, cuda_graphs=settings.cuda_graphs)
     _runners[key] = runner
     return runner
+
+
+def _placeholder_ids(language_model: nn.Module) -> tuple[int, ...]:
+    """The ids that stand for a visual token in live objects with this language model in them; none: it is alone.
+
+    Raises:
+        InputError: There is such an object, and does not know its id yet.
+    """
+    ids = set()
+    for candidate in gc.get_objects():
+        if not issubclass(type(candidate), nn.Module) or not hasattr(candidate, "_modules"):  # half made
+            continue
+        live = find_live(candidate)
+        inner = None if live is None else getattr(candidate, live.path)
+        if live is None or live.splice is not None or getattr(inner, "_orig_mod", inner) is not language_model:
+            continue
+        if (token := placeholder_id(candidate)) is None:
+            raise InputError(
+                f"{type(candidate).__name__} does not know its image token's id before chat() was called: set "
+                "img_context_token_id, or pass options={'visual_token_ids': [...]}."
+            )
+        ids.add(token)
+    return tuple(sorted(ids))
 
 
 def _phase(region: Region) -> Phase:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from vte_compile.errors import InputError
 from vte_compile.families.decoder import DecoderSpec
-from vte_compile.families.inputs import decoder_inputs
+from vte_compile.families.inputs import DecoderInputs, decoder_inputs
+from vte_compile.families.live import PREPARE, find_splice, spliced
 from vte_compile.tuning.samples import Sample
 
 # Inputs of the model that follow from the tokens.
@@ -70,18 +71,22 @@ def embed_answered(model: nn.Module, spec: DecoderSpec, sample: Sample) -> Answe
     if wrong := [token for token in sample.answer if not 0 <= token < spec.config.vocab_size]:
         raise InputError(f"{sample.name}: answer tokens {wrong[:5]} are not in the model's vocabulary.")
     inputs = placed(spec, sample)
+    multimodal = {name: value for name, value in inputs.items() if name not in _FROM_TOKENS}
     try:
-        prompt = decoder_inputs(
-            model,
-            spec,
-            input_ids=inputs["input_ids"],
-            inputs_embeds=None,
-            visual_mask=None,
-            may_exit=False,
-            attention_mask=torch.ones_like(inputs["input_ids"], dtype=torch.bool),
-            multimodal={name: value for name, value in inputs.items() if name not in _FROM_TOKENS},
-        )
-    except ValueError as error:  # also the model's own, where images and placeholders do not match in number
+        if find_splice(type(model)) == PREPARE:
+            prompt = _spliced_prompt(model, inputs["input_ids"], multimodal)
+        else:
+            prompt = decoder_inputs(
+                model,
+                spec,
+                input_ids=inputs["input_ids"],
+                inputs_embeds=None,
+                visual_mask=None,
+                may_exit=False,
+                attention_mask=torch.ones_like(inputs["input_ids"], dtype=torch.bool),
+                multimodal=multimodal,
+            )
+    except (ValueError, TypeError) as error:  # also the model's own, where images and placeholders do not match
         raise InputError(f"{sample.name}: {error}") from error
     # As in decode: what the model says is text, even if it says a placeholder's token.
     answer = inputs["input_ids"].new_tensor(sample.answer)
@@ -92,6 +97,15 @@ def embed_answered(model: nn.Module, spec: DecoderSpec, sample: Sample) -> Answe
     if spec.has_blocks:
         token_inputs.append(F.pad(prompt.token_inputs[-1], (0, said.shape[1]), value=-1))
     return Answered(embeds, visual, answer, _positions(spec, prompt.position_ids, embeds), tuple(token_inputs))
+
+
+def _spliced_prompt(model: Any, ids: Tensor, multimodal: dict[str, Any]) -> DecoderInputs:
+    """A prompt of LLaVA's own code, in which one placeholder stands for an image (vte_compile/families/live.py)."""
+    given = dict.fromkeys(PREPARE.takes) | {"images": None, "input_ids": ids} | multimodal
+    result, visual = spliced(PREPARE, model.prepare_inputs_labels_for_multimodal, (), given)
+    if visual is None:
+        return DecoderInputs(model.get_input_embeddings()(ids), torch.zeros_like(ids, dtype=torch.bool), None)
+    return DecoderInputs(result[PREPARE.embeds], visual, None)
 
 
 def _positions(spec: DecoderSpec, of_prompt: Tensor | None, embeds: Tensor) -> Tensor:

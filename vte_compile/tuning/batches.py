@@ -12,6 +12,8 @@ from vte_compile.errors import InputError
 from vte_compile.families.decoder import VISUAL_TOKEN_FIELDS
 from vte_compile.tuning.samples import Sample, check_question
 
+_PIXELS = ("pixel_", "images")
+"""How names of images begin: those of transformers, and of LLaVA's own code."""
 IGNORE = -100
 """The label of a token that is no part of an answer, as in transformers."""
 
@@ -50,7 +52,7 @@ def read_batch(batch: Mapping[str, Any], name: str, processor: Any | None) -> It
         where = f"{name}, row {row}" if rows > 1 else name
         tokens = ids[row, real[row]]
         visual = bool(torch.isin(tokens, tokens.new_tensor(image_tokens)).any())
-        pixels = any(key.startswith("pixel_") and len(value) for key, value in parts[row].items())
+        pixels = any(key.startswith(_PIXELS) and len(value) for key, value in parts[row].items())
         if visual and not pixels:
             raise InputError(f"{where}: input_ids has image tokens, but there are no pixel_values.")
         if not pixels:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vte_compile.errors import InputError
+from vte_compile.errors import InputError, UnsupportedModelError
+from vte_compile.families.live import find_splice
 from vte_compile.optimizer import optimize
 from vte_compile.plan import Plan, StaticExit
 from vte_compile.tuning.answered import embed_answered, placed
@@ -119,6 +120,11 @@ class _Evaluator:
     ) -> None:
         self.model, self.samples, self.processor = model, samples, processor
         self.max_new_tokens, self.folder, self.seed = max_new_tokens, folder, seed
+        if find_splice(type(model)) is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: generate() of its own code takes prompts in its own way, unknown to "
+                "evaluate(): compare answers of optimize(model, plan).generate(...) instead (calibrate() takes it)."
+            )
         self.examiner = Examiner(model)
         self.spec = self.examiner.spec
         ExaminedStore(folder, model)  # refuses a folder of another model

@@ -8,7 +8,7 @@ branches side by side. That gives the same numbers for all layers at once, since
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vte_compile.errors import InputError
 from vte_compile.families.decoder import describe
+from vte_compile.families.live import find_splice
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
 from vte_compile.oracle_blocks import OwnBlock
@@ -252,6 +253,11 @@ def answer_of(model: nn.Module, sample: Sample, max_new_tokens: int) -> Sample:
 
 def own_answer(examiner: Examiner, sample: Sample, max_new_tokens: int) -> Sample:
     """See :func:`answer_of`."""
+    if find_splice(type(examiner.model)) is not None:  # its generate() takes other arguments, and gives no prompt back
+        prompt = embed_answered(examiner.model, examiner.spec, replace(sample, answer=(0,)))
+        ends = examiner.model.generation_config.eos_token_id
+        found = Oracle(examiner.model, Plan()).generate(prompt.embeds, max_new_tokens=max_new_tokens, eos_token_id=ends)
+        return Sample.of(sample.inputs, found.tokens[0], sample.name)
     output = examiner.model.generate(**placed(examiner.spec, sample), **GREEDY, max_new_tokens=max_new_tokens)
     answer = output[0, sample.inputs["input_ids"].shape[1] :].tolist()
     return Sample.of(sample.inputs, answer, sample.name)
