@@ -1,6 +1,6 @@
 """What a plan gains where a model is served: time to first token, time per output token, memory.
 
-    python benchmarks/serving.py --presets LLaVA-1.5-7B --json benchmarks/results/serving.json --seconds 540
+    python benchmarks/serving.py --presets LLaVA-1.5-7B --json benchmarks/results/serving.json --seconds 450
     python benchmarks/serving.py --presets tiny --batches 2 --runs 3 --steps 8      (anywhere: tries the script)
 
 On a GPU: random weights, made there. Cases are the model as it comes (SDPA), through torch.compile (static shapes; its
@@ -190,6 +190,7 @@ def measure(served: Served, model: Any, prompt: Prompt, runs: int, steps: int) -
         row["tpot"] = _times(step, steps, device, warmup=0)
     except Exception as error:  # the first token's times are worth having
         row |= _failure(error)
+    row |= served.how()
     if device.type == "cuda":
         return row | {"peak_bytes": torch.cuda.max_memory_allocated(device)}
     return row | {"peak_bytes": None, "peak_missing": "PyTorch counts allocated memory on GPUs alone"}

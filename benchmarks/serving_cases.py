@@ -15,6 +15,7 @@ from transformers import LlamaConfig, StaticCache
 from vte_compile import Oracle, Plan, StaticExit, optimize
 from vte_compile.families.cache_name import CACHE, cache_of
 from vte_compile.flops import kv_bytes
+from vte_compile.runtime.decoder_runner import DecoderRunner
 from vte_compile.runtime.growing import with_room
 
 EAGER, NEVER, MIXED = "eager", "never", "mixed"
@@ -119,6 +120,16 @@ class Served:
     """The decoder on the whole prompt: logits of the last tokens, and a cache."""
     steps: Callable[[], Callable[[], Tensor]]
     """Runs a prompt; the result runs a decode step, and gives its tokens [B, 1]."""
+    runner: DecoderRunner | None = None
+    """Of an optimized model."""
+
+    def how(self) -> dict[str, Any]:
+        """Of an optimized model that ran: in which phases attention is fused, and whether decode steps are replayed."""
+        if self.runner is None:
+            return {}
+        fused = sorted(key[0] for key, done in self.runner._fused.items() if done)
+        graphs = [graphs for graphs in self.runner._decode_graphs.values() if graphs is not None]
+        return {"fused": fused, "replayed": any(own._recorded is not None for own in graphs)}
 
 
 def serve(case: str, models: Models, prompt: Prompt, steps: int) -> Served:
@@ -160,7 +171,7 @@ def serve(case: str, models: Models, prompt: Prompt, steps: int) -> Served:
 
         return step
 
-    return Served(plan, prefill, begin)
+    return Served(plan, prefill, begin, getattr(model, "_vte_runner", None))
 
 
 def _prefill(model: Any, inputs: dict[str, Any]) -> Callable[[], Any]:

@@ -57,6 +57,7 @@ def test_all_cases_and_going_on(serving, tmp_path, capsys):
     assert len(set(exits["mixed"])) > 1
     for row in rows.values():
         assert row["relative_error"] < 1e-4
+        assert ("fused" in row) == (row["case"] not in ("eager", "torch.compile"))
         assert (len(row["ttft"]["runs_s"]), len(row["tpot"]["runs_s"])) == (2, 2)
         assert row["tokens_per_s"] == pytest.approx(3 / row["tpot"]["median_s"])
         assert row["prefill_flops_per_s"] * row["ttft"]["median_s"] == pytest.approx(row["prefill_flops"])
@@ -182,3 +183,5 @@ def test_on_a_gpu(serving, monkeypatch, tmp_path):
     for row in rows.values():
         assert row["peak_bytes"] > 0
         assert row["relative_error"] < 1e-3
+    for case in ("never", "1/4", "1/2", "3/4", "mixed"):
+        assert (rows[case]["fused"], rows[case]["replayed"]) == (["decode", "packed"], True)
