@@ -13,12 +13,10 @@ import pytest
 import torch
 from marks import thorough
 from test_families import handed_over, optimized, oracle_of
-from test_multimodal_engines import keep
 from tiny_families import VIDEO_TOKEN, family_inputs, video_inputs
 from tiny_models import one_thread  # noqa: F401
+from uncompiled import uncompiled_engine
 
-import vte_compile
-from vte_compile import load_engine
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.export import aoti
 from vte_compile.export.encoder_function import traced
@@ -28,14 +26,9 @@ from vte_compile.runtime.inductor import missing_compiler
 
 @pytest.fixture(scope="module", params=["llava_next", "llava_onevision", "idefics3", "mistral3", thorough("smolvlm")])
 def engine(request, tmp_path_factory) -> Any:
-    """With its name, and what takes the place of compiled pieces."""
-    pieces: dict[str, Any] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aoti, "compile_piece", lambda module, key, examples, file, tried: keep(pieces, module, file))
-        patch.setattr(aoti, "load_piece", lambda file: lambda values: pieces[file.name](*values))
-        folder = tmp_path_factory.mktemp(request.param) / "engine"
-        vte_compile.export(optimized(request.param, "natural"), folder, target="aoti")
-        return request.param, load_engine(folder)
+    """With its name; its pieces are not compiled."""
+    folder = tmp_path_factory.mktemp(request.param) / "engine"
+    return request.param, uncompiled_engine(optimized(request.param, "natural"), folder)
 
 
 def test_engine_is_the_oracle(engine: Any) -> None:

@@ -16,8 +16,6 @@ from transformers import Gemma3ForConditionalGeneration
 from vte_compile import StaticExit, optimize
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.cache_name import CACHE, cache_of
-from vte_compile.families.decoder import describe
-from vte_compile.families.refusals import refuse_more_than_causal
 from vte_compile.families.token_blocks import allowed, blocks_of, continued_inputs, masks_of
 
 CPU = torch.device("cpu")
@@ -131,12 +129,6 @@ def test_rows_run_one_by_one(caplog):
         optimized(name)._vte_runner._unpacked.clear()
         optimized(name)(**inputs)
     assert "prompts of a batch run one by one: tokens attend to later ones of their block" in caplog.text
-
-
-def test_where_blocks_are_not_taken():
-    """AOTInductor's and TensorRT's engines, and tuning."""
-    with pytest.raises(UnsupportedModelError, match=r"^GemmaModel takes block_ids besides embeddings and positions"):
-        refuse_more_than_causal(describe(shared_family("paligemma")))
 
 
 @pytest.mark.thorough
