@@ -27,8 +27,6 @@ Function = Callable[[list[Tensor]], Sequence[Tensor]]
 
 # Of outputs, relative to the largest expected value.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-# Tried in every piece: all lengths 1, and others than those it was traced with. Equal ones stay equal.
-_TRIED: tuple[Callable[[int], int], ...] = (lambda length: 1, lambda length: length + 4)
 
 
 def built(device: torch.device) -> Built:
@@ -69,6 +67,7 @@ def compile_piece(
     examples: Sequence[Tensor],
     file: Path,
     tried: Sequence[Sequence[Tensor]] = (),
+    shortest: int = 1,
 ) -> None:
     """Compile a graph to a package, or take it from Inductor's cache folder.
 
@@ -78,6 +77,7 @@ def compile_piece(
         examples: For all inputs: tensors, fake ones with symbolic sizes where any size is to do.
         file: Where the package goes.
         tried: Values of the first inputs that it is compared with; of the others, and if there are none, any.
+        shortest: Lengths are so at least.
 
     Raises:
         CaptureError: It could not be compiled, or does not compute what the graph does.
@@ -87,7 +87,7 @@ def compile_piece(
         shutil.copyfile(kept, file)
     else:
         _compile(module, examples, file)
-    _check(module, examples, load_piece(file), tried)
+    _check(module, examples, load_piece(file), tried, shortest)
     if not kept.is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=kept.parent)
@@ -138,10 +138,14 @@ def _compile(module: fx.GraphModule, examples: Sequence[Tensor], file: Path) -> 
 
 
 def _check(
-    module: fx.GraphModule, examples: Sequence[Tensor], function: Function, tried: Sequence[Sequence[Tensor]]
+    module: fx.GraphModule,
+    examples: Sequence[Tensor],
+    function: Function,
+    tried: Sequence[Sequence[Tensor]],
+    shortest: int,
 ) -> None:
     """Compare with the graph itself at other lengths: nothing else would show that one was taken for fixed."""
-    for values, where in _given(examples, tried) if tried else _made(examples):
+    for values, where in _given(examples, tried) if tried else _made(examples, shortest):
         with torch.no_grad():
             expected, got = module(*values), function([value.contiguous() for value in values])
         for want, have in zip(expected, got, strict=True):
@@ -151,13 +155,13 @@ def _check(
                 raise CaptureError(f"a compiled piece does not compute what its graph does at {where}.")
 
 
-def _made(examples: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], str]]:
-    """Values for all inputs, at lengths that a piece was not traced with; and which."""
+def _made(examples: Sequence[Tensor], shortest: int) -> Iterator[tuple[list[Tensor], str]]:
+    """Values for all inputs, at lengths that a piece was not traced with; and which. Equal ones stay equal."""
     sizes: list[Any] = [size for e in examples for size in e.shape if not isinstance(size, int)]
     traced = {size.node.expr: _hint(size) for size in sizes}
     traced = {size: length for size, length in traced.items() if size.is_symbol}
-    for tried in _TRIED if traced else _TRIED[:1]:
-        lengths = {symbol: tried(length) for symbol, length in traced.items()}
+    shorter, longer = dict.fromkeys(traced, shortest), {symbol: length + 4 for symbol, length in traced.items()}
+    for lengths in (shorter, longer) if traced else (shorter,):
         values = [_value(example, lambda size, at=lengths: _at(size, at)) for example in examples]  # type: ignore[misc]
         yield values, f"lengths {list(lengths.values())}"
 

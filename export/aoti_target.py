@@ -37,7 +37,8 @@ def write(fast: Any, path: Path) -> None:
         for piece in tqdm(staged.pieces, desc="compile pieces", leave=False):
             files[piece.name] = f"pieces/{piece.name}.pt2"
             try:
-                aoti.compile_piece(piece.module, piece.key, piece.examples, folder / files[piece.name], piece.tried)
+                arguments = (piece.module, piece.key, piece.examples, folder / files[piece.name])
+                aoti.compile_piece(*arguments, piece.tried, piece.shortest)
             except CaptureError as error:
                 raise CaptureError(f"{piece.name}: {error}") from error
         weights = _write_weights(staged.weights, folder)

@@ -42,6 +42,8 @@ class StagedPiece:
     """For all inputs and then all weights: tensors, fake ones where sizes are symbolic."""
     tried: list[list[Tensor]] = field(default_factory=list)
     """Inputs to compare what is compiled with, where not any will do."""
+    shortest: int = 1
+    """It is given no sequences shorter than that."""
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Staged:
         """The name of the piece, or of an equal one that is there."""
         for known in self.pieces:
             if known.key == piece.key:
+                known.shortest = min(known.shortest, piece.shortest)
                 return known.name
         self.pieces.append(piece)
         return piece.name
@@ -92,7 +95,9 @@ def stage(fast: Any) -> Staged:
     staged = Staged(model_facts(fast), "", runner.routed)
     for phase, batched in _PHASES:
         lowered = runner.lowered(phase, batched=batched)
-        staged.phases[phase] = _phase(staged, phase, lowered)
+        # A companion token is in front of a prompt, and what is behind it is not empty.
+        shortest = 2 if staged.model.companion and phase == "prefill" else 1
+        staged.phases[phase] = _phase(staged, phase, lowered, shortest=shortest)
     if staged.model.companion:  # then prompts of a batch run one by one
         staged.add_weight(COMPANION, fast.plan.companion.to(fast._vte_spec.device, fast._vte_spec.dtype))
     elif (packed := runner.lowered_packed()) is not None:
@@ -189,25 +194,33 @@ def embedding_table(fast: Any) -> Tensor:
 
 
 def _phase(
-    staged: Staged, phase: str, lowered: PiecewiseGraph, tried: Mapping[str, list[list[Tensor]]] | None = None
+    staged: Staged,
+    phase: str,
+    lowered: PiecewiseGraph,
+    tried: Mapping[str, list[list[Tensor]]] | None = None,
+    shortest: int = 1,
 ) -> PhaseSteps:
-    steps = [_call(staged, f"{phase}_{i}", step, tried or {}) for i, step in enumerate(lowered.steps)]
+    steps = [_call(staged, f"{phase}_{i}", step, tried or {}, shortest) for i, step in enumerate(lowered.steps)]
     return PhaseSteps(lowered.inputs, steps, lowered.outputs, lowered.kv, lowered.prompt_state)
 
 
 def _call(
-    staged: Staged, name: str, step: Piece | ExitPoint | AttendPoint, tried: Mapping[str, list[list[Tensor]]]
+    staged: Staged,
+    name: str,
+    step: Piece | ExitPoint | AttendPoint,
+    tried: Mapping[str, list[list[Tensor]]],
+    shortest: int,
 ) -> PieceCall | ExitCall | AttendCall:
     if isinstance(step, Piece):
-        return _piece_call(staged, name, step, tried.get(step.key, [])[:1])
+        return _piece_call(staged, name, step, tried.get(step.key, [])[:1], shortest)
     if isinstance(step, AttendPoint):
         assert step.kind == "append"  # engines attend with torch's own attention
         return AttendCall(step.inputs, step.outputs, step.scale, step.window, step.softcap)
     return _exit_call(staged, step)
 
 
-def _piece_call(staged: Staged, name: str, piece: Piece, tried: list[list[Tensor]]) -> PieceCall:
-    known = staged.add_piece(StagedPiece(name, piece.module, piece.key, piece.examples, tried))
+def _piece_call(staged: Staged, name: str, piece: Piece, tried: list[list[Tensor]], shortest: int) -> PieceCall:
+    known = staged.add_piece(StagedPiece(name, piece.module, piece.key, piece.examples, tried, shortest))
     named = zip(piece.weights, piece.parameters, strict=True)
     weights = [staged.add_weight(weight, read()) for weight, read in named]
     return PieceCall(known, piece.inputs, weights, piece.outputs)

@@ -111,4 +111,10 @@ def test_steps_of_aoti() -> None:
     pieces = {name: lambda values, run=module: run(*values) for name, module in modules.items()}
     programs = {name: _program(phase, staged.weights, pieces) for name, phase in staged.phases.items()}
     assert set(programs) == {"prefill", "extend", "decode"}
+    # With the token, a prompt is two tokens long at least: pieces of it alone are not tried at less.
+    shortest = {piece.name: piece.shortest for piece in staged.pieces}
+    later = {
+        step.piece for name in ("extend", "decode") for step in staged.phases[name].steps if hasattr(step, "piece")
+    }
+    assert {name for name, length in shortest.items() if length == 1} == later
     assert_same(Engine(Loaded(SimpleNamespace(**vars(staged)), staged.weights, programs, None), Path()), plan)  # type: ignore[arg-type]

@@ -350,7 +350,7 @@ def test_export_replaces_an_engine_and_nothing_else(llama, folder: Path, tmp_pat
     before = (folder / MANIFEST).read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(aoti_target, "_write_weights", interrupted)
-        patch.setattr("vte_compile.export.aoti.compile_piece", lambda module, key, examples, file, tried: file.touch())
+        patch.setattr("vte_compile.export.aoti.compile_piece", lambda module, key, examples, file, *_: file.touch())
         for target in (folder, tmp_path / "new"):
             with pytest.raises(KeyboardInterrupt):
                 vte_compile.export(fast, target, target="aoti")

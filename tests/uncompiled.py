@@ -15,7 +15,7 @@ def uncompiled_engine(fast: Any, folder: Path) -> Any:
     """The engine of a model, written into a folder and loaded from it."""
     pieces: dict[str, Any] = {}
 
-    def keep(module: Any, key: str, examples: Any, file: Path, tried: Any) -> None:
+    def keep(module: Any, key: str, examples: Any, file: Path, *_: Any) -> None:
         pieces[file.name] = module
         file.touch()
 
