@@ -13,8 +13,10 @@ import torch
 from tiny_models import (
     assert_relative,
     chunk,
+    image_prompt,
     one_thread,  # noqa: F401
     plan,
+    shared_model,
     tiny,
 )
 
@@ -159,6 +161,18 @@ def test_a_replayed_step_is_launched_before_its_views_are_made(fast, model, reco
     monkeypatch.setattr(recorder, "replay", lambda step: order.append("launch") or replay(step))
     chat.step(1)
     assert order == ["launch", "views"]
+
+
+def test_decode_steps_do_not_look_for_visual_tokens(monkeypatch):
+    """Of a step nobody asks; ids that are put on a GPU for it would be waited for."""
+    model = shared_model("llava")
+    fast = optimize(model, plan(StaticExit(0)), compile=False)
+    ids, pixels, mask = image_prompt("titt")
+    cache = cache_of(fast(input_ids=ids, pixel_values=pixels, attention_mask=mask))
+    monkeypatch.delattr(torch, "isin")
+    fast(input_ids=torch.full((1, 1), 7), **{CACHE: cache})
+    with pytest.raises(AttributeError, match="isin"):
+        fast(input_ids=torch.full((1, 2), 7), **{CACHE: cache})
 
 
 def test_requests_that_take_turns_are_not_recorded(fast, model, recorder):

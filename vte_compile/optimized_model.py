@@ -181,7 +181,7 @@ class OptimizedModel:
             output = self._vte_runner.run(
                 inputs.embeds,
                 inputs.visual_mask,
-                mask,
+                None if given("attention_mask") is None else mask,
                 positions,
                 cache,
                 last=last,

@@ -164,7 +164,8 @@ def decoder_inputs(
     """
     tokens = chunk_tokens(input_ids, inputs_embeds)
     shape = tuple(tokens.shape[:2])
-    mask = _visual_mask(spec, input_ids, visual_mask, shape, may_exit, tokens.device)
+    decoding = continued and shape[1] == 1 and not may_exit and not _has_images(multimodal)
+    mask = _visual_mask(spec, input_ids, visual_mask, shape, may_exit, decoding, tokens.device)
     if shape[1] == 1:  # a token alone attends to itself and those before it, whatever its type
         multimodal = {name: value for name, value in multimodal.items() if name != TYPES}
     if _has_images(multimodal) and input_ids is not None and not bool(mask.any()):
@@ -244,8 +245,10 @@ def _visual_mask(
     given: Tensor | None,
     shape: tuple[int, ...],
     may_exit: bool,
+    decoding: bool,
     device: torch.device,
 ) -> Tensor:
+    """[B, T]; of a decode step nothing is visual, and nobody asks: a GPU would only be kept waiting."""
     if given is not None:
         if tuple(given.shape) != shape or given.dtype != torch.bool:
             raise InputError(
@@ -259,9 +262,11 @@ def _visual_mask(
                 "The plan has exits, but no visual token id is known: the model's config has neither image_token_id "
                 "nor video_token_id. Set it, or pass visual_mask ([batch, tokens] bool)."
             )
-        # A language model alone embeds text only, so no id of it can be visual.
-        return torch.isin(input_ids, torch.tensor(spec.visual_token_ids, device=device, dtype=input_ids.dtype))
-    if may_exit:
+        if not decoding:
+            # A language model alone embeds text only, so no id of it can be visual.
+            ids = torch.tensor(spec.visual_token_ids, dtype=input_ids.dtype).to(device, non_blocking=True)
+            return torch.isin(input_ids, ids)
+    elif may_exit:
         raise InputError(
             "The plan has exits, but which tokens are visual is not known: with inputs_embeds alone no visual token id "
             "can be looked up. Pass visual_mask ([batch, tokens] bool, all False for a text-only prompt) beside it."

@@ -102,7 +102,7 @@ class RowRunner:
         self,
         embeds: Tensor,
         visual_mask: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: RowsCache,
         *,
@@ -114,7 +114,8 @@ class RowRunner:
         Args:
             embeds: [B, T, C].
             visual_mask: [B, T] bool.
-            attention_mask: [B, T] bool of this chunk: False at padding.
+            attention_mask: [B, T] bool of this chunk: False at padding. None: there is none, which a GPU need not be
+                asked.
             position_ids: [B, T], or [3, B, T] if positions are multimodal; None to count each row's tokens.
             cache: Of the same rows; empty in prefill.
             last: Return the logits of each row's last token only.
@@ -124,9 +125,15 @@ class RowRunner:
         if not cache.is_empty and cache.starts.shape[1] != batch:
             raise InputError(f"The cache holds {cache.starts.shape[1]} rows, the inputs {batch}.")
         # What is told of text alone, decode steps know: no features, no block.
-        visual = bool(token_inputs) and bool(visual_mask.any())
-        if tokens == 1 and not cache.is_empty and bool(attention_mask.all()) and not visual:
+        if (
+            tokens == 1
+            and not cache.is_empty
+            and (attention_mask is None or bool(attention_mask.all()))
+            and not (token_inputs and bool(visual_mask.any()))
+        ):
             return self._decode(embeds, position_ids, cache)
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, tokens, dtype=torch.bool)
         return self._rows(embeds, visual_mask, attention_mask, position_ids, cache, last, token_inputs)
 
     def _decode(self, embeds: Tensor, position_ids: Tensor | None, cache: RowsCache) -> RunnerOutput:
