@@ -111,10 +111,11 @@ def test_adapters_are_trained_on_the_oracles_loss(name: str) -> None:
     close(loss, (loss_of(answer_logits(name, plan(SkippedAttention(1, adapter)))) + of_other) / 2)
 
 
-def test_blocks_that_cannot_be_taken_apart_are_refused() -> None:
-    """Gemma3's have four norms: its exits can be calibrated, its attentions not ranked."""
+@pytest.mark.parametrize("name", ["gemma3", "paligemma2"])
+def test_blocks_that_cannot_be_taken_apart_are_refused(name: str) -> None:
+    """Gemma's later ones have four norms: exits can be calibrated, attentions not ranked."""
     with pytest.raises(UnsupportedModelError, match="not a block of pre-norm form"):
-        Deleter(shared_family("gemma3"))
+        Deleter(shared_family(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
