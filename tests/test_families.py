@@ -404,20 +404,30 @@ def test_skips_and_adapters(name):
 @pytest.mark.parametrize("name", ["gemma3", *map(thorough, ("paligemma2", "llava_mixtral"))])
 @pytest.mark.shows("skips")
 def test_skips_without_adapters(name, record_property):
-    """Against a model whose attentions there give zeros, since the oracle cannot take Gemma's blocks apart."""
     record_property("note", WITHOUT_ADAPTERS)
-    skipped, silent = (0, 3), tiny_family(name)
-    for layer in skipped:
-        torch.nn.init.zeros_(find_decoder(silent).layers[layer].self_attn.o_proj.weight)
-    inputs = family_inputs(name, images=[2, 0, 1])
-    fast = optimize(tiny_family(name), plan(StaticExit(1), *map(SkippedAttention, skipped)), compile=False)
-    out, oracle, prompt = fast(**inputs), Oracle(silent, plan(StaticExit(1))), handed_over(name, inputs)
+    skipped = (0, 3)
+    inputs, parts = family_inputs(name, images=[2, 0, 1]), plan(StaticExit(1), *map(SkippedAttention, skipped))
+    fast = optimize(tiny_family(name), parts, compile=False)
+    out, oracle, prompt = fast(**inputs), Oracle(shared_family(name), parts), handed_over(name, inputs)
     want = oracle.forward(**prompt)
     assert out.exit_layer.tolist() == want.exit_layer.tolist() == [1, -1, 1]
     assert_relative(out.logits, want.logits)
     assert [layer.is_initialized for layer in out.past_key_values.layers] == [False, True, True, False]
     tokens = fast.generate(**inputs, do_sample=False, max_new_tokens=6)
     assert tokens[:, -6:].tolist() == oracle.generate(**prompt, max_new_tokens=6).tokens
+
+
+@pytest.mark.parametrize("name", NO_ADAPTERS)
+def test_a_skipped_attention_is_one_that_gives_zeros(name):
+    """What the oracle makes of blocks that cannot be taken apart, against the model itself with such weights."""
+    silent = tiny_family(name)
+    torch.nn.init.zeros_(find_decoder(silent).layers[1].self_attn.o_proj.weight)
+    prompt = handed_over(name, family_inputs(name, images=[2, 0, 1]))
+    logits = [
+        Oracle(model, parts).forward(**prompt).logits
+        for model, parts in ((silent, Plan()), (shared_family(name), plan(SkippedAttention(1))))
+    ]
+    assert_relative(*logits)
 
 
 @pytest.mark.thorough

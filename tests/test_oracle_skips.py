@@ -47,6 +47,7 @@ from vte_compile.adapters import PIA, PlainAdapter, StaticRouter, apply_pia, app
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.blocks import block_parts, rms_gain
 from vte_compile.oracle import OracleCache, embed
+from vte_compile.oracle_blocks import planned_blocks
 
 
 def skip(layer: int, **options) -> SkippedAttention:
@@ -411,7 +412,7 @@ def test_blocks_with_other_norms_are_refused(config, cls, message):
 def test_oracle_names_the_layer_it_cannot_change():
     model = tiny_of(Olmo2Config, Olmo2ForCausalLM)
     Oracle(model, plan())
-    for part, field in ((SkippedAttention(2), "skips"), (kept(2), "adapters")):
+    for part, field in ((skip(2), "skips"), (kept(2), "adapters")):
         with pytest.raises(UnsupportedModelError, match=rf"^layer 2: .* has no input_layernorm.* plan's {field}"):
             Oracle(model, plan(part))
 
@@ -464,3 +465,24 @@ def test_nothing_is_remembered_and_the_model_is_untouched():
     assert torch.equal(oracle.forward(*args).logits, once.logits)
     assert once.cache.rows[0].statistics == statistics
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_makes_something_of_no_attention_is_refused():
+    """A block with norms behind its parts is skipped as one whose attention gives zeros, which no bias may change."""
+
+    class Sandwich(nn.Module):
+        def __init__(self, norm: type[nn.Module]) -> None:
+            super().__init__()
+            self.self_attn, self.mlp = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.behind_attention = norm(4)
+
+        def forward(self, hidden_states):
+            attended, _ = self.self_attn(hidden_states)
+            return hidden_states + self.behind_attention(attended) + self.mlp(hidden_states)
+
+    x, layer = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0)), Sandwich(nn.RMSNorm)
+    skipped = Plan(skips=[SkippedAttention(0)])
+    [block] = planned_blocks([layer], skipped)
+    torch.testing.assert_close(block(x, None)[0], x + layer.mlp(x))
+    with pytest.raises(UnsupportedModelError, match=r"^layer 0: Sandwich has behind_attention, a norm with a bias"):
+        planned_blocks([Sandwich(nn.LayerNorm)], skipped)

@@ -29,7 +29,7 @@ from vte_compile.families.deepstack import deepstack_layers, rows_of
 from vte_compile.families.logits import capped, softcap_of
 from vte_compile.families.refusals import refuse_other_architectures
 from vte_compile.families.token_blocks import takes_blocks, unmasked_block
-from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, PromptStatistics, planned_blocks
+from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, PromptStatistics, SilencedBlock, planned_blocks
 from vte_compile.plan import GateExit, Plan, StaticExit
 
 __all__ = ["Oracle", "OracleCache", "OracleGeneration", "OracleOutput", "RowCache", "RowRun", "embed"]
@@ -138,9 +138,10 @@ class Oracle:
     `model`: a Hugging Face causal LM or MLLM in eval mode, whose decoder is a pre-norm stack with rotary embeddings
     (Llama, Mistral, Qwen2, Qwen3, ...) and "sdpa" or "eager" attention. A sliding attention window counts tokens in the
     order in which they stand in that layer's cache of the row; nothing that leaves the window is evicted from the
-    cache. Layers whose attention is skipped, or has an adapter, must be blocks of the form
+    cache. Layers that have an adapter must be blocks of the form
     h = x + self_attn(input_layernorm(x)) ; out = h + mlp(post_attention_layernorm(h)), and the second norm an RMSNorm
-    where an adapter stands in for the attention; this is tried out on each of them.
+    where an adapter stands in for the attention; this is tried out on each of them. Without adapter, a layer of another
+    form is skipped as one whose attention gives zeros.
 
     Raises UnsupportedModelError if the oracle would compute this model wrongly, PlanMismatchError if the plan does not
     fit it. As a safety net against model-specific extras (scaled embeddings or logits, dropout), a short text is run
@@ -169,7 +170,7 @@ class Oracle:
         self._check_against_model()
         planned = planned_blocks(self.layers, plan)
         for index, block in enumerate(planned):
-            if not isinstance(block, OwnBlock):
+            if not isinstance(block, (OwnBlock, SilencedBlock)):
                 self._check_block(index)
         self.blocks = planned
 

@@ -6,6 +6,9 @@ The forms are those of EAS (arXiv 2403.15226) for pre-norm blocks, literally::
     skipped: out = x + MLP(g * PIA(RMS_in x))            g: the weight of RMS_post
     skipped, training-free: out = x + MLP(RMS_post x)
 
+Blocks of other forms (Gemma's later ones have norms behind attention and MLP, mixtures have experts) take no adapters;
+skipped, they are the layer's own forward with an attention that gives zeros.
+
 Every block takes one row: x [1, n, C], the statistics of the row's prompt in this layer (None: x is the prompt), and
 the arguments of its attention. It returns its output [1, n, C] and the statistics. With given statistics, a row for
 each, it takes several rows; `statistics()` makes them, where a row holds more than its prompt, or a companion token
@@ -24,7 +27,8 @@ from torch.nn import functional as F
 
 from vte_compile.adapters import PIA, PlainAdapter, apply_pia, apply_plain, pool, route
 from vte_compile.errors import UnsupportedModelError
-from vte_compile.families.blocks import block_parts, rms_gain
+from vte_compile.families.blocks import attention_name, block_parts, can_be_taken_apart, rms_gain
+from vte_compile.module_tree import shallow_copy
 from vte_compile.plan import Plan
 
 
@@ -121,7 +125,40 @@ class SkippedBlock:
         return PromptStatistics(weights, pool(self.adapter, normed, prompt_mask))
 
 
-Block = OwnBlock | KeptBlock | SkippedBlock
+class SilencedBlock:
+    """A block that cannot be taken apart, without its attention: the layer's own forward, where that gives zeros.
+
+    Raises UnsupportedModelError if zeros are not the same as no attention: what else the layer has makes something of
+    them (a norm with a bias).
+    """
+
+    attends = False
+    adapter = None
+
+    def __init__(self, layer: nn.Module) -> None:
+        name = attention_name(layer)
+        for other, module in layer.named_children():
+            weights = dict(module.named_parameters())
+            if "bias" in weights and weights["weight"].ndim == 1:
+                raise UnsupportedModelError(
+                    f"{type(layer).__name__} has {other}, a norm with a bias: it could make something of no attention"
+                )
+        self._layer = shallow_copy(layer)
+        self._layer._modules[name] = _Silence()
+
+    def __call__(self, x: Tensor, known: PromptStatistics | None, **attention: Any) -> tuple[Tensor, None]:
+        return OwnBlock(self._layer)(x, known, **attention)
+
+    def statistics(self, x: Tensor, prompt_mask: Tensor, companion: Tensor | None = None) -> None:
+        """There is no adapter that needs any."""
+
+
+class _Silence(nn.Module):
+    def forward(self, hidden_states: Tensor, **attention: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+Block = OwnBlock | KeptBlock | SkippedBlock | SilencedBlock
 
 
 def planned_blocks(layers: Sequence[nn.Module], plan: Plan) -> list[Block]:
@@ -133,12 +170,19 @@ def planned_blocks(layers: Sequence[nn.Module], plan: Plan) -> list[Block]:
     blocks: list[Block] = [OwnBlock(layer) for layer in layers]
     for field in ("skips", "adapters"):
         for part in getattr(plan, field):
-            form = SkippedBlock if field == "skips" else KeptBlock
             try:
-                blocks[part.layer] = form(layers[part.layer], part.adapter)
+                blocks[part.layer] = _planned(layers[part.layer], field, part.adapter)
             except UnsupportedModelError as error:
                 raise UnsupportedModelError(f"layer {part.layer}: {error}; the plan's {field} cannot apply") from error
     return blocks
+
+
+def _planned(layer: nn.Module, field: str, adapter: Any) -> Block:
+    if field == "adapters":
+        return KeptBlock(layer, adapter)
+    if adapter is None and not can_be_taken_apart(layer):
+        return SilencedBlock(layer)
+    return SkippedBlock(layer, adapter)
 
 
 def _tensor(output: object) -> Tensor:

@@ -64,6 +64,29 @@ def block_parts(layer: nn.Module) -> BlockParts:
     return BlockParts(**{part: children[name] for part, name in names.items()})
 
 
+def can_be_taken_apart(layer: nn.Module) -> bool:
+    """Whether :func:`block_parts` takes it."""
+    try:
+        block_parts(layer)
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+def attention_name(layer: nn.Module) -> str:
+    """The name of the attention in `layer`, which may be of another form.
+
+    Raises:
+        UnsupportedModelError: There is none of a name that is known.
+    """
+    children = dict(layer.named_children())
+    found = [names["attention"] for names in _NAMES if names["attention"] in children]
+    if not found:
+        known = ", ".join(names["attention"] for names in _NAMES)
+        raise UnsupportedModelError(f"{type(layer).__name__} has no attention of a name that is known ({known})")
+    return found[0]
+
+
 @torch.no_grad()
 def rms_gain(norm: nn.Module) -> Tensor:
     """What an RMSNorm multiplies its normalised input by: g [C] in norm(x) = g * x / sqrt(mean(x^2) + eps).
