@@ -193,6 +193,7 @@ class _NoHead(nn.Module):
 
 _runners: weakref.WeakValueDictionary[tuple[Any, ...], DecoderRunner] = weakref.WeakValueDictionary()
 """By decoder and options; those in use are kept alive, with their decoder, by what Dynamo compiled."""
+_verified: weakref.WeakSet[DecoderRunner] = weakref.WeakSet()
 
 
 def _runner(model: PreTrainedModel, spec: DecoderSpec, settings: Options) -> DecoderRunner:
@@ -253,14 +254,12 @@ def _phase(region: Region) -> Phase:
 def _with_call(
     gm: fx.GraphModule, region: Region, runner: DecoderRunner, model: PreTrainedModel, settings: Options
 ) -> Compiled:
-    verified: list[bool] = []
-
     def verify() -> None:
-        # At the first run and not here: Dynamo is in the middle of tracing.
-        if not verified:
+        # At the first run and not here: Dynamo is in the middle of tracing. All graphs have the same runner.
+        if runner not in _verified:
             verify_hidden(model, runner)
             runner.unused_weights()  # refuses adapters that cannot apply
-            verified.append(True)
+            _verified.add(runner)
 
     layout = replace_region(gm, region)
     before, replaced, behind = split(gm)
