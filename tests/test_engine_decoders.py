@@ -15,7 +15,7 @@ import torch
 from fake_tensorrt import load_fake
 from marks import thorough
 from test_families import handed_over, optimized
-from test_ort_decoders import EXITS, OURS, close, following, last, turn_of
+from test_ort_decoders import EXITS, OURS, check_second_turn, close, last
 from test_windows import WINDOWS
 from tiny_families import IMAGE_TOKEN, PREFIX, family_inputs, shared_family, video_inputs
 from tiny_models import (
@@ -91,19 +91,7 @@ def test_prompts_and_answers(door: str, name: str, engines: Any) -> None:
 
 @pytest.mark.parametrize(("door", "name"), CASES)
 def test_second_turn(door: str, name: str, engines: Any) -> None:
-    """One row brings an image, the other text; then a token of each."""
-    engine, oracle = engines(door, name), Oracle(shared_family(name), plan(*EXITS))
-    first, second = family_inputs(name, [1, 2], seed=3), family_inputs(name, [1, 0], seed=4)
-    known = oracle.forward(**turn_of(name, first, False)).cache
-    turn = turn_of(name, second, True)
-    turn["position_ids"] = following(turn["position_ids"], known)
-    want = oracle.forward(**turn, cache=known)
-    got = engine.prefill(**second, cache=engine.prefill(**first).cache)
-    close(got.logits, last(want.logits, second["attention_mask"]))
-    assert got.exit_layer.tolist() == want.exit_layer.tolist()
-    tokens = torch.tensor([5, 7])
-    embeds = shared_family(name).get_input_embeddings()(tokens[:, None])
-    close(engine.decode(tokens, got.cache).logits, oracle.forward(embeds, cache=want.cache).logits[:, -1])
+    check_second_turn(name, engines(door, name))
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])

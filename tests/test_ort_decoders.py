@@ -138,8 +138,8 @@ def test_prompts_and_answers(name: str, engine: OnnxEngine) -> None:
     assert seen == {-1, 0, 2, 3}
 
 
-def test_second_turn(name: str, engine: OnnxEngine) -> None:
-    """One row brings an image, the other text; then a token of each."""
+def check_second_turn(name: str, engine: Any) -> None:
+    """Of an engine with ``EXITS``: one row brings an image, the other text; then a token of each."""
     oracle = Oracle(shared_family(name), plan(*EXITS))
     first, second = family_inputs(name, [1, 2], seed=3), family_inputs(name, [1, 0], seed=4)
     known = oracle.forward(**turn_of(name, first, False)).cache
@@ -152,6 +152,10 @@ def test_second_turn(name: str, engine: OnnxEngine) -> None:
     tokens = torch.tensor([5, 7])
     embeds = shared_family(name).get_input_embeddings()(tokens[:, None])
     close(engine.decode(tokens, got.cache).logits, oracle.forward(embeds, cache=want.cache).logits[:, -1])
+
+
+def test_second_turn(name: str, engine: OnnxEngine) -> None:
+    check_second_turn(name, engine)
 
 
 def test_features_and_embeddings_instead_of_pixels(name: str, engine: OnnxEngine) -> None:

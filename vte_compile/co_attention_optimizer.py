@@ -12,6 +12,7 @@ from torch import nn
 from vte_compile.co_attention_capture import CoAttentionGraph, built_alike, capture_co_attention
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.co_attention import CoAttentionSpec, find_co_attention, with_layers
+from vte_compile.inference_only import InferenceOnly
 from vte_compile.passes import CO_ATTENTION_PASSES, PassResult, run_passes
 from vte_compile.passes.fold_co_adapters import FoldResult
 from vte_compile.plan import Plan
@@ -110,7 +111,7 @@ def _wrap(model: ModelT, spec: CoAttentionSpec, plan: Plan, layers: dict[str, li
     return fast
 
 
-class OptimizedCoAttention:
+class OptimizedCoAttention(InferenceOnly):
     """What :func:`optimize_co_attention` adds to a model's class."""
 
     _vte_plan: Plan
@@ -138,13 +139,3 @@ class OptimizedCoAttention:
             "save_pretrained: weights of the original are folded or gone: save the original model, and model.plan in "
             "the same folder, where optimize() finds it."
         )
-
-    def train(self, mode: bool = True) -> Any:
-        """Only ``train(False)``.
-
-        Raises:
-            InputError: The optimized layers are for inference.
-        """
-        if mode:
-            raise InputError("An optimized model is for inference: train the model it was made from.")
-        return super().train(mode)  # type: ignore[misc]

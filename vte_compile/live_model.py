@@ -20,6 +20,7 @@ from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.cache_name import CACHE_NAMES, given_cache
 from vte_compile.families.live import EMBED, PREPARE, Live, find_splice, placeholder_id, spliced
 from vte_compile.folded_weights import FoldReport
+from vte_compile.inference_only import InferenceOnly
 from vte_compile.module_tree import of_class, shallow_copy
 from vte_compile.plan import Plan
 from vte_compile.runtime.told import tell, told_within
@@ -72,7 +73,7 @@ class Prepares:
         return result
 
 
-class LiveModel:
+class LiveModel(InferenceOnly):
     """What optimize() adds to a class of the authors' own that has a language model in it."""
 
     _vte_base: type
@@ -140,16 +141,6 @@ class LiveModel:
         self._vte_language_model._vte_refuse_to_save()
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         self.plan.save_pretrained(save_directory)
-
-    def train(self, mode: bool = True) -> Any:
-        """Only ``train(False)``.
-
-        Raises:
-            InputError: The optimized decoder is for inference.
-        """
-        if mode:
-            raise InputError("An optimized model is for inference: train the model it was made from.")
-        return super().train(mode)  # type: ignore[misc]
 
 
 class SplicedModel(Prepares):

@@ -20,6 +20,7 @@ from vte_compile.families.cache_name import CACHE, given_cache
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.families.inputs import chunk_tokens, decoder_inputs, image_positions
 from vte_compile.folded_weights import FoldReport
+from vte_compile.inference_only import InferenceOnly
 from vte_compile.module_tree import of_class
 from vte_compile.plan import Plan
 from vte_compile.runtime.decoder_runner import DecoderRunner
@@ -112,7 +113,7 @@ _UNUSABLE_IN_GENERATE = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assi
 _generation_exits: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("vte_exits", default=None)
 
 
-class OptimizedModel:
+class OptimizedModel(InferenceOnly):
     """What :func:`optimize` adds to a model's class."""
 
     _vte_base: type
@@ -322,16 +323,6 @@ class OptimizedModel:
                 f"save_pretrained: {len(self._vte_spec.freed)} weights were freed or folded (the plan skips attentions "
                 "or has adapters): save the original model, and the plan beside it with plan.save_pretrained(folder)."
             )
-
-    def train(self, mode: bool = True) -> Any:
-        """Only ``train(False)``.
-
-        Raises:
-            InputError: The optimized decoder is for inference.
-        """
-        if mode:
-            raise InputError("An optimized model is for inference: train the model it was made from.")
-        return super().train(mode)  # type: ignore[misc]
 
 
 def _chunk_mask(mask: Tensor | None, batch: int, length: int, past: int, device: torch.device) -> Tensor:
