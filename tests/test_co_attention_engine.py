@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 import vte_compile
 from vte_compile import Plan, load_engine, optimize
 from vte_compile.cli import app
-from vte_compile.co_attention_oracle import co_attention_oracle
 from vte_compile.errors import EngineError, InputError, UnsupportedModelError
 from vte_compile.families.meter import load_meter
+from vte_compile.oracle.co_attention import co_attention_oracle
 
 pytestmark = [pytest.mark.slow]
 METER, BRIDGETOWER = "vqa_classifier", "bridgetower"

@@ -21,8 +21,8 @@ from tiny_bridgetower import (
 from tiny_models import tiny
 
 from vte_compile import CoAttention, Plan
-from vte_compile.co_attention_oracle import OracleLayer, co_attention_oracle
 from vte_compile.errors import UnsupportedModelError
+from vte_compile.oracle.co_attention import OracleLayer, co_attention_oracle
 
 
 @pytest.mark.parametrize("side", ["text", "image"])

@@ -39,7 +39,7 @@ from vte_compile.families.lavin import (
     read_lavin_checkpoint,
 )
 from vte_compile.oracle import embed
-from vte_compile.oracle_blocks import PromptStatistics, planned_blocks
+from vte_compile.oracle.blocks import PromptStatistics, planned_blocks
 
 SKIP = [1]
 PROMPTS = ("tittt", "ttttittttt")

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 import vte_compile
 from vte_compile import Plan
-from vte_compile.co_attention_oracle import co_attention_oracle
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.meter import load_meter, read_meter_checkpoint
 from vte_compile.families.meter.checkpoint import HEADS
+from vte_compile.oracle.co_attention import co_attention_oracle
 
 
 def run(model: Any, **given: Any) -> torch.Tensor:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from vte_compile import Plan, optimize
 from vte_compile.adapters import PIA
-from vte_compile.co_attention_oracle import OracleLayer, co_attention_oracle
 from vte_compile.errors import PlanError
 from vte_compile.families.meter import load_meter
 from vte_compile.families.meter.checkpoint import read_meter_checkpoint
+from vte_compile.oracle.co_attention import OracleLayer, co_attention_oracle
 
 
 def golden_checkpoint() -> dict[str, Tensor]:

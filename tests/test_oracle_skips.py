@@ -47,7 +47,7 @@ from vte_compile.adapters import PIA, PlainAdapter, StaticRouter, apply_pia, app
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.blocks import block_parts, rms_gain
 from vte_compile.oracle import OracleCache, embed
-from vte_compile.oracle_blocks import planned_blocks
+from vte_compile.oracle.blocks import planned_blocks
 
 
 def skip(layer: int, **options) -> SkippedAttention:

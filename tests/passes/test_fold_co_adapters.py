@@ -11,7 +11,7 @@ from torch import nn
 
 from vte_compile import CoAttention
 from vte_compile.co_attention_capture import capture_co_attention
-from vte_compile.co_attention_oracle import OracleLayer
+from vte_compile.oracle.co_attention import OracleLayer
 from vte_compile.passes.fold_co_adapters import fold_co_adapters
 
 FULL = random_part("text", 3, dtype=torch.float64)

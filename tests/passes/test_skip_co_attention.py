@@ -11,7 +11,7 @@ from torch import nn
 
 from vte_compile import CoAttention
 from vte_compile.co_attention_capture import CoAttentionGraph, capture_co_attention
-from vte_compile.co_attention_oracle import OracleLayer
+from vte_compile.oracle.co_attention import OracleLayer
 from vte_compile.passes.residual import SDPA
 from vte_compile.passes.skip_co_attention import skip_co_attention
 

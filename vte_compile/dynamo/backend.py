@@ -6,7 +6,6 @@ graphs, the very ones that optimize() makes; the rest of it, and graphs without 
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import weakref
@@ -21,15 +20,15 @@ from transformers import PreTrainedModel
 
 from vte_compile.dynamo.decoder_call import DecoderCall
 from vte_compile.dynamo.handles import refuse_uncompiled_use
-from vte_compile.dynamo.region import Part, Region, find_region, replace_region, split
+from vte_compile.dynamo.model_of_graph import find_model, placeholder_ids
+from vte_compile.dynamo.region import Region, find_region
+from vte_compile.dynamo.replace_region import Part, replace_region, split
 from vte_compile.dynamo.report import Graph, record
 from vte_compile.dynamo.visual import remember
 from vte_compile.errors import InputError, UnsupportedModelError
-from vte_compile.families.decoder import DecoderSpec, describe, find_decoder
+from vte_compile.families.decoder import DecoderSpec, describe
 from vte_compile.families.independence import check_independence
-from vte_compile.families.live import find_live, placeholder_id
 from vte_compile.folded_weights import FoldedWeights
-from vte_compile.optimized_model import OptimizedModel
 from vte_compile.plan import Plan
 from vte_compile.runtime.decoder_runner import DecoderRunner
 from vte_compile.runtime.inductor import PieceCompiler, compile_standalone, find_backend
@@ -93,7 +92,7 @@ def vte(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     settings = Options.read(options)
     report = Graph(len(gm.graph.nodes))
     record(report)
-    found = _find_model(gm, example_inputs)
+    found = find_model(gm, example_inputs)
     if found is None:
         return remember(gm, lambda graph: _inductor(graph, settings))
     model, weights = found
@@ -112,30 +111,6 @@ def vte(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     runner = _runner(model, spec, settings)
     report.runner, report.phase = runner, _phase(region)
     return _with_call(gm, region, runner, model, settings)
-
-
-def _find_model(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[PreTrainedModel, list[fx.Node]] | None:
-    """The model whose decoder layers the graph reads, and its inputs that are weights of the first of them.
-
-    Dynamo names modules, but does not hand them out; the parameters are the model's own objects, though, and tell it.
-    """
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    weights = {id(value): n for n, value in zip(placeholders, example_inputs, strict=True) if isinstance(value, Tensor)}
-    for candidate in gc.get_objects():
-        # By type(): isinstance() would ask proxies for their class.
-        if not issubclass(type(candidate), PreTrainedModel) or issubclass(type(candidate), OptimizedModel):
-            continue
-        try:
-            # Of live objects the language model in them is a candidate, too, and what Dynamo compiled.
-            if find_live(candidate) is not None or candidate.get_output_embeddings() is None:
-                continue
-            layers: Any = find_decoder(candidate).layers
-        except (UnsupportedModelError, AttributeError, NotImplementedError):
-            continue
-        read = [weights[id(p)] for p in layers[0].parameters() if id(p) in weights] if len(layers) else []
-        if read:
-            return candidate, read
-    return None
 
 
 def _refuse_training(model: nn.Module) -> None:
@@ -204,7 +179,7 @@ def _runner(model: PreTrainedModel, spec: DecoderSpec, settings: Options) -> Dec
     elif spec.is_multimodal or (isinstance(given, Plan) and not given.exits):
         ids = spec.visual_token_ids
     else:
-        ids = _placeholder_ids(model)
+        ids = placeholder_ids(model)
     choices = (settings.compile, settings.fold, settings.cuda_graphs)
     key = (id(spec.decoder), id(given) if isinstance(given, Plan) else given, *choices, ids)
     if (runner := _runners.get(key)) is not None:
@@ -218,29 +193,6 @@ def _runner(model: PreTrainedModel, spec: DecoderSpec, settings: Options) -> Dec
     runner = DecoderRunner(headless, plan, compiler, folded, cuda_graphs=settings.cuda_graphs)
     _runners[key] = runner
     return runner
-
-
-def _placeholder_ids(language_model: nn.Module) -> tuple[int, ...]:
-    """The ids that stand for a visual token in live objects with this language model in them; none: it is alone.
-
-    Raises:
-        InputError: There is such an object, and does not know its id yet.
-    """
-    ids = set()
-    for candidate in gc.get_objects():
-        if not issubclass(type(candidate), nn.Module) or not hasattr(candidate, "_modules"):  # half made
-            continue
-        live = find_live(candidate)
-        inner = None if live is None else getattr(candidate, live.path)
-        if live is None or live.splice is not None or getattr(inner, "_orig_mod", inner) is not language_model:
-            continue
-        if (token := placeholder_id(candidate)) is None:
-            raise InputError(
-                f"{type(candidate).__name__} does not know its image token's id before chat() was called: set "
-                "img_context_token_id, or pass options={'visual_token_ids': [...]}."
-            )
-        ids.add(token)
-    return tuple(sorted(ids))
 
 
 def _phase(region: Region) -> Phase:

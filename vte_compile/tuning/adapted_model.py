@@ -1,6 +1,6 @@
 """A frozen model with trainable adapters: the loss of its answers, with any set of attentions skipped.
 
-Blocks are the oracle's (vte_compile/oracle_blocks.py). Rows are padded on the right, where causal attention never
+Blocks are the oracle's (vte_compile/oracle/blocks.py). Rows are padded on the right, where causal attention never
 looks. Router weights and pooled vectors are means over the row's prompt, which ends where its answer begins: that is
 what an adapter knows at inference, and what the authors' LLaVA code does in training, by its question mask. (In the
 rewards of their search the answer is part of the means, which lets it be seen: not so here.)
@@ -20,7 +20,7 @@ from vte_compile.errors import InputError
 from vte_compile.families.token_blocks import NAME as BLOCKS
 from vte_compile.fingerprint import Fingerprint
 from vte_compile.oracle import Oracle
-from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, SkippedBlock
+from vte_compile.oracle.blocks import Block, KeptBlock, OwnBlock, SkippedBlock
 from vte_compile.plan import KeptAdapter, Plan, SkippedAttention
 from vte_compile.tuning.adapter_modules import AdapterModule
 from vte_compile.tuning.answered import embed_answered

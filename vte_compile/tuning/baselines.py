@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vte_compile.errors import InputError
 from vte_compile.families.logits import capped
 from vte_compile.oracle import Oracle, RowRun, layer_window
-from vte_compile.oracle_blocks import Block
+from vte_compile.oracle.blocks import Block
 from vte_compile.plan import Plan
 from vte_compile.tuning.watched_attention import watched
 
@@ -89,12 +89,12 @@ class ReducingOracle(Oracle):
             )
         return reduction
 
-    def _run_layer(
+    def run_layer(
         self, index: int, block: Block, run: RowRun, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor] | None:
         # While the oracle tries the model out, on text, there is no reduction yet.
         if not bool(run.visual.any()) or bool(run.visual[-1]) or index != self.reduction.layer:
-            return super()._run_layer(index, block, run, past)
+            return super().run_layer(index, block, run, past)
         if isinstance(self.reduction, AttentionPruning):
             paid: list[Tensor] = []
             window = layer_window(self.config, index)
@@ -103,10 +103,10 @@ class ReducingOracle(Oracle):
                 paid.append(_last_query_attention(query, key, scaling, window, softcap))
 
             with watched(self.config, index, self.layers[index], watch):
-                cached = super()._run_layer(index, block, run, past)
+                cached = super().run_layer(index, block, run, past)
             scores = paid[0][-len(run.visual) :]  # of this chunk's tokens
         else:
-            cached = super()._run_layer(index, block, run, past)
+            cached = super().run_layer(index, block, run, past)
             assert isinstance(self.reduction, RandomDropping)
             generator = torch.Generator().manual_seed(self.reduction.seed)
             scores = torch.rand(len(run.visual), generator=generator).to(run.visual.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vte_compile.errors import InputError
 from vte_compile.oracle import Oracle
-from vte_compile.oracle_blocks import Block, OwnBlock, planned_blocks
+from vte_compile.oracle.blocks import Block, OwnBlock, planned_blocks
 from vte_compile.plan import Plan, SkippedAttention
 from vte_compile.tuning.answered import Answered
 from vte_compile.tuning.examine import Examiner

@@ -20,7 +20,7 @@ from vte_compile.families.decoder import describe
 from vte_compile.families.live import find_splice
 from vte_compile.optimized_model import OptimizedModel
 from vte_compile.oracle import Oracle
-from vte_compile.oracle_blocks import OwnBlock
+from vte_compile.oracle.blocks import OwnBlock
 from vte_compile.plan import Plan
 from vte_compile.tuning.answered import Answered, embed_answered, placed
 from vte_compile.tuning.layer_run import LayerRun, run_block

@@ -1,6 +1,6 @@
 """What exits did to some prompts, as arrays, and what a policy, a threshold for each gate, would have done to them.
 
-A policy leaves as the runtime does (vte_compile/oracle.py): after the first layer whose z[1] - z[0] exceeds its
+A policy leaves as the runtime does (vte_compile/oracle): after the first layer whose z[1] - z[0] exceeds its
 threshold. An infinite threshold is a layer without a gate.
 """
 

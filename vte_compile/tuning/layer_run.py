@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.families.token_blocks import same_block
-from vte_compile.oracle_blocks import Block
+from vte_compile.oracle.blocks import Block
 
 
 class LayerRun:
@@ -98,7 +98,7 @@ def run_block(
         hidden: [B, T, C].
         prompt_mask: [B, T] bool: where the prompts are.
         run: Of these rows.
-        beside: [B, 1, C], of companion tokens that go along with the prompts (vte_compile/oracle.py).
+        beside: [B, 1, C], of companion tokens that go along with the prompts (vte_compile/oracle).
 
     Returns:
         What comes behind the layer, of both.

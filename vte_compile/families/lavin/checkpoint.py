@@ -26,7 +26,7 @@ from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.lavin.configuration import LavinConfig
 from vte_compile.families.lavin.modeling import LavinForConditionalGeneration, LavinProjector, LavinVisionModel
 from vte_compile.families.torch_file import Inert, read_torch_file
-from vte_compile.oracle_blocks import planned_blocks
+from vte_compile.oracle.blocks import planned_blocks
 from vte_compile.plan import KeptAdapter, Plan
 
 _MODALITIES = "adapter_modality_embedding.weight"

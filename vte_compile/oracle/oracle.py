@@ -1,21 +1,10 @@
-"""The eager oracle: the reference that every other door of vte_compile is tested against.
-
-It runs a Hugging Face decoder literally: row by row, without padding, one decoder layer after another. Where the plan
-says so it drops the visual tokens of a row, skips an attention, or applies an adapter. No tracing, no batching, no
-speed. The semantics are those of DyVTE (arXiv 2411.19628) and EAS (arXiv 2403.15226; vte_compile/oracle_blocks.py),
-made precise where the authors' code is not: any number of images at any place, padding, several rows, further turns.
-
-Words used here: a *chunk* is what one forward call brings, T new tokens per row (prefill, a later turn, or one decode
-token). Padding is never a token. *Question tokens* are the text tokens after the last visual token of the chunk. A
-row's *prompt* is its first chunk with a token: what adapters know of it, they keep for all later chunks.
-A plan's *companion token* goes along with a prompt: it runs beside it, layer by layer, as a sequence of its own.
-"""
+"""The oracle itself: rows one after another, layer by layer."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -29,107 +18,12 @@ from vte_compile.families.deepstack import deepstack_layers, rows_of
 from vte_compile.families.logits import capped, softcap_of
 from vte_compile.families.refusals import refuse_other_architectures
 from vte_compile.families.token_blocks import takes_blocks, unmasked_block
-from vte_compile.oracle_blocks import Block, KeptBlock, OwnBlock, PromptStatistics, SilencedBlock, planned_blocks
-from vte_compile.plan import GateExit, Plan, StaticExit
-
-__all__ = ["Oracle", "OracleCache", "OracleGeneration", "OracleOutput", "RowCache", "RowRun", "embed"]
-
-# Attention implementations that take an additive 4-D mask. The flash variants ignore or refuse one.
-_MASKED_ATTENTION = ("eager", "sdpa")
-_LAYER_TYPES = ("full_attention", "sliding_attention")
-
-
-@dataclass(frozen=True)
-class RowCache:
-    """What one row of the batch has cached.
-
-    `layers`: per decoder layer (k, v), each [1, kv_heads, length, head_dim] and k after rotary; None before the row's
-    first token, and where the attention is skipped. The lengths differ between layers after an exit. `next_position`:
-    position id of the row's next token, if none is given. `statistics`: by layer, of the row's prompt, for adapters.
-    """
-
-    layers: tuple[tuple[Tensor, Tensor] | None, ...]
-    next_position: int = 0
-    statistics: Mapping[int, PromptStatistics] = field(default_factory=dict)
-
-    def lengths(self) -> list[int]:
-        """Number of cached tokens in each layer, [L]."""
-        return [0 if kv is None else kv[0].shape[-2] for kv in self.layers]
-
-
-@dataclass(frozen=True)
-class OracleCache:
-    """KV cache of a batch: one independent `RowCache` per row. Never changed in place."""
-
-    rows: tuple[RowCache, ...]
-
-    def lengths(self) -> list[list[int]]:
-        """Number of cached tokens per row and layer, [B][L]."""
-        return [row.lengths() for row in self.rows]
-
-    def next_positions(self) -> list[int]:
-        """Position id of the next token of each row, [B]."""
-        return [row.next_position for row in self.rows]
-
-
-@dataclass(frozen=True)
-class OracleOutput:
-    """Result of one chunk; B rows, T tokens in the chunk's layout, L layers.
-
-    `logits` [B, T, vocab], zeros for padding and for tokens that an exit removed. `exit_layer` int64 [B], -1 = no exit
-    in this chunk. `last_hidden_state`: per row [n_kept, C] after the final norm. `hidden_lens`: per row [L + 1], the
-    number of tokens that enter each layer, and then the final norm. `gate_features` / `gate_logits`: layer -> {row:
-    [2C] / [2]} for the gates that were evaluated: [mean of the question tokens except the last; last token] and [keep,
-    exit].
-    """
-
-    logits: Tensor
-    exit_layer: Tensor
-    cache: OracleCache
-    last_hidden_state: list[Tensor]
-    hidden_lens: list[list[int]]
-    gate_features: dict[int, dict[int, Tensor]]
-    gate_logits: dict[int, dict[int, Tensor]]
-
-
-@dataclass(frozen=True)
-class OracleGeneration:
-    """Result of `Oracle.generate`.
-
-    `tokens`: the new tokens of each row, the end token included. `exit_layer` int64 [B] of the prompt, -1 = no exit.
-    `cache`: holds all but the last token of each row, which has not been fed back (as in Hugging Face).
-    """
-
-    tokens: list[list[int]]
-    exit_layer: Tensor
-    cache: OracleCache
-
-
-@dataclass
-class RowRun:
-    """State of one row while it goes through the layers: n tokens, no padding."""
-
-    hidden: Tensor  # [1, n, C]
-    visual: Tensor  # bool [n]
-    positions: Tensor  # int64 [1, n], or [3, 1, n] if positions are multimodal
-    columns: Tensor  # int64 [n], where the tokens stand in the chunk
-    statistics: dict[int, PromptStatistics]  # by layer, of the row's prompt
-    blocks: Tensor  # int64 [n], tokens of one attend to each other in both directions; -1: as text
-    deepstack: Sequence[Tensor] = ()  # [visual tokens, C], added to them behind layers 0, 1 ..
-    companion: Tensor | None = None  # [1, 1, C], beside the tokens of a prompt
-    exit_layer: int = -1
-    lens: list[int] = field(default_factory=list)
-    features: dict[int, Tensor] = field(default_factory=dict)
-    gate_logits: dict[int, Tensor] = field(default_factory=dict)
-
-    def keep(self, keep: Tensor) -> None:
-        """Remove all tokens but those of the mask [n]. Their positions keep their numbers.
-
-        What would still be added to removed tokens goes with them.
-        """
-        self.deepstack = [features[keep[self.visual]] for features in self.deepstack]
-        self.hidden, self.positions = self.hidden[:, keep], self.positions[..., keep]
-        self.columns, self.visual, self.blocks = self.columns[keep], self.visual[keep], self.blocks[keep]
+from vte_compile.oracle.blocks import Block, OwnBlock, SilencedBlock, planned_blocks
+from vte_compile.oracle.checks import check_against_model, check_block, check_structure
+from vte_compile.oracle.exits import fires
+from vte_compile.oracle.masks import checked_mask, layer_window, row_mask
+from vte_compile.oracle.rows import OracleCache, OracleGeneration, OracleOutput, RowCache, RowRun
+from vte_compile.plan import Plan
 
 
 class Oracle:
@@ -154,7 +48,7 @@ class Oracle:
         self.decoder = cast(Any, find_decoder(model))
         refuse_other_architectures(model, self.decoder)
         self.has_blocks = takes_blocks(model)
-        _check_structure(self.decoder, self.has_blocks)
+        check_structure(self.decoder, self.has_blocks)
         self.config = self.decoder.config
         self.position_rows = position_rows(self.decoder)
         self.deepstack = deepstack_layers(model, self.decoder)
@@ -167,11 +61,11 @@ class Oracle:
         self.logit_softcap = softcap_of(model, self.config)
         plan.check(model)
         self.blocks: list[Block] = [OwnBlock(layer) for layer in self.layers]
-        self._check_against_model()
+        check_against_model(self)
         planned = planned_blocks(self.layers, plan)
         for index, block in enumerate(planned):
             if not isinstance(block, (OwnBlock, SilencedBlock)):
-                self._check_block(index)
+                check_block(self, index)
         self.blocks = planned
 
     @torch.no_grad()
@@ -200,8 +94,8 @@ class Oracle:
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[0] == 0:
             raise InputError(f"inputs_embeds must be [B, T, C] with at least one row, got {list(inputs_embeds.shape)}")
         batch, length = inputs_embeds.shape[:2]
-        real = _chunk_mask(attention_mask, "attention_mask", inputs_embeds, default=True)
-        visual = _chunk_mask(visual_mask, "visual_mask", inputs_embeds, default=False)
+        real = checked_mask(attention_mask, "attention_mask", inputs_embeds, default=True)
+        visual = checked_mask(visual_mask, "visual_mask", inputs_embeds, default=False)
         shapes = [(batch, length)] + ([(self.position_rows, batch, length)] if self.position_rows > 1 else [])
         if position_ids is not None and position_ids.shape not in shapes:
             raise InputError(
@@ -231,7 +125,7 @@ class Oracle:
             run = RowRun(
                 embeds,
                 visual[b, columns],
-                self._positions(positions),
+                self.row_positions(positions),
                 columns,
                 dict(past.statistics),
                 blocks,
@@ -269,8 +163,8 @@ class Oracle:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if inputs_embeds is None:
-            inputs_embeds = self._embed_tokens(input_ids)
-        real = _chunk_mask(attention_mask, "attention_mask", inputs_embeds, default=True)
+            inputs_embeds = self.embed_tokens(input_ids)
+        real = checked_mask(attention_mask, "attention_mask", inputs_embeds, default=True)
         empty = (~real.any(-1)).nonzero().flatten().tolist()
         if empty:
             raise InputError(f"rows {empty} of the prompt have no real token to generate from")
@@ -292,7 +186,7 @@ class Oracle:
             # A finished row takes part as a chunk of padding: it computes and caches nothing.
             next_ids = torch.tensor([[row[-1]] for row in tokens], device=inputs_embeds.device)
             chunk_mask = torch.tensor(running, device=inputs_embeds.device)[:, None]
-            output = self.forward(self._embed_tokens(next_ids), None, chunk_mask, None, output.cache)
+            output = self.forward(self.embed_tokens(next_ids), None, chunk_mask, None, output.cache)
             last = [0] * len(tokens)
         return OracleGeneration(tokens, exit_layer, output.cache)
 
@@ -313,7 +207,7 @@ class Oracle:
         embedding = self.plan.companion
         return None if embedding is None or past.next_position else embedding.to(embeds)[None, None]
 
-    def _positions(self, positions: Tensor) -> Tensor:
+    def row_positions(self, positions: Tensor) -> Tensor:
         """A row's positions [n] or [3, n] as the rotary embedding takes them: [1, n], or [3, 1, n]."""
         lead = (self.position_rows, 1) if self.position_rows > 1 else (1,)
         return positions.unsqueeze(-2).expand(*lead, -1)
@@ -335,7 +229,7 @@ class Oracle:
         layers = []
         for index in range(len(self.layers)):
             run.lens.append(run.hidden.shape[1])
-            layers.append(self._run_layer(index, self.blocks[index], run, past.layers[index]))
+            layers.append(self.run_layer(index, self.blocks[index], run, past.layers[index]))
             if index < len(run.deepstack):
                 run.hidden = run.hidden.clone()
                 run.hidden[:, run.visual] += run.deepstack[index].to(run.hidden)
@@ -344,7 +238,7 @@ class Oracle:
         run.hidden = self.decoder.norm(run.hidden)
         return RowCache(tuple(layers), next_position, run.statistics)
 
-    def _run_layer(
+    def run_layer(
         self, index: int, block: Block, run: RowRun, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor] | None:
         """Apply layer `index`, in the form `block`, to the row's tokens.
@@ -362,7 +256,7 @@ class Oracle:
         run.hidden, statistics = block(
             run.hidden,
             run.statistics.get(index),
-            attention_mask=_mask(run.blocks, past_length, layer_window(self.config, index), run.hidden),
+            attention_mask=row_mask(run.blocks, past_length, layer_window(self.config, index), run.hidden),
             position_ids=run.positions,
             position_embeddings=self._rotary(index, run),
             use_cache=True,
@@ -414,7 +308,7 @@ class Oracle:
     def _maybe_exit(self, index: int, run: RowRun) -> None:
         """Drop the row's visual tokens, if any are left, where the exit after layer `index`, if any, fires."""
         for candidate in self.plan.exits:
-            if candidate.layer == index and bool(run.visual.any()) and _fires(candidate, run):
+            if candidate.layer == index and bool(run.visual.any()) and fires(candidate, run):
                 run.exit_layer = index
                 run.keep(~run.visual)
 
@@ -444,170 +338,7 @@ class Oracle:
         """Logits of hidden states behind the final norm, as the model gives them."""
         return capped(self._head(hidden), self.logit_softcap)
 
-    def _embed_tokens(self, input_ids: Tensor | None) -> Tensor:
+    def embed_tokens(self, input_ids: Tensor | None) -> Tensor:
+        """What the model embeds tokens [B, T] as, [B, T, C]."""
         embeds: Tensor = self.model.get_input_embeddings()(input_ids)
         return embeds
-
-    @torch.no_grad()
-    def _check_against_model(self) -> None:
-        """Compare with the model's own forward on a few tokens: the same modules, so only rounding may differ."""
-        weight = self.model.get_input_embeddings().weight
-        ids = torch.arange(min(8, weight.shape[0]), device=weight.device)[None]
-        embeds = self._embed_tokens(ids)
-        # Given, since a model with multimodal positions may count on from those of its latest images.
-        expected = self.model(inputs_embeds=embeds, position_ids=ids, use_cache=False).logits
-        actual = self.forward(embeds).logits
-        scale = expected.abs().max().item()
-        tolerance = 5e-2 if torch.finfo(expected.dtype).bits <= 16 else 1e-4
-        error = (actual - expected).abs().max().item()
-        # `not <=` rather than `>`: NaN must fail too.
-        if not error <= tolerance * scale:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__}: running the decoder layer by layer gives other logits than the model's "
-                f"own forward (off by {error:.1e}, logits up to {scale:.1e}). The model does something around its "
-                "layers that the oracle does not know, or has dropout switched on (call model.eval())."
-            )
-
-    @torch.no_grad()
-    def _check_block(self, index: int) -> None:
-        """Compare the block form that a plan changes with the layer's own forward, on a few random tokens."""
-        weight = self.model.get_input_embeddings().weight
-        hidden = torch.randn(1, 8, self.config.hidden_size, generator=torch.Generator().manual_seed(index)).to(weight)
-        positions = torch.arange(8, device=weight.device)
-        outputs = []
-        for block in (OwnBlock(self.layers[index]), KeptBlock(self.layers[index], None)):
-            visual = torch.zeros_like(positions, dtype=torch.bool)
-            run = RowRun(hidden, visual, self._positions(positions), positions, {}, torch.full_like(positions, -1))
-            self._run_layer(index, block, run, None)
-            outputs.append(run.hidden)
-        own, spelled_out = outputs
-        # The same operations: even low precision may not differ by more. `not <=` rather than `>`: NaN must fail too.
-        if not (spelled_out - own).abs().max() <= 1e-4 * (own - hidden).abs().max():
-            raise UnsupportedModelError(
-                f"layer {index} ({type(self.layers[index]).__name__}) is not h = x + self_attn(input_layernorm(x)), "
-                "h + mlp(post_attention_layernorm(h)): its attention cannot be skipped or adapted"
-            )
-
-
-@torch.no_grad()
-def embed(
-    model: nn.Module, input_ids: Tensor, pixel_values: Tensor | None = None, **processor_outputs: Any
-) -> tuple[Tensor, Tensor]:
-    """Input embeddings of a LLaVA-type MLLM, and where its visual tokens are.
-
-    `model` has `get_image_features` and `config.image_token_id`; input_ids [B, T] is already expanded to one
-    placeholder per visual token. Of the other outputs of the processor those named image_* or pixel_*, and those that
-    `get_image_features` names, go there; the rest (attention_mask, ...) is ignored. Returns inputs_embeds [B, T, C] and
-    visual_mask bool [B, T]; multimodal positions are the model's own business (`get_rope_index`), and so is what it
-    adds behind layers (`deepstack_features` of what `get_image_features` gives). Raises InputError if the placeholders
-    and the image features do not match in number.
-    """
-    mllm = cast(Any, model)
-    image_token_id = getattr(mllm.config, "image_token_id", None)
-    visual_mask = (
-        torch.zeros_like(input_ids, dtype=torch.bool) if image_token_id is None else input_ids == image_token_id
-    )
-    # The placeholder id may lie outside the embedding table; these rows are overwritten anyway.
-    inputs_embeds: Tensor = mllm.get_input_embeddings()(input_ids.masked_fill(visual_mask, 0))
-    features = inputs_embeds.new_zeros(0, inputs_embeds.shape[-1])
-    if pixel_values is not None:
-        taken = inspect.signature(mllm.get_image_features).parameters
-        extras = {
-            key: value
-            for key, value in processor_outputs.items()
-            if key.startswith(("image_", "pixel_")) or (key in taken and key not in ("input_ids", "attention_mask"))
-        }
-        output = mllm.get_image_features(pixel_values=pixel_values, **extras)
-        images = getattr(output, "pooler_output", output)
-        features = torch.cat([image.reshape(-1, image.shape[-1]) for image in images]).to(inputs_embeds)
-    if int(visual_mask.sum()) != len(features):
-        raise InputError(
-            f"the prompt has {int(visual_mask.sum())} image placeholders, the images have {len(features)} visual tokens"
-        )
-    inputs_embeds[visual_mask] = features
-    return inputs_embeds, visual_mask
-
-
-def _fires(candidate: GateExit | StaticExit, run: RowRun) -> bool:
-    """Whether the row, which has visual tokens, exits here (DyVTE, arXiv 2411.19628, the "hyper-network").
-
-    Question tokens are what follows the last visual token. With none, nothing exits. With only one, the mean is that of
-    no token at all: NaN, which keeps.
-    """
-    last_visual = int(run.visual.nonzero().max())
-    question = run.hidden[0, last_visual + 1 :]
-    if question.shape[0] == 0:
-        return False
-    if isinstance(candidate, StaticExit):
-        return True
-    question = question.to(torch.promote_types(question.dtype, torch.float32))
-    feature = torch.cat([question[:-1].mean(0), question[-1]])
-    z = candidate.w2.to(feature) @ nn.functional.gelu(candidate.w1.to(feature) @ feature)
-    run.features[candidate.layer] = feature
-    run.gate_logits[candidate.layer] = z
-    return bool(z[1] - z[0] > candidate.threshold)
-
-
-def _mask(blocks: Tensor, past_length: int, window: int | None, like: Tensor) -> Tensor:
-    """Additive mask [1, 1, length, past_length + length], 0 = may attend, -inf = may not, causal by order in the row.
-
-    Tokens of one block (blocks: int [length], -1 for none) attend to each other in both directions. A window limits
-    how far back, but not in a block.
-    Additive because eager attention adds it; sdpa takes it as well. No query is without a key: each sees itself.
-    """
-    length = len(blocks)
-    query = torch.arange(past_length, past_length + length, device=like.device)[:, None]
-    key = torch.arange(past_length + length, device=like.device)[None]
-    allowed = key <= query
-    if window is not None:
-        allowed &= key > query - window
-    allowed[:, past_length:] |= (blocks[:, None] == blocks) & (blocks[:, None] >= 0)
-    return like.new_zeros(allowed.shape).masked_fill(~allowed, float("-inf"))[None, None]
-
-
-def layer_window(config: Any, index: int) -> int | None:
-    """Sliding window of layer `index`, None = full attention. Without layer types, all layers have the same one."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and layer_types[index] == "full_attention":
-        return None
-    window: int | None = getattr(config, "sliding_window", None)
-    return window
-
-
-def _chunk_mask(mask: Tensor | None, name: str, inputs_embeds: Tensor, default: bool) -> Tensor:
-    """`mask` as bool [B, T], checked against the chunk."""
-    shape = inputs_embeds.shape[:2]
-    if mask is None:
-        return torch.full(shape, default, dtype=torch.bool, device=inputs_embeds.device)
-    if mask.shape != shape:
-        raise InputError(f"{name} must be {list(shape)} like the chunk (without the past), got {list(mask.shape)}")
-    return mask.to(device=inputs_embeds.device, dtype=torch.bool)
-
-
-def _check_structure(decoder: Any, has_blocks: bool) -> None:
-    """Refuse decoders whose forward is more than rotary embedding, layers, norm."""
-    name = type(decoder).__name__
-    missing = [part for part in ("layers", "norm", "rotary_emb") if not hasattr(decoder, part)]
-    if missing:
-        raise UnsupportedModelError(
-            f"decoder {name} has no {', '.join(missing)}: the oracle needs a stack of layers with rotary embeddings"
-        )
-    config = decoder.config
-    if config._attn_implementation not in _MASKED_ATTENTION:
-        raise UnsupportedModelError(
-            f"decoder {name} uses attention {config._attn_implementation!r}, which takes no explicit mask; "
-            f"load the model with attn_implementation one of {_MASKED_ATTENTION}"
-        )
-    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES))
-    if unknown:
-        raise UnsupportedModelError(f"decoder {name} has layers of types {unknown}; the oracle knows {_LAYER_TYPES}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    if any(each.get("rope_type") == "dynamic" for each in (rope, *rope.values()) if isinstance(each, dict)):
-        raise UnsupportedModelError(
-            f"decoder {name} has dynamic rope: it remembers the longest row, so rows would not be independent"
-        )
-    # The few short tokens of _check_against_model would not show it.
-    if getattr(config, "use_bidirectional_attention", None) and not has_blocks:
-        raise UnsupportedModelError(
-            f"decoder {name} has use_bidirectional_attention, which the oracle does not support"
-        )
