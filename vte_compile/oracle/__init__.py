@@ -2,8 +2,8 @@
 
 It runs a Hugging Face decoder literally: row by row, without padding, one decoder layer after another. Where the plan
 says so it drops the visual tokens of a row, skips an attention, or applies an adapter. No tracing, no batching, no
-speed. The semantics are those of DyVTE (arXiv 2411.19628) and EAS (arXiv 2403.15226; blocks.py),
-made precise where the authors' code is not: any number of images at any place, padding, several rows, further turns.
+speed. The semantics are those of DyVTE (arXiv 2411.19628; exits.py) and EAS (arXiv 2403.15226; blocks.py), made precise
+where the authors' code is not: any number of images at any place, padding, several rows, further turns.
 
 Words used here: a *chunk* is what one forward call brings, T new tokens per row (prefill, a later turn, or one decode
 token). Padding is never a token. *Question tokens* are the text tokens after the last visual token of the chunk. A

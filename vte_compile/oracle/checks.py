@@ -40,7 +40,7 @@ def check_structure(decoder: Any, has_blocks: bool) -> None:
         raise UnsupportedModelError(
             f"decoder {name} has dynamic rope: it remembers the longest row, so rows would not be independent"
         )
-    # The few short tokens of _check_against_model would not show it.
+    # The few short tokens of check_against_model would not show it.
     if getattr(config, "use_bidirectional_attention", None) and not has_blocks:
         raise UnsupportedModelError(
             f"decoder {name} has use_bidirectional_attention, which the oracle does not support"
