@@ -43,7 +43,7 @@ SIZES = {"batch": (1, 2, 4), "prompt": (1, 16, 128), "visual": (1, 8, 100), "col
 CASES = [
     ("aoti", "gemma3"),
     ("aoti", "qwen3_vl"),
-    ("tensorrt", "gemma3"),
+    thorough("tensorrt", "gemma3"),
     ("tensorrt", "qwen3_vl"),
     *(thorough(door, name) for door in ("aoti", "tensorrt") for name in PREFIX),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from internlm import with_intern_blocks
+from marks import thorough
 from tiny_models import (
     assert_relative,
     chunk,
@@ -30,7 +31,7 @@ def internlm2():
     return with_intern_blocks(tiny())
 
 
-@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("fold", [True, thorough(False)])
 def test_skips_adapters_and_exits(fold):
     model = internlm2()
     fast, oracle = optimize(model, plan(*PARTS), compile=False, fold=fold), Oracle(model, plan(*PARTS))

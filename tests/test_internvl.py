@@ -125,7 +125,7 @@ def test_second_turn() -> None:
                 assert_close(torch.cat(logits, 1), model(input_ids=whole, pixel_values=pixels).logits, 1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.shows('backend="vte"', "internvl_chat")
 def test_backend(tmp_path: Path) -> None:
     """The same through torch.compile(backend="vte"): two tiles, one and none; and decode steps."""

@@ -437,7 +437,7 @@ def test_skips_and_adapters() -> None:
     assert_relative(fast(**inputs).logits, want.logits)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.shows('backend="vte"', "vila")
 def test_backend() -> None:
     """The same through torch.compile(backend="vte")."""
@@ -471,7 +471,7 @@ def test_the_command_line_loads_it(tmp_path: Path) -> None:
         load_model(tmp_path, "cpu")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.shows("ONNX Runtime", "vila")
 def test_onnx_engine(tmp_path: Path) -> None:
     """Tokens of the oracle, by pixels and by chat()."""
