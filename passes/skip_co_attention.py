@@ -24,7 +24,7 @@ from vte_compile.passes.post_norm import Sublayer, find_sublayers
 
 if TYPE_CHECKING:
     from vte_compile.co_attention_capture import CoAttentionGraph
-    from vte_compile.plan_co_attention import CoAttention
+    from vte_compile.plan.co_attention import CoAttention
 
 aten = torch.ops.aten
 

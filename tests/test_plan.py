@@ -26,9 +26,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from vte_compile import GateExit, Plan, StaticExit, plan_files
+from vte_compile import GateExit, Plan, StaticExit, atomic_file
 from vte_compile.errors import InputError, PlanError, PlanMismatchError, UnsupportedModelError
 from vte_compile.fingerprint import Fingerprint, Probe
+from vte_compile.plan import files
 
 C, M, LAYERS, VOCAB = 16, 6, 8, 50
 SIZES: dict[str, Any] = {
@@ -431,7 +432,7 @@ def test_crash_while_saving(saved: Path, monkeypatch: pytest.MonkeyPatch, crash_
         return call
 
     with monkeypatch.context() as patched:
-        owner, name = (plan_files.os, "fsync") if step == "write" else (Path, "replace")
+        owner, name = (atomic_file.os, "fsync") if step == "write" else (Path, "replace")
         patched.setattr(owner, name, crash(getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):
             Plan([gate(1, 0.75)]).save_pretrained(saved)
@@ -446,14 +447,14 @@ def test_crash_while_saving(saved: Path, monkeypatch: pytest.MonkeyPatch, crash_
 
 
 def test_crash_in_a_new_folder_leaves_no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = plan_files.write_atomically
+    real = files.write_atomically
 
     def crash_at_json(path: Path, data: bytes) -> None:
         if path.suffix == ".json":
             raise KeyboardInterrupt
         real(path, data)
 
-    monkeypatch.setattr(plan_files, "write_atomically", crash_at_json)
+    monkeypatch.setattr(files, "write_atomically", crash_at_json)
     with pytest.raises(KeyboardInterrupt):
         Plan([gate(1)]).save_pretrained(tmp_path)
     with pytest.raises(PlanError, match=r"^vte_plan.json: there is none in"):

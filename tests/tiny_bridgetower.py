@@ -15,7 +15,7 @@ from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerBert
 
 from vte_compile.adapters import PIA, PlainAdapter, StaticRouter
 from vte_compile.co_attention_capture import CoAttentionGraph, capture_co_attention
-from vte_compile.plan_co_attention import CoAttention
+from vte_compile.plan import CoAttention
 from vte_compile.runtime.co_attention import RewrittenCoAttentionLayer
 
 C, LEVELS, VOCAB = 32, 2, 50

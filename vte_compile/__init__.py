@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from vte_compile.export import export, load_engine
     from vte_compile.optimizer import optimize
     from vte_compile.oracle import Oracle
-    from vte_compile.plan import GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
-    from vte_compile.plan_co_attention import CoAttention
+    from vte_compile.plan import CoAttention, GateExit, KeptAdapter, Plan, SkippedAttention, StaticExit
     from vte_compile.tuning.calibrate import calibrate
     from vte_compile.tuning.search import search_skips
 
@@ -37,7 +36,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "CoAttention": "vte_compile.plan_co_attention",
+    "CoAttention": "vte_compile.plan",
     "GateExit": "vte_compile.plan",
     "KeptAdapter": "vte_compile.plan",
     "Oracle": "vte_compile.oracle",

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vte_compile.errors import InputError, PlanError
-from vte_compile.plan_fields import check_pair, check_values, finite, float_tensor, integer
+from vte_compile.field_checks import check_pair, check_values, finite, float_tensor, integer
 
 # A softmax in float32 sums to 1 within a few 1e-7.
 _SUM_TOLERANCE = 1e-6

@@ -16,7 +16,7 @@ from vte_compile.inference_only import InferenceOnly
 from vte_compile.passes import CO_ATTENTION_PASSES, PassResult, run_passes
 from vte_compile.passes.fold_co_adapters import FoldResult
 from vte_compile.plan import Plan
-from vte_compile.plan_co_attention import SIDES, CoAttention
+from vte_compile.plan.co_attention import SIDES, CoAttention
 from vte_compile.runtime.co_attention import RewrittenCoAttentionLayer
 from vte_compile.runtime.inductor import PieceCompiler, find_backend
 

@@ -23,7 +23,7 @@ from vte_compile.live_model import mixins_of, refuse_replaced, wrap_live
 from vte_compile.module_tree import own_submodule, shallow_copy, without_parameters
 from vte_compile.optimized_model import OptimizedModel, wrap
 from vte_compile.plan import Plan
-from vte_compile.plan_files import JSON_NAME
+from vte_compile.plan.json_fields import JSON_NAME
 from vte_compile.runtime.decoder_runner import DecoderRunner
 from vte_compile.runtime.inductor import PieceCompiler, find_backend
 from vte_compile.runtime.verify import verify_prefill

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vte_compile.errors import InputError
-from vte_compile.plan_files import JSON_NAME
+from vte_compile.plan.json_fields import JSON_NAME
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 

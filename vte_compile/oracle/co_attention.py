@@ -1,6 +1,6 @@
 """What a plan makes of co-attention layers, in plain PyTorch, literally as the formulas say: the passes' reference.
 
-The formulas are in the head of vte_compile/plan_co_attention.py; the layers are those of transformers' BridgeTower.
+The formulas are in the head of vte_compile/plan/co_attention.py; the layers are those of transformers' BridgeTower.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vte_compile.adapters import PIA, PlainAdapter, apply_plain, pia_term, pool,
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.co_attention import find_co_attention, with_layers
 from vte_compile.plan import Plan
-from vte_compile.plan_co_attention import SIDES, CoAttention
+from vte_compile.plan.co_attention import SIDES, CoAttention
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

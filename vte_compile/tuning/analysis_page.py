@@ -8,9 +8,9 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from vte_compile.atomic_file import write_atomically
 from vte_compile.errors import InputError
 from vte_compile.html_page import document, figure, machine, table, tiles
-from vte_compile.plan_files import write_atomically
 from vte_compile.plotting import require_matplotlib
 from vte_compile.tuning.analysis import Analysis
 from vte_compile.tuning.analysis_plots import ATTENTION_TITLES, draw_analysis

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vte_compile.atomic_file import write_atomically
 from vte_compile.errors import InputError
-from vte_compile.plan_files import write_atomically
 
 SCHEMA_VERSION = 1
 # Answers that an end without notice, such as a killed process, may lose.

@@ -19,10 +19,10 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from vte_compile.atomic_file import write_atomically
 from vte_compile.errors import InputError
 from vte_compile.fingerprint import Fingerprint
 from vte_compile.plan import Plan, SkippedAttention
-from vte_compile.plan_files import write_atomically
 from vte_compile.tuning.answered import embed_answered
 from vte_compile.tuning.deletions import Deleter
 from vte_compile.tuning.examine import own_answer

@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import nn
 
+from vte_compile.atomic_file import write_atomically
 from vte_compile.errors import InputError
-from vte_compile.plan_files import write_atomically
 from vte_compile.tuning.store import model_identity
 
 SCHEMA_VERSION = 1

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vte_compile.atomic_file import write_atomically
 from vte_compile.errors import InputError
 from vte_compile.fingerprint import Fingerprint
 from vte_compile.plan import Plan
-from vte_compile.plan_files import JSON_NAME, write_atomically
+from vte_compile.plan.json_fields import JSON_NAME
 from vte_compile.tuning.examine import Examined, Examiner, own_answer
 from vte_compile.tuning.samples import Sample
 

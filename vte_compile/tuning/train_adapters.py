@@ -30,9 +30,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from vte_compile.adapters import PIA, PlainAdapter
+from vte_compile.atomic_file import write_atomically
 from vte_compile.errors import InputError
 from vte_compile.plan import Plan
-from vte_compile.plan_files import write_atomically
 from vte_compile.tuning.adapted_model import AdaptedModel, frozen
 from vte_compile.tuning.adapter_modules import RouterKind, initial_adapter
 from vte_compile.tuning.examine import Examiner, own_answer

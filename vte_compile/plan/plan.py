@@ -2,14 +2,13 @@
 
 After which decoder layers visual tokens leave, with the gates of DyVTE (arXiv 2411.19628, section on the
 "hyper-network"); which attentions are skipped, and which adapters take their place or stand before those that are kept
-(EAS, arXiv 2403.15226; vte_compile/adapters.py). What is done to co-attention layers: vte_compile/plan_co_attention.py.
-The files a plan is stored in: vte_compile/plan_files.py.
+(EAS, arXiv 2403.15226; vte_compile/adapters.py). The parts are in parts.py, those of co-attention layers in
+co_attention.py, and the files a plan is stored in in files.py.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,128 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vte_compile.adapters import PIA, Adapter, PlainAdapter
+from vte_compile.adapters import Adapter
 from vte_compile.errors import PlanError, PlanMismatchError
 from vte_compile.families.co_attention import CoAttentionSpec, find_co_attention
+from vte_compile.field_checks import check_values, float_tensor
 from vte_compile.fingerprint import Fingerprint, decoder_facts
-from vte_compile.plan_co_attention import CoAttention
-from vte_compile.plan_fields import check_pair, check_values, finite, float_tensor, integer
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class GateExit:
-    """Visual tokens leave after `layer` in the samples whose gate says so (DyVTE, arXiv 2411.19628).
-
-    With f = [mean of the question tokens except the last ; last token], taken from the layer's output [2C]::
-
-        z = w2 @ gelu(w1 @ f)        exact (erf) GELU, no biases
-        exit after this layer  iff  z[1] - z[0] > threshold      (strict: a tie or a NaN keeps)
-
-    Args:
-        layer: decoder layer whose output the gate reads, counted from 0.
-        w1: [M, 2C], floating point; C is the decoder's hidden size, M the gate's own width (2048 in the paper).
-        w2: [2, M], same dtype and device as `w1`; row 0 is "keep", row 1 is "exit".
-        threshold: in units of the logits; 0 is the paper's rule.
-
-    Raises:
-        PlanError: a field is of the wrong type, shape or dtype, or is not finite; the message starts with its name.
-    """
-
-    layer: int
-    w1: Tensor
-    w2: Tensor
-    threshold: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layer", integer("layer", self.layer, 0))
-        object.__setattr__(self, "threshold", finite("threshold", self.threshold))
-        for name in ("w1", "w2"):
-            object.__setattr__(self, name, float_tensor(name, getattr(self, name), 2))
-        if self.w1.shape[0] == 0 or self.w1.shape[1] == 0 or self.w1.shape[1] % 2:
-            raise PlanError(f"w1: expected shape [M, 2C], got {list(self.w1.shape)}")
-        check_pair("w2", self.w2, [2, self.width], "w1", self.w1)
-        check_values("w1", self.w1)
-        check_values("w2", self.w2)
-
-    @property
-    def width(self) -> int:
-        """M, the gate's own width."""
-        return self.w1.shape[0]
-
-    @property
-    def hidden_size(self) -> int:
-        """C, the hidden size of the decoder the gate reads."""
-        return self.w1.shape[1] // 2
-
-    def __repr__(self) -> str:
-        return f"GateExit(layer={self.layer}, width={self.width}, threshold={self.threshold:g})"
-
-
-@dataclass(frozen=True)
-class StaticExit:
-    """Visual tokens of every sample leave after `layer` (counted from 0).
-
-    Raises:
-        PlanError: `layer` is not an integer, or is negative.
-    """
-
-    layer: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layer", integer("layer", self.layer, 0))
-
-
-Exit = GateExit | StaticExit
-
-
-@dataclass(frozen=True, eq=False)
-class SkippedAttention:
-    """The attention of `layer` (counted from 0) is not computed, and caches nothing (EAS, arXiv 2403.15226).
-
-    With the input norm RMS_in, the post-attention norm RMS_post and its weight g, a pre-norm block becomes::
-
-        out = x + MLP(g * PIA(RMS_in x))     with an adapter
-        out = x + MLP(RMS_post x)            without: training-free
-
-    Args:
-        layer: decoder layer.
-        adapter: what propagates information in the attention's place; None: nothing does.
-
-    Raises:
-        PlanError: a field is of the wrong type, or `layer` is negative.
-    """
-
-    layer: int
-    adapter: PIA | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layer", integer("layer", self.layer, 0))
-        if self.adapter is not None and not isinstance(self.adapter, PIA):
-            raise PlanError(f"adapter: expected a PIA or None, got {type(self.adapter).__name__}")
-
-
-@dataclass(frozen=True, eq=False)
-class KeptAdapter:
-    """`layer` (counted from 0) keeps its attention, with an adapter in front of q, k and v (EAS, arXiv 2403.15226)::
-
-        h = x + MHA(AD(RMS_in x)) ;  out = h + MLP(RMS_post h)
-
-    Raises:
-        PlanError: a field is of the wrong type, or `layer` is negative.
-    """
-
-    layer: int
-    adapter: PlainAdapter
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layer", integer("layer", self.layer, 0))
-        if not isinstance(self.adapter, PlainAdapter):
-            raise PlanError(f"adapter: expected a PlainAdapter, got {type(self.adapter).__name__}")
-
-
-# Whatever stands before it, such as `base_model.model.` of a PEFT checkpoint, does not matter.
-_DYVTE_KEY = re.compile(r"(?:^|\.)visual_gates_router\.(?P<rest>.+)$")
-_DYVTE_WEIGHT = re.compile(r"(?P<layer>[0-9]{1,6})\.(?P<weight>w1|w2)\.weight")
+from vte_compile.plan.co_attention import CoAttention
+from vte_compile.plan.parts import Exit, GateExit, KeptAdapter, SkippedAttention, StaticExit, place
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -299,7 +183,7 @@ class Plan:
             PlanError: `folder` is a file.
             OSError: the files cannot be written.
         """
-        from vte_compile.plan_files import save_plan
+        from vte_compile.plan.files import save_plan
 
         save_plan(self, folder)
 
@@ -317,7 +201,7 @@ class Plan:
             PlanError: files that are missing, damaged, inconsistent or of a newer schema; file and field are named.
             InputError: a revision was given for a folder.
         """
-        from vte_compile.plan_files import load_plan
+        from vte_compile.plan.files import load_plan
 
         return load_plan(folder_or_hub_id, revision)
 
@@ -342,37 +226,9 @@ class Plan:
         Raises:
             PlanError: no gates, half a gate, a gate of another form, or a layer that has no gate in the checkpoint.
         """
-        found: dict[int, dict[str, str]] = {}
-        for key in state_dict:
-            router = _DYVTE_KEY.search(key)
-            if router is None:
-                continue
-            weight = _DYVTE_WEIGHT.fullmatch(router["rest"])
-            if weight is None:
-                raise PlanError(f"{key}: not a gate of two bias-free linears w1 and w2, as DyVTE has it")
-            other = found.setdefault(int(weight["layer"]), {}).setdefault(weight["weight"], key)
-            if other != key:
-                raise PlanError(f"{key}: the checkpoint has this weight twice, also as {other}")
-        if not found:
-            raise PlanError("state_dict: no DyVTE gates (keys like model.visual_gates_router.0.w1.weight)")
-        thresholds = dict(thresholds or {})
-        wanted = sorted(found) if layers is None else sorted(set(layers))
-        for argument, named in (("layers", wanted), ("thresholds", thresholds)):
-            if unknown := [layer for layer in named if layer not in found]:
-                raise PlanError(f"{argument}: no gate for {unknown}; the checkpoint has gates for {sorted(found)}")
-        exits = []
-        for layer in wanted:
-            keys = found[layer]
-            for name, other_name in (("w1", "w2"), ("w2", "w1")):
-                if name not in keys:
-                    raise PlanError(f"{keys[other_name]}: the checkpoint lacks its {name}.weight")
-            try:
-                exits.append(
-                    GateExit(layer, state_dict[keys["w1"]], state_dict[keys["w2"]], thresholds.get(layer, 0.0))
-                )
-            except PlanError as error:
-                raise PlanError(f"visual_gates_router.{layer}: {error}") from error
-        return cls(exits)
+        from vte_compile.plan.dyvte_checkpoint import read_dyvte_checkpoint
+
+        return read_dyvte_checkpoint(state_dict, thresholds, layers)
 
     @classmethod
     def from_eas_checkpoint(
@@ -410,8 +266,8 @@ class Plan:
         Raises:
             PlanError: no adapters, half an adapter, an adapter of another form, or a layer of `skip` without a PIA.
         """
-        from vte_compile.eas_checkpoint import read_eas_checkpoint
-        from vte_compile.meter_eas_checkpoint import is_meter_eas, read_meter_eas
+        from vte_compile.plan.eas_checkpoint import read_eas_checkpoint
+        from vte_compile.plan.meter_eas_checkpoint import is_meter_eas, read_meter_eas
 
         if is_meter_eas(state_dict):
             return read_meter_eas(state_dict, skip, scale)
@@ -439,11 +295,6 @@ def _sorted_parts(field: str, parts: object, *types: type) -> tuple[Any, ...]:
             name, where = ("level", f"{part.side} level") if isinstance(part, CoAttention) else ("layer", "layer")
             raise PlanError(f"{field}[{index}].{name}: {where} {getattr(part, name)} already has {field}[{index - 1}]")
     return ordered
-
-
-def place(part: Exit | SkippedAttention | KeptAdapter | CoAttention) -> tuple[int, ...]:
-    """By what the parts of one kind are sorted."""
-    return part.place if isinstance(part, CoAttention) else (part.layer,)
 
 
 def _row(layer: int, kind: str, threshold: float | None, width: int | None) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from vte_compile.adapters import PIA, PlainAdapter, Projection, StaticRouter
 from vte_compile.errors import PlanError
-from vte_compile.plan import Plan
-from vte_compile.plan_co_attention import SIDES, CoAttention, Side
-from vte_compile.plan_fields import integer, located
+from vte_compile.field_checks import integer, located
+from vte_compile.plan.co_attention import SIDES, CoAttention, Side
+from vte_compile.plan.plan import Plan
 
 _PLAIN = {"self": "attention.adapter", "cross": "crossattention.adapter", "ffn": "intermediate.adapter"}
 _PIA = {"self": "adapter_self_attn", "cross": "adapter_cross_attn"}

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 from vte_compile.adapters import PIA, Adapter, PlainAdapter, StaticRouter
 from vte_compile.errors import PlanError
-from vte_compile.plan_fields import integer
+from vte_compile.field_checks import integer
 
 Side = Literal["text", "image"]
 SIDES: tuple[Side, ...] = get_args(Side)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from vte_compile.adapters import PIA, PlainAdapter, Projection, Router
 from vte_compile.errors import PlanError
-from vte_compile.plan import KeptAdapter, Plan, SkippedAttention
-from vte_compile.plan_fields import integer, located
+from vte_compile.field_checks import integer, located
+from vte_compile.plan.parts import KeptAdapter, SkippedAttention
+from vte_compile.plan.plan import Plan
 
 # LLaVA-EAS: model.layers.3.adapter_attn.conv_A.weight; LaVIN-EAS: layers.3.adapter_attn.conv_A.weight.
 _KEY = re.compile(r"(?:^|\.)layers\.(?P<layer>[0-9]{1,6})\.(?P<kind>adapter_attn|replaced_adapter)\.(?P<rest>.+)$")
