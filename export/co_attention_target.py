@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
-from vte_compile.co_attention_capture import copy_graph
+from vte_compile.capture.co_attention import copy_graph
 from vte_compile.errors import CaptureError, UnsupportedModelError
 from vte_compile.export.co_attention_manifest import TARGET, CoAttentionFacts, CoAttentionManifest
 from vte_compile.export.folder import check_target_folder, facts_of, whole_folder

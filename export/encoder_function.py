@@ -11,7 +11,7 @@ import torch.fx.experimental._config as symbolic_shapes_config
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from vte_compile.capture import attention_implementation, evaluating
+from vte_compile.capture.model_state import attention_implementation, evaluating
 from vte_compile.errors import CaptureError
 from vte_compile.export.manifest import VisionCall
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from vte_compile.capture import evaluating
+from vte_compile.capture.model_state import evaluating
 from vte_compile.errors import CaptureError, UnsupportedModelError
 from vte_compile.export.encoder_function import EncoderFunction, of_module
 from vte_compile.export.manifest import GridFacts, PatchFacts, VisionCall

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vte_compile.capture import evaluating
+from vte_compile.capture.model_state import evaluating
 from vte_compile.errors import CaptureError, UnsupportedModelError, VTEError
 from vte_compile.export.encoder_function import EncoderFunction, lifted
 from vte_compile.export.grid_facts import grid_facts

@@ -1,7 +1,7 @@
 """Attention of a chunk of tokens to a cache and to itself, and the rotation of its queries and keys.
 
-``vte::rotary`` and ``vte::cached_attention`` are what graphs of the phase "chunk" hold (vte_compile/capture.py): one op
-for what exporters have one op for. Their implementations here are the naive reference.
+``vte::rotary`` and ``vte::cached_attention`` are what graphs of the phase "chunk" hold (vte_compile/capture/chunk.py):
+one op for what exporters have one op for. Their implementations here are the naive reference.
 
 A cache is aligned at the start: row b holds its tokens in columns 0 .. past_lengths[b] - 1, what lies behind is free.
 Rows of a chunk are aligned at the start, too: row b has new_lengths[b] tokens, what lies behind is padding, whose

@@ -27,7 +27,7 @@ from vte_compile.passes.skip_attention import skip_attention
 from vte_compile.passes.skip_co_attention import skip_co_attention
 
 if TYPE_CHECKING:
-    from vte_compile.co_attention_capture import CoAttentionGraph
+    from vte_compile.capture.co_attention import CoAttentionGraph
     from vte_compile.plan.co_attention import CoAttention
 
 PASSES: tuple[Pass, ...] = (

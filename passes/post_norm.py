@@ -18,7 +18,7 @@ from vte_compile.passes.manager import Refusal
 from vte_compile.passes.residual import SDPA
 
 if TYPE_CHECKING:
-    from vte_compile.co_attention_capture import CoAttentionGraph
+    from vte_compile.capture.co_attention import CoAttentionGraph
 
 aten = torch.ops.aten
 

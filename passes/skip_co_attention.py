@@ -23,7 +23,7 @@ from vte_compile.passes.manager import PassResult, Refusal
 from vte_compile.passes.post_norm import Sublayer, find_sublayers
 
 if TYPE_CHECKING:
-    from vte_compile.co_attention_capture import CoAttentionGraph
+    from vte_compile.capture.co_attention import CoAttentionGraph
     from vte_compile.plan.co_attention import CoAttention
 
 aten = torch.ops.aten

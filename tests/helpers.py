@@ -22,11 +22,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from vte_compile.capture import DecoderGraph, Phase, capture
-from vte_compile.chunk_capture import capture_chunk
+from vte_compile.capture import DecoderGraph, capture, capture_chunk
 from vte_compile.families.decoder import describe
 from vte_compile.oracle import RowCache
 from vte_compile.plan import GateExit, Plan
+from vte_compile.runtime.steps import Phase
 
 torch.set_num_threads(1)  # matrices this small run many times faster on one thread when the machine's cores are busy
 

@@ -23,7 +23,8 @@ from helpers import (
 from torch import nn
 from transformers import DynamicCache
 
-from vte_compile.capture import capture, evaluating
+from vte_compile.capture import capture
+from vte_compile.capture.model_state import evaluating
 from vte_compile.errors import CaptureError
 from vte_compile.families.cache_name import CACHE
 from vte_compile.families.decoder import describe

@@ -9,7 +9,7 @@ import torch
 from tiny_bridgetower import captured, cross_layer, layer_inputs, run_graph, run_layer
 from torch import nn
 
-from vte_compile.co_attention_capture import INPUTS, built_alike, capture_co_attention
+from vte_compile.capture.co_attention import INPUTS, built_alike, capture_co_attention
 from vte_compile.errors import CaptureError
 from vte_compile.passes.residual import SDPA
 

@@ -42,7 +42,7 @@ from transformers import (
 
 import vte_compile
 from vte_compile import CoAttention, Oracle, Plan, StaticExit
-from vte_compile.co_attention_capture import CoAttentionGraph, capture_co_attention
+from vte_compile.capture.co_attention import CoAttentionGraph, capture_co_attention
 from vte_compile.errors import InputError, PlanMismatchError, UnsupportedModelError, VTEError
 from vte_compile.oracle.co_attention import OracleLayer, co_attention_oracle
 from vte_compile.passes import CO_ATTENTION_PASSES, PassResult, Refusal, run_passes

@@ -7,12 +7,10 @@ import torch
 from helpers import assert_close, chunk_inputs, embeddings, positions, random_kv, run_graph, tiny
 
 from vte_compile import Plan, SkippedAttention, StaticExit, optimize
-from vte_compile import capture as capture_module
-from vte_compile.capture import capture
-from vte_compile.chunk_capture import capture_chunk
+from vte_compile.capture import capture, capture_chunk, tracing
+from vte_compile.capture.repeated_layers import NotRepeatable, layer_kinds, layers_to_trace
 from vte_compile.families.decoder import describe
 from vte_compile.oracle import Oracle
-from vte_compile.repeated_layers import NotRepeatable, layer_kinds, layers_to_trace
 
 pytestmark = pytest.mark.traces
 
@@ -65,7 +63,7 @@ def test_copies_compute_what_tracing_all_layers_gives(phase, traced, monkeypatch
         inputs = chunk_of_depth(inputs, DEPTH)
     short = of_phase(spec, phase)
     assert traced == [3]
-    monkeypatch.setattr(capture_module, "layers_to_trace", len)
+    monkeypatch.setattr(tracing, "layers_to_trace", len)
     whole = of_phase(spec, phase)
     assert traced == [3, DEPTH]
     assert [n.name for n in short.graph.find_nodes(op="placeholder")] == [
@@ -172,7 +170,7 @@ def test_what_cannot_be_continued_is_traced_as_a_whole(traced, monkeypatch, capl
         if count < DEPTH:
             raise NotRepeatable("two streams")
 
-    monkeypatch.setattr(capture_module, "repeat_layers", refuse)
+    monkeypatch.setattr(tracing, "repeat_layers", refuse)
     model = tiny(num_hidden_layers=DEPTH)
     with caplog.at_level("DEBUG", "vte_compile.capture"):
         graph = capture(describe(model), "prefill")

@@ -19,7 +19,7 @@ from transformers import Gemma2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vte_compile import Oracle, Plan, StaticExit, optimize
-from vte_compile.chunk_capture import capture_chunk
+from vte_compile.capture import capture_chunk
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.cache_name import CACHE, cache_of
 from vte_compile.families.decoder import describe

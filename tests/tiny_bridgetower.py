@@ -14,7 +14,7 @@ from transformers import BridgeTowerConfig, BridgeTowerModel
 from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerBertCrossLayer
 
 from vte_compile.adapters import PIA, PlainAdapter, StaticRouter
-from vte_compile.co_attention_capture import CoAttentionGraph, capture_co_attention
+from vte_compile.capture.co_attention import CoAttentionGraph, capture_co_attention
 from vte_compile.plan import CoAttention
 from vte_compile.runtime.co_attention import RewrittenCoAttentionLayer
 

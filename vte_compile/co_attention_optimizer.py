@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from vte_compile.co_attention_capture import CoAttentionGraph, built_alike, capture_co_attention
+from vte_compile.capture.co_attention import CoAttentionGraph, built_alike, capture_co_attention
 from vte_compile.errors import InputError, UnsupportedModelError
 from vte_compile.families.co_attention import CoAttentionSpec, find_co_attention, with_layers
 from vte_compile.inference_only import InferenceOnly

@@ -10,7 +10,7 @@ from tiny_bridgetower import captured, cross_layer, layer_inputs, random_part, r
 from torch import nn
 
 from vte_compile import CoAttention
-from vte_compile.co_attention_capture import capture_co_attention
+from vte_compile.capture.co_attention import capture_co_attention
 from vte_compile.oracle.co_attention import OracleLayer
 from vte_compile.passes.fold_co_adapters import fold_co_adapters
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vte_compile.capture import evaluating
+from vte_compile.capture.model_state import evaluating
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.families.token_blocks import masks_of

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from vte_compile.co_attention_capture import INPUTS, MASKS, CoAttentionGraph, copy_graph, placeholder_of, without_mask
+from vte_compile.capture.co_attention import INPUTS, MASKS, CoAttentionGraph, copy_graph, placeholder_of, without_mask
 from vte_compile.errors import InputError
 from vte_compile.passes import PassResult
 from vte_compile.passes.lower_piecewise import structure_key

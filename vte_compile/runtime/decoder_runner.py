@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vte_compile.adapters import Router
-from vte_compile.capture import DecoderGraph, capture
-from vte_compile.chunk_capture import capture_chunk
+from vte_compile.capture import DecoderGraph, capture, capture_chunk
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.folded_weights import FoldedWeights

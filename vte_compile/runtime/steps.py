@@ -19,7 +19,7 @@ from vte_compile.runtime.prompt_value import PromptValue
 from vte_compile.runtime.visual_tokens import PackedRows, VisualTokens
 
 Phase = Literal["prefill", "packed", "extend", "decode", "chunk"]
-"""What a graph is for; "packed": prefill of many rows; "chunk": all of it in one (vte_compile/chunk_capture.py)."""
+"""What a graph is for; "packed": prefill of many rows; "chunk": all of it in one (vte_compile/capture/chunk.py)."""
 
 
 @dataclass
@@ -197,8 +197,8 @@ class StepProgram:
         """Run all steps.
 
         Args:
-            inputs: The graph's inputs, in its order (see :mod:`vte_compile.capture`); in decode, keys and values have a
-                free last column, which is written.
+            inputs: The graph's inputs, in its order (see :mod:`vte_compile.capture.phases`); in decode, keys and
+                values have a free last column, which is written.
             visual: The row's visual tokens, None if none can leave; or the rows of a packed prefill. Where they left is
                 noted there.
             ends: In decode, of each layer that attends, [B] int32: keys and values are whole buffers, of which so much

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vte_compile.capture import evaluating
+from vte_compile.capture.model_state import evaluating
 from vte_compile.errors import CaptureError
 from vte_compile.families.deepstack import FEATURES, MASK, spread
 from vte_compile.families.logits import capped

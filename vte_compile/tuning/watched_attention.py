@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vte_compile.capture import attention_implementation
+from vte_compile.capture.model_state import attention_implementation
 from vte_compile.errors import UnsupportedModelError
 from vte_compile.kernels.causal_attention import attend
 

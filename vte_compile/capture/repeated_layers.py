@@ -112,7 +112,7 @@ def repeat_layers(module: fx.GraphModule, whole: nn.Module, kinds: list[int], tr
     """Continue a graph of the first layers: the others are copies of them.
 
     Args:
-        module: What was traced; it is changed. Its inputs have the names of vte_compile/capture.py.
+        module: What was traced; it is changed. Its inputs have the names of vte_compile/capture/phases.py.
         whole: Owns the weights of all layers, at ``decoder.layers``.
         kinds: As :func:`layer_kinds` gives them.
         traced: How many layers the graph has.

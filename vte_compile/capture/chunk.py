@@ -22,13 +22,11 @@ from torch.export import Dim
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from vte_compile.capture import (
-    DecoderGraph,
-    decoder_module,
-    example_token_inputs,
-    refuse_extras,
-    trace,
-)
+from vte_compile.capture.attention import refuse_extras
+from vte_compile.capture.decoder_graph import DecoderGraph
+from vte_compile.capture.decoder_with_head import decoder_module
+from vte_compile.capture.phases import example_token_inputs
+from vte_compile.capture.tracing import trace
 from vte_compile.families.cache_name import cache_name
 from vte_compile.families.decoder import DecoderSpec
 from vte_compile.families.deepstack import adding, given

@@ -20,7 +20,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind
 from transformers import AttentionInterface
 
-from vte_compile.capture import attention_implementation, evaluating
+from vte_compile.capture.model_state import attention_implementation, evaluating
 from vte_compile.errors import CaptureError
 from vte_compile.passes.dead_code import remove_dead_nodes
 from vte_compile.passes.residual import SDPA
